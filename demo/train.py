@@ -1,0 +1,297 @@
+"""Train the demo prior: a TAESD autoencoder and an SD2.0-shaped UNet on emoji pictures, in one checkpoint that ComfyUI's stock loader opens.
+
+    python demo/train.py autoencoder --minutes 30            # from scratch
+    python demo/train.py autoencoder --minutes 30 --init prior.safetensors --decoder-only
+    python demo/train.py unet --minutes 90 --init autoencoder.safetensors
+    python demo/train.py unet --minutes 90 --init autoencoder.safetensors --out run/unet.safetensors    # again: resumes
+
+Every stage reads and writes whole checkpoints, saves a resumable state every few minutes (atomically) and lowers the learning rate to zero
+at the end of its minutes. `make demo-prior` runs all of it. The network classes are ComfyUI's own (COMFYUI_PATH).
+"""
+
+import argparse
+import logging
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from data import held_out_names, pictures, split, concept
+
+log = logging.getLogger("demo.train")
+HERE = Path(__file__).resolve().parent
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+VAE_SCALE = 0.18215  # cancels ComfyUI's SD latent scale, so that the UNet sees the encoder's output
+UNET_CONFIG = dict(
+    image_size=32,
+    in_channels=4,
+    out_channels=4,
+    model_channels=320,
+    num_res_blocks=[1],
+    channel_mult=[1],
+    transformer_depth=[1],
+    transformer_depth_output=[0, 0],
+    transformer_depth_middle=-1,
+    context_dim=1024,
+    num_heads=-1,
+    num_head_channels=64,
+    use_spatial_transformer=True,
+    use_linear_in_transformer=True,
+    legacy=False,
+)
+
+
+def host_classes():
+    """ComfyUI's TAESD and UNetModel, with trainable weights."""
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from host import import_comfy
+
+    import_comfy()
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from comfy.taesd.taesd import TAESD
+
+    return TAESD, UNetModel
+
+
+def initialise(module: torch.nn.Module) -> None:
+    """ComfyUI's layers skip their own initialisation (they expect a checkpoint)."""
+    for m in module.modules():
+        if isinstance(m, torch.nn.Linear):
+            torch.nn.Linear.reset_parameters(m)
+        elif isinstance(m, torch.nn.Conv2d):
+            torch.nn.Conv2d.reset_parameters(m)
+        elif isinstance(m, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            torch.nn.init.ones_(m.weight)
+            torch.nn.init.zeros_(m.bias)
+
+
+def new_autoencoder(TAESD, weights: dict | None):
+    ae = TAESD()
+    if weights:
+        ae.load_state_dict(weights)
+        return ae
+    for m in ae.modules():
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+            if m.bias is not None:
+                torch.nn.init.zeros_(m.bias)
+    for m in ae.modules():  # residual branches start at zero: torch's default loses 10 dB here
+        if type(m).__name__ == "Block":
+            torch.nn.init.zeros_(m.conv[-1].weight)
+    ae.vae_scale.data.fill_(VAE_SCALE)
+    return ae
+
+
+def new_unet(UNetModel, weights: dict | None):
+    import comfy.ops
+
+    unet = UNetModel(**UNET_CONFIG, operations=comfy.ops.disable_weight_init)
+    if weights:
+        unet.load_state_dict(weights)
+        return unet
+    initialise(unet)
+    zeroed = [unet.out[-1]] + [m.out_layers[-1] for m in unet.modules() if type(m).__name__ == "ResBlock"]
+    for m in zeroed:
+        torch.nn.init.zeros_(m.weight)
+        torch.nn.init.zeros_(m.bias)
+    return unet
+
+
+def part(state: dict, prefix: str) -> dict:
+    return {k[len(prefix) :]: v.float() for k, v in state.items() if k.startswith(prefix)}
+
+
+def write(path: Path, state: dict, metadata: dict) -> None:
+    """Half precision, atomic."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = {k: (v.detach().half() if v.ndim else v.detach().float()).contiguous().clone() for k, v in state.items()}
+    temporary = path.with_suffix(".part")
+    save_file(half, temporary, metadata={"format": "pt", **metadata})
+    os.replace(temporary, path)
+
+
+class Crops:
+    """Random training crops in [-1, 1]: half whole 128x128 pictures, half crops of the 256x256 ones, flipped at random."""
+
+    def __init__(self, cache: Path, size: int, seed: int):
+        self.size = size
+        self.rng = torch.Generator().manual_seed(seed)
+        self.small, names = pictures(cache, 128)
+        self.large, _ = pictures(cache, 256)
+        secret = set(split(names)[0])
+        self.train = [i for i, name in enumerate(names) if concept(name) not in secret]
+        chosen = [names.index(name) for name in held_out_names(names)]
+        self.held_out = self.tensor(self.small[chosen])
+
+    @staticmethod
+    def tensor(array) -> torch.Tensor:
+        return torch.from_numpy(array.copy()).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+    def one(self):
+        def draw(n):
+            return int(torch.randint(n, (1,), generator=self.rng))
+
+        i = self.train[draw(len(self.train))]
+        source = self.large if draw(2) else self.small
+        top, left = draw(source.shape[1] - self.size + 1), draw(source.shape[2] - self.size + 1)
+        crop = source[i, top : top + self.size, left : left + self.size]
+        return crop[:, ::-1] if draw(2) else crop
+
+    def batch(self, n: int) -> torch.Tensor:
+        return torch.cat([self.tensor(self.one()[None]) for _ in range(n)])
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean PSNR in dB of pictures in [-1, 1]."""
+    mse = (a.clamp(-1, 1) - b).div(2).square().mean((1, 2, 3))
+    return float((-10 * mse.log10()).mean())
+
+
+def snr_weighted_eps_loss(unet, z0: torch.Tensor, rng: torch.Generator, alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """Squared error of the predicted noise, min-SNR-5 weights (Hang et al. 2023); context all zero."""
+    t = torch.randint(len(alphas_cumprod), (len(z0),), generator=rng)
+    a = alphas_cumprod[t].view(-1, 1, 1, 1)
+    eps = torch.randn(z0.shape, generator=rng)
+    prediction = unet(a.sqrt() * z0 + (1 - a).sqrt() * eps, t, context=z0.new_zeros(len(z0), 1, 1024))
+    snr = a / (1 - a)
+    return (snr.clamp(max=5) / snr * (prediction - eps).square()).mean()
+
+
+def autoencoder_loss(ae, x: torch.Tensor, decoder_only: bool) -> torch.Tensor:
+    """L1 + 2 MSE in [0, 1]; the encoder is held to zero-mean unit-variance latents, or left alone."""
+    with torch.set_grad_enabled(not decoder_only):
+        z = ae.taesd_encoder(x * 0.5 + 0.5)
+    error = ae.taesd_decoder(z) - (x * 0.5 + 0.5)
+    loss = error.abs().mean() + 2 * error.square().mean()
+    if not decoder_only:
+        mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
+        loss = loss + 0.1 * (mean.square().mean() + (std - 1).square().mean())
+    return loss
+
+
+def train(args) -> None:
+    torch.set_num_threads(args.threads)
+    TAESD, UNetModel = host_classes()
+    given = load_file(args.init) if args.init else {}
+    if args.init:
+        with safe_open(args.init, "pt") as f:
+            metadata = dict(f.metadata() or {})
+    else:
+        metadata = {}
+    ae = new_autoencoder(TAESD, part(given, VAE))
+    is_unet = args.stage == "unet"
+    if is_unet and not given:
+        raise SystemExit("unet needs --init: a checkpoint with an autoencoder (see the autoencoder stage)")
+    model = new_unet(UNetModel, part(given, UNET)) if is_unet else (ae.taesd_decoder if args.decoder_only else ae)
+    if not is_unet:
+        model = model.to(memory_format=torch.channels_last)
+    ae.vae_scale.requires_grad_(False)
+    ae.vae_shift.requires_grad_(False)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.01, betas=(0.9, 0.99))
+    ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema))
+    crops = Crops(args.cache, 128 if is_unet else 64, args.seed)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alphas_cumprod = torch.cumprod(1 - betas, 0).float()
+    step, spent = 0, 0.0
+
+    state_file = args.out.with_suffix(".state")
+    if state_file.exists():
+        state = torch.load(state_file, weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+        crops.rng.set_state(state["rng"])
+        step, spent = state["step"], state["spent"]
+        log.info("resumed %s at step %d, %.1f minutes", state_file, step, spent / 60)
+
+    def save():
+        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
+        state |= dict(rng=crops.rng.get_state(), step=step, spent=spent)
+        temporary = state_file.with_suffix(".part")
+        torch.save(state, temporary)
+        os.replace(temporary, state_file)
+        averaged = {k.removeprefix("module."): v for k, v in ema.state_dict().items() if k.startswith("module.")}
+        out = {VAE + k: v for k, v in ae.state_dict().items()}
+        if is_unet:
+            out |= {UNET + k: v for k, v in averaged.items()}
+        else:
+            prefix = VAE + ("taesd_decoder." if args.decoder_only else "")
+            out |= {prefix + k: v for k, v in averaged.items()}
+            out |= {k: v for k, v in given.items() if k.startswith(UNET)}
+        write(args.out, out, metadata | {f"{args.stage}_samples": str(step * args.batch), f"{args.stage}_init": args.init.name if args.init else "none"})
+
+    @torch.no_grad()
+    def validate() -> str:
+        # the fixed noise makes the figures of two moments comparable
+        rng = torch.Generator().manual_seed(0)
+        x = crops.held_out[:64]
+        if is_unet:
+            z0 = ae.taesd_encoder(x * 0.5 + 0.5)
+            return f"held-out loss {float(snr_weighted_eps_loss(ema, z0, rng, alphas_cumprod)):.5f}"
+        z = ae.taesd_encoder(x * 0.5 + 0.5)
+        decoder = ema.module if args.decoder_only else ema.module.taesd_decoder
+        encoder = ae.taesd_encoder if args.decoder_only else ema.module.taesd_encoder
+        z = encoder(x * 0.5 + 0.5)
+        return f"held-out PSNR {psnr(decoder(z) * 2 - 1, x):.2f} dB, latent mean {float(z.mean()):+.2f} std {float(z.std()):.2f}"
+
+    log.info("%s: %d weights, %d training pictures, %s", args.stage, sum(p.numel() for p in weights), len(crops.train), validate())
+    reported, running = time.time(), 0.0
+    while spent < 60 * args.minutes and step < args.steps:
+        started = time.time()
+        progress = max(spent / (60 * args.minutes), step / args.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
+        x = crops.batch(args.batch).to(memory_format=torch.channels_last)
+        if is_unet:
+            with torch.no_grad():
+                z0 = ae.taesd_encoder(x * 0.5 + 0.5)
+            loss = snr_weighted_eps_loss(model, z0, crops.rng, alphas_cumprod)
+        else:
+            loss = autoencoder_loss(ae, x, args.decoder_only)
+        if not torch.isfinite(loss):
+            raise SystemExit(f"loss is {float(loss)} at step {step}; the last good weights are in {args.out}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        ema.update_parameters(model)
+        step += 1
+        spent += time.time() - started
+        running = 0.98 * running + 0.02 * float(loss.detach()) if running else float(loss.detach())
+        if time.time() - reported > args.save_every:
+            save()
+            log.info("step %d, %.1f of %g minutes, loss %.5f, %s", step, spent / 60, args.minutes, running, validate())
+            reported = time.time()
+    save()
+    log.info("done: step %d, %d samples, loss %.5f, %s -> %s", step, step * args.batch, running, validate(), args.out)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["autoencoder", "unet"])
+    parser.add_argument("--init", type=Path, help="checkpoint to start from")
+    parser.add_argument("--out", type=Path, required=True, help="checkpoint to write; its .state file resumes")
+    parser.add_argument("--minutes", type=float, default=30, help="training time; the learning rate reaches zero at its end")
+    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps even if minutes are left")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--ema", type=float, default=0.998)
+    parser.add_argument("--decoder-only", action="store_true", help="keep the encoder, and with it the latents that a UNet knows")
+    parser.add_argument("--cache", type=Path, default=HERE / "cache", help="where the pictures are downloaded to")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--save-every", type=float, default=240, help="seconds")
+    train(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

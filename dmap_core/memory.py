@@ -1,0 +1,65 @@
+"""Fitting two backward passes into the memory that is there.
+
+Three plans, each slower and leaner than the one before it:
+
+fast        the denoiser's activations wait while the decoder's gradient is taken
+lean        the denoiser runs twice, once without a graph, so that its activations and the decoder's are never alive together
+checkpoint  both networks keep only the inputs of their blocks and recompute the rest block by block
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+PLANS = ("fast", "lean", "checkpoint")
+SHARE = 0.75  # of the free memory that saved activations may take; the backward pass needs room for its own
+
+# Classes of the blocks that make up the UNets and the decoders of latent diffusion models, in ComfyUI, in diffusers and in TAESD.
+BLOCKS = frozenset(
+    "ResBlock SpatialTransformer ResnetBlock AttnBlock Upsample Downsample Block ResnetBlock2D Transformer2DModel Upsample2D Downsample2D".split()
+)
+
+
+class ShortOfMemory(RuntimeError):
+    """Saving the activations would take more than there is."""
+
+
+class Budget:
+    """Counts the bytes that autograd saves inside `with budget.counted():` and raises ShortOfMemory where they exceed the limit."""
+
+    def __init__(self, limit: float, networks: Iterable[nn.Module]):
+        self.limit = limit
+        self.saved = 0
+        self._seen = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.saved += storage.nbytes()
+            if self.saved > self.limit:
+                raise ShortOfMemory(f"activations of more than {self.limit / 2**30:.1f} GiB")
+        return tensor
+
+    def counted(self):
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+
+@contextmanager
+def checkpointed(networks: Iterable[nn.Module]) -> Iterator[int]:
+    """Blocks of the networks recompute their activations in the backward pass while the context lasts. Yields how many blocks do."""
+    blocks = [m for network in networks for m in network.modules() if type(m).__name__ in BLOCKS]
+    for block in blocks:
+        # an attribute of the instance hides the method of the class; deleting it brings the method back
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield len(blocks)
+    finally:
+        for block in blocks:
+            del block.forward

@@ -1,0 +1,64 @@
+"""Bicubic downsampling by an integer factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Separable, Size
+from .boundary import symmetric_index
+
+
+def cubic(x: Tensor) -> Tensor:
+    """Keys' cubic convolution kernel with a = -0.5 (Keys 1981), zero outside |x| < 2."""
+    x = x.abs()
+    near = 1.5 * x**3 - 2.5 * x**2 + 1
+    far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+@lru_cache(maxsize=16)
+def downsampling_matrix(length: int, scale: int) -> Tensor:
+    """(length / scale, length) float64: the cubic kernel stretched by `scale` (antialiasing), symmetric reflection, rows of sum 1."""
+    centre = (torch.arange(length // scale, dtype=torch.float64) + 0.5) * scale - 0.5
+    first = torch.floor(centre - 2 * scale).long()
+    taps = first[:, None] + torch.arange(4 * scale + 2)
+    weights = cubic((centre[:, None] - taps) / scale)
+    weights = weights / weights.sum(1, keepdim=True)
+    matrix = torch.zeros(len(centre), length, dtype=torch.float64)
+    return matrix.scatter_add_(1, symmetric_index(taps, length), weights)
+
+
+@dataclass(frozen=True)
+class SuperResolution(Separable):
+    """Antialiased bicubic downsampling by `scale` (>= 2) with symmetric reflection at the borders, as in the paper's SR x8.
+
+    The measurement of an image (B, C, H, W) is (B, C, H/scale, W/scale).
+    """
+
+    scale: int = 8
+
+    def __post_init__(self):
+        if int(self.scale) != self.scale or self.scale < 2:
+            raise ValueError(f"SuperResolution: scale is {self.scale}; it must be a whole number of at least 2")
+
+    def matrix(self, length: int) -> Tensor:
+        return downsampling_matrix(length, self.scale)
+
+    def measurement_size(self, size: Size) -> Size:
+        if size[0] % self.scale or size[1] % self.scale:
+            raise ValueError(
+                f"SuperResolution: a picture of {size[1]}x{size[0]} (width x height) cannot be reduced {self.scale} times without a remainder; "
+                f"crop it to {size[1] // self.scale * self.scale}x{size[0] // self.scale * self.scale} or choose another scale"
+            )
+        return size[0] // self.scale, size[1] // self.scale
+
+    def image_size(self, y: Tensor) -> Size:
+        return y.shape[-2] * self.scale, y.shape[-1] * self.scale
+
+    def hint(self, y: Tensor) -> Tensor:
+        return F.interpolate(y, scale_factor=self.scale, mode="bicubic", align_corners=False)

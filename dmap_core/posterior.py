@@ -1,0 +1,84 @@
+"""A measurement and a prior make a posterior: the residual of a latent and its gradient."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .memory import PLANS, SHARE, Budget, ShortOfMemory, checkpointed
+from .operators import Operator
+from .prior import Prior
+
+
+class Posterior:
+    """p(z | y) up to what DPS-like solvers need: r(z) = ||f(D(z0(z))) - y|| and its gradient (Eq. 19).
+
+    y: (B, c, h, w), the measurement of every sample. memory: one of `memory.PLANS`, or "auto": the first plan whose activations fit
+    into `prior.free_memory()`, found out at the first gradient. `denoiser_calls` and `decoder_calls` count evaluations.
+    """
+
+    def __init__(self, prior: Prior, operator: Operator, y: Tensor, memory: str = "auto"):
+        if memory not in ("auto", *PLANS):
+            raise ValueError(f"memory is {memory!r}; it must be one of auto, {', '.join(PLANS)}")
+        self.prior, self.operator, self.y = prior, operator, y
+        self.plan = PLANS[0] if memory == "auto" else memory
+        self._undecided = memory == "auto"
+        self.denoiser_calls = 0
+        self.decoder_calls = 0
+
+    def denoise(self, z: Tensor, sigma: float) -> Tensor:
+        """E[z0 | z], (B, C, h, w), without a graph."""
+        with torch.no_grad():
+            return self._denoise(z, sigma)
+
+    def residual(self, z: Tensor, sigma: float) -> Tensor:
+        """||f(D(z0(z))) - y|| of every sample, (B,); sigma = 0 takes z itself for z0."""
+        with torch.no_grad():
+            return self._distance(self._denoise(z, sigma) if sigma > 0 else z)
+
+    def gradient(self, z: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(grad, denoised, residual) at z (B, C, h, w): d r / d z per sample, z0(z), and r (B,).
+
+        The residual of one sample does not depend on another's latent, so the gradient of their sum is every sample's own.
+        """
+        while True:
+            try:
+                result = self._gradient(z, sigma, Budget(SHARE * self.prior.free_memory(), self.prior.networks()) if self._undecided else None)
+                self._undecided = False
+                return result
+            except (ShortOfMemory, torch.OutOfMemoryError):
+                if not self._undecided or self.plan == PLANS[-1]:
+                    raise
+            self.plan = PLANS[PLANS.index(self.plan) + 1]  # outside the handler, whose traceback keeps the activations alive
+
+    def _gradient(self, z: Tensor, sigma: float, budget: Budget | None) -> tuple[Tensor, Tensor, Tensor]:
+        lean = self.plan == "lean"
+        # the last plan has nothing to fall back to: it is tried whatever the estimate says
+        counted = budget.counted if budget and self.plan != PLANS[-1] else nullcontext
+        with torch.enable_grad(), checkpointed(self.prior.networks()) if self.plan == "checkpoint" else nullcontext():
+            z = z.detach().requires_grad_()
+            with torch.no_grad() if lean else counted():
+                z0 = self._denoise(z, sigma)
+            # stage one: the decoder alone. Its activations are gone before the denoiser's backward pass starts.
+            leaf = z0.detach().requires_grad_()
+            with counted():
+                residual = self._distance(leaf)
+            (cotangent,) = torch.autograd.grad(residual.sum(), leaf)
+            # stage two: the denoiser's vector-Jacobian product
+            if lean:
+                if budget:
+                    budget.saved = 0
+                with counted():
+                    z0 = self.prior.denoise(z, sigma)
+            (grad,) = torch.autograd.grad(z0, z, cotangent)
+        return grad, z0.detach(), residual.detach()
+
+    def _denoise(self, z: Tensor, sigma: float) -> Tensor:
+        self.denoiser_calls += 1
+        return self.prior.denoise(z, sigma)
+
+    def _distance(self, z0: Tensor) -> Tensor:
+        self.decoder_calls += 1
+        return self.operator.distance(self.operator(self.prior.decode(z0)), self.y)

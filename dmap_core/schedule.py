@@ -1,0 +1,71 @@
+"""Noise levels, in variance-exploding (VE) units, and the steps between them.
+
+A VE latent is z = z0 + sigma * eps. With abar the cumulative alpha of a variance-preserving (VP) model, sigma = sqrt((1 - abar) / abar)
+and z = z_vp / sqrt(abar): the convention of k-diffusion and ComfyUI, in which the paper's step sizes zeta are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def ancestral_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float, eta: float = 1.0) -> tuple[Tensor, float]:
+    """Mean and standard deviation (mu, sigma_up) of p(z_next | z), the reverse kernel of Eq. 2.
+
+    z, denoised: (B, ...), noise level sigma -> sigma_next < sigma. eta = 1 is DDPM's posterior ("fixed small" variance), eta = 0 the
+    deterministic PF-ODE (DDIM) step with sigma_up = 0; sigma_up = 0 at sigma_next = 0 too.
+    """
+    sigma_up = min(sigma_next, eta * math.sqrt(sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2))
+    sigma_down = math.sqrt(sigma_next**2 - sigma_up**2)
+    return denoised + (sigma_down / sigma) * (z - denoised), sigma_up
+
+
+def paper_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
+    """The paper's spacing: timesteps linspace(999, 0, steps), sigmas interpolated between the model's, then 0. (steps + 1,) float32.
+
+    model_sigmas: (N,) rising VE sigmas of the training timesteps. `start` and `end` in [0, 1] are the first and the last timestep as
+    fractions of N - 1: start = 0.6 begins from a latent with the noise of timestep 599 (partial denoising), end = 0.1 jumps from there to 0.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; it must be at least 1")
+    if not 0 <= end < start <= 1:
+        raise ValueError(f"start is {start} and end {end}; they must satisfy 0 <= end < start <= 1")
+    last = len(model_sigmas) - 1
+    timesteps = torch.linspace(start * last, end * last, steps, dtype=torch.float64)
+    table = model_sigmas.double().cpu()
+    below = timesteps.floor().long().clamp(max=last - 1)
+    sigmas = torch.lerp(table[below], table[below + 1], timesteps - below)
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def check_sigmas(sigmas: Tensor | Sequence[float]) -> list[float]:
+    """The schedule as floats. Raises ValueError unless it falls strictly from a positive level to 0."""
+    levels = [float(s) for s in sigmas]
+    if len(levels) < 2:
+        raise ValueError(f"sigmas holds {len(levels)} noise levels; it must hold at least two")
+    if not all(math.isfinite(s) for s in levels):
+        raise ValueError("sigmas holds NaN or infinite values")
+    rise = next((i for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if b >= a), None)
+    if rise is not None:
+        raise ValueError(f"sigmas must fall at every step, but step {rise} goes from {levels[rise]:.4g} to {levels[rise + 1]:.4g}; do not flip the schedule")
+    if levels[-1] != 0:
+        raise ValueError(f"sigmas must end at 0, but end at {levels[-1]:.4g}; give the whole schedule, not the first half of a split one")
+    return levels
+
+
+def generators(seed: int, n: int) -> list[torch.Generator]:
+    """One CPU generator per sample, so that sample i of a batch does not depend on the batch size. Sample 0's is seeded with `seed` itself."""
+    return [torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * i) % 2**64) for i in range(n)]
+
+
+def randn_like(z: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    """Unit Gaussian noise like z (B, ...), drawn on the CPU; with a sequence of generators, one per sample."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(z.shape, generator=generator).to(z)
+    if len(generator) != len(z):
+        raise ValueError(f"{len(generator)} generators for a batch of {len(z)}")
+    return torch.stack([torch.randn(z.shape[1:], generator=g) for g in generator]).to(z)

@@ -1,0 +1,6 @@
+"""Solvers: functions that walk a posterior down the noise schedule, one file each."""
+
+from .dmap import sample_dmap
+from .dps import guided_denoised, sample_dps
+
+__all__ = ["guided_denoised", "sample_dmap", "sample_dps"]

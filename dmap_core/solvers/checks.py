@@ -1,0 +1,31 @@
+"""What every solver checks: its settings before the first step, its latents after each."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import Diverged
+
+
+def check_settings(zeta: float, eta: float = 1.0, K: int = 1) -> None:
+    """Raises ValueError for settings without meaning."""
+    if not (math.isfinite(zeta) and zeta > 0):
+        raise ValueError(f"zeta is {zeta}; the step size must be above 0")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
+    if int(K) != K or K < 1:
+        raise ValueError(f"K is {K}; it must be a whole number of at least 1")
+
+
+def check_finite(step: int, steps: int, zeta: float, z: Tensor, residual: Tensor) -> None:
+    """Raises Diverged if a latent or a residual is NaN or infinite."""
+    bad = ~(torch.isfinite(z).flatten(1).all(1) & torch.isfinite(residual))
+    if bad.any():
+        i = int(bad.nonzero()[0])
+        raise Diverged(
+            f"step {step + 1} of {steps}: NaN or infinity in sample {i} of the batch, residual {float(residual[i]):.4g}; "
+            f"lower zeta (now {zeta:g}), or run the model and the VAE in fp32 if the very first steps fail"
+        )
