@@ -42,8 +42,8 @@ def paper_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: floa
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
-def check_sigmas(sigmas: Tensor | Sequence[float]) -> list[float]:
-    """The schedule as floats. Raises ValueError unless it falls strictly from a positive level to 0."""
+def check_sigmas(sigmas: Tensor | Sequence[float], to_zero: bool = True) -> list[float]:
+    """The schedule as floats. Raises ValueError unless it falls at every step, and ends at 0 if `to_zero`."""
     levels = [float(s) for s in sigmas]
     if len(levels) < 2:
         raise ValueError(f"sigmas holds {len(levels)} noise levels; it must hold at least two")
@@ -52,7 +52,7 @@ def check_sigmas(sigmas: Tensor | Sequence[float]) -> list[float]:
     rise = next((i for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if b >= a), None)
     if rise is not None:
         raise ValueError(f"sigmas must fall at every step, but step {rise} goes from {levels[rise]:.4g} to {levels[rise + 1]:.4g}; do not flip the schedule")
-    if levels[-1] != 0:
+    if to_zero and levels[-1] != 0:
         raise ValueError(f"sigmas must end at 0, but end at {levels[-1]:.4g}; give the whole schedule, not the first half of a split one")
     return levels
 

@@ -32,6 +32,7 @@ def convolution_matrix(length: int, taps: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a host may call this under inference mode, and the cache outlives that
 def gaussian_matrix(length: int, kernel_size: int, sigma: float) -> Tensor:
     return convolution_matrix(length, gaussian_taps(kernel_size, sigma))
 
@@ -121,6 +122,7 @@ class KernelBlur(Correlation):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a host may call this under inference mode, and the cache outlives that
 def motion_kernel(length: float, angle: float) -> Tensor:
     """A line of `length` pixels through the centre, `angle` degrees counter-clockwise from the x axis, bilinear, sum 1."""
     radius = max(1, math.ceil((length - 1) / 2))

@@ -51,6 +51,13 @@ class Inpainting(Operator):
         self.measurement_size(size)
         return y * self._known(y)
 
+    def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """The norm over the known pixels: whatever a damaged picture shows in its holes does not count."""
+        return super().distance(y_hat, y * self._known(y))
+
+    def hint(self, y: Tensor) -> Tensor:
+        return y * self._known(y)
+
     def measurement_size(self, size: Size) -> Size:
         if tuple(size) != tuple(self.mask.shape[-2:]):
             h, w = self.mask.shape[-2:]

@@ -22,6 +22,7 @@ def cubic(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a host may call this under inference mode, and the cache outlives that
 def downsampling_matrix(length: int, scale: int) -> Tensor:
     """(length / scale, length) float64: the cubic kernel stretched by `scale` (antialiasing), symmetric reflection, rows of sum 1."""
     centre = (torch.arange(length // scale, dtype=torch.float64) + 0.5) * scale - 0.5

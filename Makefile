@@ -1,0 +1,55 @@
+# Everything is set up under .venv/ and .host/; run `make` for the list of targets.
+
+SYSTEM_PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON := .venv/bin/python
+AE_MINUTES ?= 60
+UNET_MINUTES ?= 600
+ARGS ?=
+
+export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-browser demo test serve lint demo-prior clean
+
+help:
+	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
+	@echo "make test         run all tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest)"
+	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
+	@echo "make lint         check the code's style"
+	@echo "make demo-prior   train the small prior again (hours; AE_MINUTES and UNET_MINUTES set the time)"
+	@echo "make setup        only set up: a Python environment in .venv/ and a ComfyUI in .host/"
+	@echo "make clean        remove what set-up made"
+	@echo
+	@echo "COMFYUI_PATH=/path/to/ComfyUI   use your own ComfyUI (nothing is written to it)"
+	@echo "COMFYUI_PYTHON=/path/to/python  what runs it (otherwise its own venv, or .venv/)"
+	@echo "TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu  take torch from there (a smaller download without a GPU)"
+
+setup:
+	@$(SYSTEM_PYTHON) tools/setup_host.py
+
+setup-browser:
+	@$(SYSTEM_PYTHON) tools/setup_host.py --browser
+
+demo: setup
+	@$(PYTHON) demo/run.py $(ARGS)
+
+test: setup-browser
+	@$(PYTHON) -m pytest $(ARGS)
+
+serve: setup
+	@$(PYTHON) tests/host.py $(if $(PORT),--port $(PORT)) $(ARGS)
+
+lint: setup
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+# Each stage resumes from its .state file, so an interrupted training goes on where it was.
+demo-prior: setup
+	@mkdir -p demo/run
+	$(PYTHON) demo/train.py autoencoder --minutes $(AE_MINUTES) --out demo/run/autoencoder.safetensors
+	$(PYTHON) demo/train.py unet --minutes $(UNET_MINUTES) --init demo/run/autoencoder.safetensors --out demo/run/unet.safetensors
+	cp demo/run/unet.safetensors demo/dmap-demo-prior.safetensors
+
+clean:
+	rm -rf .venv .host .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

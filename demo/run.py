@@ -1,0 +1,185 @@
+"""Damage held-out pictures, restore them in a real ComfyUI with the demo prior, and say how well that went.
+
+    python demo/run.py                                       # what `make demo` does: 4 pictures, 4 kinds of damage, DPS and DMAP
+    python demo/run.py --n 32 --solvers DPS,DMAP,DMAP-full    # the table of the README
+
+Queues the demo workflows of workflows/ through ComfyUI's API. Writes below --out: the restored pictures, sheet.png (one comparison),
+summary.json (a list of rows) and table.md. A run that was cut goes on where it was: finished pictures are kept with their figures.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from host import Host  # noqa: E402
+from prompts import titled, to_prompt, upstream  # noqa: E402
+
+OPERATORS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
+QUICK = ("super-resolution-x8", "gaussian-deblur", "inpainting", "old-photo")
+SOLVERS = ("DPS", "DMAP", "DMAP-full")
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """PSNR in dB of two 8-bit RGB pictures."""
+    error = np.asarray(a.convert("RGB"), np.float64) - np.asarray(b.convert("RGB"), np.float64)
+    return float(10 * np.log10(255**2 / np.mean(error**2)))
+
+
+def solver_settings(prompt: dict, solver: str) -> tuple[str, dict]:
+    """The branch of the workflow that a solver uses, after its settings are in: DMAP-full is DMAP with K 3, all steps and the zeta of DPS."""
+    branch = "DMAP" if solver.startswith("DMAP") else "DPS"
+    sampler = prompt[titled(prompt, f"{branch}: sampler")]["inputs"]
+    schedule = prompt[titled(prompt, f"{branch}: schedule")]["inputs"]
+    if solver == "DMAP-full":
+        other = prompt[titled(prompt, "DPS: sampler")]["inputs"]
+        sampler |= {"K": 3, "zeta": other["zeta"]}
+        schedule["steps"] = prompt[titled(prompt, "DPS: schedule")]["inputs"]["steps"]
+    return branch, {"steps": schedule["steps"], "zeta": sampler["zeta"], "K": sampler.get("K")}
+
+
+def restore(host: Host, workflow: dict, info: dict, picture: Path, solver: str, seed: int, folder: Path, steps: int | None) -> dict:
+    """One picture through one branch of a workflow; returns its figures. Writes degraded and restored pictures to `folder`."""
+    prompt = to_prompt(workflow, info)
+    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = host.upload(picture)
+    next(node for node in prompt.values() if node["class_type"] == "RandomNoise")["inputs"]["noise_seed"] = seed
+    if steps:
+        prompt[titled(prompt, "DPS: schedule")]["inputs"]["steps"] = steps
+        prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = steps // 2
+    branch, settings = solver_settings(prompt, solver)
+    save, degraded, report = (titled(prompt, title) for title in (f"{branch}: save", "Degraded: save", f"{branch}: report"))
+    entry = host.run(upstream(prompt, [save, degraded, report]), timeout=3600)
+    shutil.copy(host.images(entry, degraded)[0], folder / f"{picture.stem}-degraded.png")
+    restored = folder / f"{picture.stem}-{solver}.png"
+    shutil.copy(host.images(entry, save)[0], restored)
+    cost = json.loads(entry["outputs"][report]["text"][0])
+    original = Image.open(picture)
+    baseline = Image.open(folder / f"{picture.stem}-degraded.png").resize(original.size, Image.BICUBIC)
+    baseline.save(folder / f"{picture.stem}-baseline.png")
+    return {
+        "picture": picture.stem,
+        "psnr": psnr(Image.open(restored), original),
+        "psnr_baseline": psnr(baseline, original),
+        "seconds": cost["seconds"],
+        "denoiser_calls": cost["denoiser_calls"],
+        "residual": cost["residuals"][-1][0],
+        **settings,
+    }
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def summarise(operator: str, solver: str, seed: int, rows: list[dict]) -> dict:
+    def mean(key):
+        return round(float(np.mean([row[key] for row in rows])), 3)
+
+    same = {key: rows[0][key] for key in ("steps", "K", "zeta", "denoiser_calls")}
+    return {"operator": operator, "solver": solver, "n": len(rows), "seed": seed, "psnr": mean("psnr"), "psnr_baseline": mean("psnr_baseline"), "seconds": mean("seconds")} | {
+        **same,
+        "psnr_sem": round(float(np.std([row["psnr"] for row in rows], ddof=1) / len(rows) ** 0.5), 3) if len(rows) > 1 else None,
+        "residual": mean("residual"),
+    }
+
+
+def table(summary: list[dict]) -> str:
+    lines = ["| operator | solver | steps | K | zeta | denoiser calls | n | PSNR baseline | PSNR | seconds per picture |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r['operator']} | {r['solver']} | {r['steps']} | {r['K'] or '-'} | {r['zeta']:g} | {r['denoiser_calls']} | {r['n']} | {r['psnr_baseline']:.2f} | {r['psnr']:.2f} | {r['seconds']:.1f} |"
+        for r in summary
+    ]
+    return "\n".join(lines)
+
+
+def sheet(out: Path, pictures: list[Path], operators: list[str], solvers: list[str], rows: dict, per_operator: int) -> Path:
+    """Degraded | bicubic | the solvers | original, a row per picture, with PSNR in dB under each."""
+    columns = ["degraded", "bicubic", *solvers, "original"]
+    cell, text, left = 128, 18, 150
+    shown = [(operator, picture) for operator in operators for picture in pictures[:per_operator]]
+    page = Image.new("RGB", (left + len(columns) * (cell + 8), text + 6 + len(shown) * (cell + text + 6)), "white")
+    draw = ImageDraw.Draw(page)
+    for c, name in enumerate(columns):
+        draw.text((left + c * (cell + 8) + 4, 4), name, fill="black")
+    for r, (operator, picture) in enumerate(shown):
+        top = text + 6 + r * (cell + text + 6)
+        draw.text((4, top + cell // 2), operator, fill="black")
+        for c, name in enumerate(columns):
+            stem = out / operator / picture.stem
+            file = {"degraded": f"{stem}-degraded.png", "bicubic": f"{stem}-baseline.png", "original": picture}.get(name, f"{stem}-{name}.png")
+            tile = Image.open(file).convert("RGB")
+            row = rows[operator, solvers[0] if name == "bicubic" else name][r % per_operator] if name in ("bicubic", *solvers) else None
+            page.paste(tile.resize((cell, cell), Image.NEAREST), (left + c * (cell + 8), top))
+            caption = f"{row['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB" if row else (f"{tile.width}x{tile.height}" if name == "degraded" else "")
+            draw.text((left + c * (cell + 8) + 4, top + cell + 2), caption, fill="black")
+    path = out / "sheet.png"
+    page.save(path)
+    return path
+
+
+def names(text: str, known: tuple[str, ...], what: str) -> list[str]:
+    chosen = text.split(",")
+    unknown = [name for name in chosen if name not in known]
+    if unknown:
+        raise SystemExit(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=4, help="pictures per operator")
+    parser.add_argument("--operators", default=",".join(QUICK), help=f"of {', '.join(OPERATORS)}")
+    parser.add_argument("--solvers", default="DPS,DMAP", help=f"of {', '.join(SOLVERS)}")
+    parser.add_argument("--steps", type=int, help="steps of DPS and DMAP-full, half of it for DMAP (default: the workflow's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=Path, default=HERE / "held-out", help="folder of 128x128 originals")
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "demo")
+    parser.add_argument("--again", action="store_true", help="compute finished pictures again")
+    args = parser.parse_args()
+    operators, solvers = names(args.operators, OPERATORS, "--operators"), names(args.solvers, SOLVERS, "--solvers")
+    pictures = sorted(args.pictures.glob("*.png"))[: args.n]
+    if len(pictures) < args.n:
+        raise SystemExit(f"--n: {args.n} pictures wanted, {args.pictures} holds {len(pictures)}")
+    started = time.perf_counter()
+    rows: dict[tuple[str, str], list[dict]] = {}
+    with Host() as host:
+        info = host.object_info()
+        version = host.get("/system_stats")["system"]["comfyui_version"]
+        print(f"ComfyUI {version} runs at {host.url}; {len(pictures)} pictures, {len(operators)} kinds of damage, {', '.join(solvers)}", flush=True)
+        for operator in operators:
+            workflow = json.loads((ROOT / "workflows" / f"demo-{operator}.json").read_text())
+            folder = args.out / operator
+            folder.mkdir(parents=True, exist_ok=True)
+            for solver in solvers:
+                done = folder / f"{solver}-seed{args.seed}-steps{args.steps or 'default'}.json"
+                figures = json.loads(done.read_text()) if done.exists() and not args.again else {}
+                for picture in pictures:
+                    if picture.stem not in figures:
+                        figures[picture.stem] = restore(host, workflow, info, picture, solver, args.seed, folder, args.steps)
+                        write_json(done, figures)
+                rows[operator, solver] = [figures[picture.stem] for picture in pictures]
+                summary = summarise(operator, solver, args.seed, rows[operator, solver])
+                print(f"{operator:20} {solver:10} {summary['psnr']:6.2f} dB (baseline {summary['psnr_baseline']:.2f}) {summary['seconds']:6.1f} s per picture", flush=True)
+    summary = [summarise(operator, solver, args.seed, figures) for (operator, solver), figures in rows.items()]
+    write_json(args.out / "summary.json", summary)
+    where = f"ComfyUI {version}, {platform.machine()}, {os.cpu_count()} cores, seed {args.seed}, {time.strftime('%Y-%m-%d')}"
+    (args.out / "table.md").write_text(f"{table(summary)}\n\n{where}\n")
+    path = sheet(args.out, pictures, operators, solvers, rows, per_operator=min(2, len(pictures)))
+    print(f"\n{table(summary)}\n\n{time.perf_counter() - started:.0f} s in all. Comparison: {path}\nPictures, table.md and summary.json: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""What a graph sees: thin V3 nodes over dmap_core."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from . import guiders, operators, samplers
+
+
+class DMAPExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [*operators.NODES, *guiders.NODES, *samplers.NODES]
+
+
+async def comfy_entrypoint() -> DMAPExtension:
+    return DMAPExtension()

@@ -1,0 +1,94 @@
+"""DPSGuider and the report of what a run cost."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from comfy_api.latest import io, ui
+
+from ..dmap_core.memory import PLANS
+from ..dmap_core.solvers import check_settings
+from . import host
+from .operators import Operator
+from .pictures import measurement_to_core
+
+CATEGORY = "DMAP/sampling"
+
+
+class DPSGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_DPSGuider",
+            display_name="DPSGuider",
+            category=CATEGORY,
+            description="The problem to solve: which picture, seen through the operator, looks like the measurement and is likely under the model? "
+            "Connect it to SamplerCustomAdvanced, together with DMAPSampler (best), DPSSampler, or any stock sampler (ddpm is DPS).",
+            inputs=[
+                io.Model.Input("model", tooltip="An eps- or v-prediction model: Stable Diffusion 2.0 base (the paper's), 1.5, 2.1, SDXL. LoRAs are fine; flow models (SD3, Flux) are not."),
+                io.Conditioning.Input("positive", tooltip="The prompt. Empty is the paper's choice; a few words that describe the picture can help. Without a text encoder use DMAPUnconditional."),
+                io.Vae.Input("vae", tooltip="The model's VAE. Its decoder is part of the gradient."),
+                Operator.Input("operator", tooltip="How a clean picture became the measurement."),
+                io.Image.Input("measurement", tooltip="The damaged picture, or a batch. One measurement serves a whole batch of latents."),
+                io.Float.Input(
+                    "zeta",
+                    default=4.8,
+                    min=0.001,
+                    max=1000.0,
+                    step=0.1,
+                    round=0.001,
+                    tooltip="Step size of the guidance for stock samplers, in latent units (paper: 4.8 for super-resolution x8, 0.6 for Gaussian blur, at 500 steps and 512x512). "
+                    "Raise it if the result does not match the measurement, lower it if it is noisy. DMAPSampler and DPSSampler use their own zeta instead.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="What the picture should not show. Used only if cfg is not 1."),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01, optional=True, tooltip="Classifier-free guidance: 1 is none (the paper's choice) and costs half as much."),
+                io.Combo.Input(
+                    "memory",
+                    options=["auto", *PLANS],
+                    default="auto",
+                    optional=True,
+                    tooltip="fast keeps all activations; lean runs the denoiser twice so that its activations and the decoder's are never alive together; checkpoint recomputes "
+                    "both networks block by block. auto takes the first that fits. Change it if you run out of memory.",
+                ),
+            ],
+            outputs=[io.Guider.Output()],
+        )
+
+    @classmethod
+    def execute(cls, model, positive, vae, operator, measurement, zeta, negative=None, cfg=1.0, memory="auto") -> io.NodeOutput:
+        check_settings(zeta)
+        if negative is None and cfg != 1:
+            raise ValueError(f"DPSGuider: cfg is {cfg} but negative is not connected; connect the negative conditioning, or set cfg to 1")
+        y = measurement_to_core(measurement, operator, "DPSGuider: measurement")
+        guider = host.PosteriorGuider(model, vae, operator, y, zeta, memory)
+        guider.set_conds(positive, positive if negative is None else negative)
+        guider.set_cfg(cfg)
+        return io.NodeOutput(guider)
+
+
+class SamplingReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_SamplingReport",
+            display_name="DMAP Sampling Report",
+            category=CATEGORY,
+            description="What the last run of this guider cost and reached: steps, denoiser calls, seconds, the residual at every step.",
+            inputs=[
+                io.Guider.Input("guider", tooltip="The DPSGuider of the run. Give every sampler a guider of its own if you compare several."),
+                io.Latent.Input("latent", tooltip="The output of SamplerCustomAdvanced; it only says that the run is over."),
+            ],
+            outputs=[io.String.Output(display_name="text"), io.String.Output(display_name="json")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, guider, latent) -> io.NodeOutput:
+        report = getattr(guider, "report", None)
+        if report is None:
+            raise ValueError("SamplingReport: guider has no finished run; connect the DPSGuider that the sampler used")
+        return io.NodeOutput(report.text(), json.dumps(asdict(report)), ui=ui.PreviewText(json.dumps(asdict(report))))
+
+
+NODES = [DPSGuider, SamplingReport]

@@ -1,0 +1,313 @@
+"""The adapter to ComfyUI: its MODEL, CONDITIONING and VAE become a dmap_core Prior, its GUIDER and SAMPLER protocols drive a Posterior.
+
+Everything this pack knows about ComfyUI's internals is in this file. Facts it works around:
+- nodes run under torch.inference_mode(), where no graph is recorded, on weights that autograd may not save;
+- VAE.decode clamps and may decode in tiles, so that the network behind it is called instead;
+- some attention backends drop gradients; some offloading schemes overwrite weights that autograd still needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.model_sampling
+import comfy.samplers
+import torch
+from comfy.k_diffusion.sampling import default_noise_sampler
+from comfy.ldm.modules.attention import attention_pytorch
+from torch import Tensor, nn
+
+from ..dmap_core.operators import Operator
+from ..dmap_core.posterior import Posterior
+from ..dmap_core.schedule import check_sigmas, generators
+from ..dmap_core.solvers import check_finite, guided_denoised
+
+log = logging.getLogger(__name__)
+
+# How much more a gradient keeps than the host's estimate for inference; only decides what else is moved off the GPU.
+GRADIENT_MEMORY = 3
+
+
+def _host_shifts_seed() -> bool:
+    """Whether the host's ancestral samplers already draw from seed + 1 on the CPU, so that steps do not repeat the initial noise."""
+    one = torch.zeros(4)
+    return bool((default_noise_sampler(one, seed=0)(1, 0) != torch.randn(4, generator=torch.Generator().manual_seed(0))).any())
+
+
+SEED_SHIFT = 0 if _host_shifts_seed() else 1
+
+
+def normal(value: Any) -> Any:
+    """The same nested lists, tuples and dicts with every inference tensor replaced by a copy that autograd may save."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if type(value) is dict:
+        return {k: normal(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(normal(v) for v in value)
+    return value
+
+
+@contextmanager
+def trainable_free(networks: list[nn.Module]) -> Iterator[None]:
+    """Weights of the networks can stand in a graph but get no gradient themselves; values and flags are afterwards what they were."""
+    flagged = []
+    for network in networks:
+        for module in network.modules():
+            for name, p in module._parameters.items():
+                if p is not None and p.is_inference():
+                    module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
+                elif p is not None and p.requires_grad:
+                    p.requires_grad_(False)
+                    flagged.append(p)
+            for name, b in module._buffers.items():
+                if b is not None and b.is_inference():
+                    module._buffers[name] = b.clone()
+    try:
+        yield
+    finally:
+        for p in flagged:
+            p.requires_grad_(True)
+
+
+def _pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
+    return attention_pytorch(*args, **kwargs)
+
+
+def static(patcher):
+    """The patcher without dynamic VRAM, whose weights stay where they are while autograd needs them."""
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    return patcher.clone(disable_dynamic=True) if is_dynamic and is_dynamic() else patcher
+
+
+def check_model(model) -> None:
+    """Raises ValueError for models outside the VE convention of the paper's algorithms."""
+    sampling = model.get_model_object("model_sampling")
+    name = type(model.model).__name__
+    flow = not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.CONST)
+    if flow:
+        raise ValueError(
+            f"model: {name} does not follow the noise convention of the paper (z = z0 + sigma * noise): it is a flow or a cascade model. "
+            "Use an eps- or v-prediction model such as Stable Diffusion 1.5, 2.0, 2.1 or SDXL"
+        )
+    video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2
+    if video or model.model.model_config.unet_config.get("use_temporal_resblock"):
+        raise ValueError(f"model: {name} makes video; this pack restores still pictures. Use Stable Diffusion 1.5, 2.0, 2.1 or SDXL")
+
+
+def check_vae(vae, model) -> None:
+    """Raises ValueError for a VAE that is not one of pictures, or not of this model's latents."""
+    wanted = model.get_model_object("latent_format").latent_channels
+    if vae.latent_channels != wanted:
+        raise ValueError(f"vae: it has {vae.latent_channels} latent channels and the model {wanted}; load the VAE that belongs to the model")
+    probe = vae.process_output(torch.tensor([-1.0, 0.0, 1.0]))
+    if not isinstance(vae.downscale_ratio, int) or not torch.allclose(probe, torch.tensor([0.0, 0.5, 1.0])):
+        raise ValueError("vae: it does not decode to still pictures in [-1, 1]; load the VAE that belongs to the model")
+
+
+def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the latents of a picture of `size` (H, W): divided by the VAE's factor, rounded up."""
+    return tuple(math.ceil(n / vae.downscale_ratio) for n in size)
+
+
+def model_sigmas(model) -> Tensor:
+    """(N,) rising VE sigmas of the model's training timesteps."""
+    check_model(model)
+    return model.get_model_object("model_sampling").sigmas.float().cpu()
+
+
+def null_conditioning(model):
+    """Conditioning of all-zero context, for checkpoints without a text encoder."""
+    config = model.model.model_config.unet_config
+    width = config.get("context_dim")
+    if not width:
+        raise ValueError(f"model: {type(model.model).__name__} has no cross-attention context; it needs no DMAPUnconditional")
+    pooled = torch.zeros(1, 1280)  # read by SDXL only
+    return [[torch.zeros(1, 1, width), {"pooled_output": pooled}]]
+
+
+@dataclass
+class Report:
+    """What one sampling run cost and reached. residuals[step][sample]."""
+
+    solver: str
+    operator: str
+    memory: str = ""
+    seconds: float = 0.0
+    denoiser_calls: int = 0
+    decoder_calls: int = 0
+    residuals: list[list[float]] = field(default_factory=list)
+
+    def text(self) -> str:
+        last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
+        return (
+            f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
+            f"{self.seconds:.1f} s, memory plan {self.memory}, final residual ||f(x) - y|| = {last}"
+        )
+
+
+class HostPrior:
+    """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it."""
+
+    def __init__(self, base_model, vae, networks: list[nn.Module], size: tuple[int, int]):
+        self.base_model, self.vae, self.size = base_model, vae, size
+        self._networks = networks
+        self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
+
+    def denoise(self, z: Tensor, sigma: float) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.denoiser(z, z.new_full((len(z),), sigma)).float()
+
+    def decode(self, z0: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        latent = self.base_model.process_latent_out(z0).to(self.vae.device, self.vae.vae_dtype)
+        image = self.vae.first_stage_model.decode(latent).to(z0.device, torch.float32)
+        return image[..., : self.size[0], : self.size[1]]
+
+    def encode(self, image: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        latent = self.vae.first_stage_model.encode(image.to(self.vae.device, self.vae.vae_dtype))
+        return self.base_model.process_latent_in(latent.to(image.device, torch.float32))
+
+    def networks(self) -> list[nn.Module]:
+        return self._networks
+
+    def free_memory(self) -> float:
+        return comfy.model_management.get_free_memory(self.vae.device)
+
+
+class PosteriorGuider(comfy.samplers.CFGGuider):
+    """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
+
+    A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1) with this guider's zeta; a SolverSampler is given
+    the Posterior.
+    """
+
+    def __init__(self, model, vae, operator: Operator, y: Tensor, zeta: float, memory: str):
+        check_model(model)
+        check_vae(vae, model)
+        super().__init__(static(model))
+        self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = _pytorch_attention
+        self.vae, self.operator, self.y, self.zeta, self.memory = vae, operator, y, zeta, memory
+        self.size = operator.image_size(y)
+        self.report: Report | None = None
+        self._posterior: Posterior | None = None
+        self._solving = False
+
+    def sample(self, noise, latent_image, sampler, sigmas, *args, seed=None, **kwargs):
+        ours = isinstance(sampler, SolverSampler)
+        self._check_run(noise, sigmas, ours)
+        self.report = Report(sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler", self.operator.describe())
+        original_conds = self.original_conds
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self.original_conds = normal(original_conds)
+                noise, latent_image, sigmas, args, kwargs = normal((noise, latent_image, sigmas, args, kwargs))
+                return super().sample(noise, latent_image, sampler, sigmas, *args, seed=((seed or 0) + SEED_SHIFT) % 2**64, **kwargs)
+        finally:
+            self.original_conds = original_conds
+            self._finish_report(time.perf_counter() - started)
+            self._posterior = None
+
+    def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
+        check_sigmas(sigmas, to_zero=ours)
+        wanted, given = latent_size(self.vae, self.size), tuple(noise.shape[-2:])
+        if wanted != given:
+            factor = self.vae.downscale_ratio
+            raise ValueError(
+                f"latent_image: {given[1]}x{given[0]} latents make a {given[1] * factor}x{given[0] * factor} picture, but the measurement "
+                f"of {self.y.shape[-1]}x{self.y.shape[-2]} and {self.operator.describe()} make one of {self.size[1]}x{self.size[0]} "
+                f"({wanted[1]}x{wanted[0]} latents). Connect 'EmptyMeasurementLatent', or mend the operator's settings"
+            )
+        if len(self.y) not in (1, len(noise)):
+            raise ValueError(f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent")
+
+    def _finish_report(self, seconds: float) -> None:
+        self.report.seconds = seconds
+        if self._posterior:
+            p = self._posterior
+            self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan, p.denoiser_calls, p.decoder_calls
+        log.info("%s", self.report.text())
+
+    def inner_sample(self, noise, latent_image, device, *args, **kwargs):
+        """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
+        vae = static(self.vae.patcher)
+        patchers = [self.model_patcher, *self.loaded_models, vae]
+        estimate = self.inner_model.memory_required(noise.shape) + self.vae.memory_used_decode(noise.shape, self.vae.vae_dtype)
+        comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
+        for patcher in patchers:
+            if not comfy.model_management.is_device_cpu(patcher.load_device) and patcher.loaded_size() < 0.99 * patcher.model_size():
+                raise RuntimeError(
+                    f"{type(patcher.model).__name__} does not fit into the GPU's memory as a whole, which gradients need. "
+                    "Use a smaller picture or model, half precision weights, or unload other models first"
+                )
+        networks = [self.inner_model.diffusion_model, self.vae.first_stage_model, *(p.model for p in self.loaded_models)]
+        prior = HostPrior(self.inner_model, self.vae, networks, self.size)
+        y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
+        self._posterior = Posterior(prior, self.operator, y, self.memory)
+        with trainable_free(networks):
+            return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        def plain(z, sigma):
+            return super(PosteriorGuider, self).predict_noise(z, sigma, model_options or {}, seed)
+
+        if self._solving:
+            return plain(x, timestep)
+        self._posterior.prior.denoiser = plain
+        sigma = float(timestep.flatten()[0])
+        levels = [float(s) for s in model_options["transformer_options"]["sample_sigmas"]]
+        sigma_next = max((s for s in levels if s < sigma * (1 - 1e-6)), default=0.0)
+        grad, denoised, residual = self._posterior.gradient(x, sigma)
+        check_finite(len(self.report.residuals), len(levels) - 1, self.zeta, grad, residual)
+        self.report.residuals.append(residual.tolist())
+        return guided_denoised(denoised, grad, self.zeta, sigma, sigma_next)
+
+    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask) -> Tensor:
+        """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
+        inpaint = comfy.samplers.KSamplerX0Inpaint(self, sigmas)  # keeps the unmasked part of a latent with a noise mask
+        inpaint.latent_image, inpaint.noise = latent_image, noise
+        self._posterior.prior.denoiser = lambda z, sigma: inpaint(z, sigma, denoise_mask=denoise_mask, **extra_args)
+        z = self.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, sampler.max_denoise(self, sigmas))
+        steps = len(sigmas) - 1
+
+        def report(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
+            self.report.residuals.append(residual.tolist())
+            if callback:
+                callback(step, denoised, z, steps)
+
+        self._solving = True
+        try:
+            # on a host that shifts the seed itself, the shift has not happened yet: only its own samplers do it
+            noise_seed = extra_args["seed"] + 1 - SEED_SHIFT
+            z = sampler.solver(self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report)
+        finally:
+            self._solving = False
+        if denoise_mask is not None:
+            z = z * denoise_mask + latent_image * (1 - denoise_mask)
+        return z
+
+
+class SolverSampler(comfy.samplers.Sampler):
+    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings."""
+
+    def __init__(self, name: str, solver: Callable[..., Tensor], **settings):
+        self.name, self.solver, self.settings = name, solver, settings
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        if not isinstance(model_wrap, PosteriorGuider):
+            raise ValueError(
+                f"{self.name}: it was given a {type(model_wrap).__name__}, which knows neither measurement nor operator. "
+                "Connect the node 'DPSGuider' to the guider input of SamplerCustomAdvanced"
+            )
+        return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask)

