@@ -37,7 +37,7 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return float(10 * np.log10(255**2 / np.mean(error**2)))
 
 
-def solver_settings(prompt: dict, solver: str) -> tuple[str, dict]:
+def solver_settings(prompt: dict, solver: str, zeta: float | None = None) -> tuple[str, dict]:
     """The branch of the workflow that a solver uses, after its settings are in: DMAP-full is DMAP with K 3, all steps and the zeta of DPS."""
     branch = "DMAP" if solver.startswith("DMAP") else "DPS"
     sampler = prompt[titled(prompt, f"{branch}: sampler")]["inputs"]
@@ -46,10 +46,22 @@ def solver_settings(prompt: dict, solver: str) -> tuple[str, dict]:
         other = prompt[titled(prompt, "DPS: sampler")]["inputs"]
         sampler |= {"K": 3, "zeta": other["zeta"]}
         schedule["steps"] = prompt[titled(prompt, "DPS: schedule")]["inputs"]["steps"]
+    if zeta:
+        sampler["zeta"] = zeta
     return branch, {"steps": schedule["steps"], "zeta": sampler["zeta"], "K": sampler.get("K")}
 
 
-def restore(host: Host, workflow: dict, info: dict, picture: Path, solver: str, seed: int, folder: Path, steps: int | None) -> dict:
+def restore(
+    host: Host,
+    workflow: dict,
+    info: dict,
+    picture: Path,
+    solver: str,
+    seed: int,
+    folder: Path,
+    steps: int | None = None,
+    zeta: float | None = None,
+) -> dict:
     """One picture through one branch of a workflow; returns its figures. Writes degraded and restored pictures to `folder`."""
     prompt = to_prompt(workflow, info)
     prompt[titled(prompt, "Original picture")]["inputs"]["image"] = host.upload(picture)
@@ -57,7 +69,7 @@ def restore(host: Host, workflow: dict, info: dict, picture: Path, solver: str, 
     if steps:
         prompt[titled(prompt, "DPS: schedule")]["inputs"]["steps"] = steps
         prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = steps // 2
-    branch, settings = solver_settings(prompt, solver)
+    branch, settings = solver_settings(prompt, solver, zeta)
     save, degraded, report = (titled(prompt, title) for title in (f"{branch}: save", "Degraded: save", f"{branch}: report"))
     entry = host.run(upstream(prompt, [save, degraded, report]), timeout=3600)
     shutil.copy(host.images(entry, degraded)[0], folder / f"{picture.stem}-degraded.png")
@@ -89,7 +101,15 @@ def summarise(operator: str, solver: str, seed: int, rows: list[dict]) -> dict:
         return round(float(np.mean([row[key] for row in rows])), 3)
 
     same = {key: rows[0][key] for key in ("steps", "K", "zeta", "denoiser_calls")}
-    return {"operator": operator, "solver": solver, "n": len(rows), "seed": seed, "psnr": mean("psnr"), "psnr_baseline": mean("psnr_baseline"), "seconds": mean("seconds")} | {
+    return {
+        "operator": operator,
+        "solver": solver,
+        "n": len(rows),
+        "seed": seed,
+        "psnr": mean("psnr"),
+        "psnr_baseline": mean("psnr_baseline"),
+        "seconds": mean("seconds"),
+    } | {
         **same,
         "psnr_sem": round(float(np.std([row["psnr"] for row in rows], ddof=1) / len(rows) ** 0.5), 3) if len(rows) > 1 else None,
         "residual": mean("residual"),
@@ -97,7 +117,10 @@ def summarise(operator: str, solver: str, seed: int, rows: list[dict]) -> dict:
 
 
 def table(summary: list[dict]) -> str:
-    lines = ["| operator | solver | steps | K | zeta | denoiser calls | n | PSNR baseline | PSNR | seconds per picture |", "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| operator | solver | steps | K | zeta | denoiser calls | n | PSNR baseline | PSNR | seconds per picture |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     lines += [
         f"| {r['operator']} | {r['solver']} | {r['steps']} | {r['K'] or '-'} | {r['zeta']:g} | {r['denoiser_calls']} | {r['n']} | {r['psnr_baseline']:.2f} | {r['psnr']:.2f} | {r['seconds']:.1f} |"
         for r in summary
@@ -119,11 +142,17 @@ def sheet(out: Path, pictures: list[Path], operators: list[str], solvers: list[s
         draw.text((4, top + cell // 2), operator, fill="black")
         for c, name in enumerate(columns):
             stem = out / operator / picture.stem
-            file = {"degraded": f"{stem}-degraded.png", "bicubic": f"{stem}-baseline.png", "original": picture}.get(name, f"{stem}-{name}.png")
+            file = {"degraded": f"{stem}-degraded.png", "bicubic": f"{stem}-baseline.png", "original": picture}.get(
+                name, f"{stem}-{name}.png"
+            )
             tile = Image.open(file).convert("RGB")
             row = rows[operator, solvers[0] if name == "bicubic" else name][r % per_operator] if name in ("bicubic", *solvers) else None
             page.paste(tile.resize((cell, cell), Image.NEAREST), (left + c * (cell + 8), top))
-            caption = f"{row['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB" if row else (f"{tile.width}x{tile.height}" if name == "degraded" else "")
+            caption = (
+                f"{row['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB"
+                if row
+                else (f"{tile.width}x{tile.height}" if name == "degraded" else "")
+            )
             draw.text((left + c * (cell + 8) + 4, top + cell + 2), caption, fill="black")
     path = out / "sheet.png"
     page.save(path)
@@ -158,7 +187,10 @@ def main() -> None:
     with Host() as host:
         info = host.object_info()
         version = host.get("/system_stats")["system"]["comfyui_version"]
-        print(f"ComfyUI {version} runs at {host.url}; {len(pictures)} pictures, {len(operators)} kinds of damage, {', '.join(solvers)}", flush=True)
+        print(
+            f"ComfyUI {version} runs at {host.url}; {len(pictures)} pictures, {len(operators)} kinds of damage, {', '.join(solvers)}",
+            flush=True,
+        )
         for operator in operators:
             workflow = json.loads((ROOT / "workflows" / f"demo-{operator}.json").read_text())
             folder = args.out / operator
@@ -172,13 +204,18 @@ def main() -> None:
                         write_json(done, figures)
                 rows[operator, solver] = [figures[picture.stem] for picture in pictures]
                 summary = summarise(operator, solver, args.seed, rows[operator, solver])
-                print(f"{operator:20} {solver:10} {summary['psnr']:6.2f} dB (baseline {summary['psnr_baseline']:.2f}) {summary['seconds']:6.1f} s per picture", flush=True)
+                print(
+                    f"{operator:20} {solver:10} {summary['psnr']:6.2f} dB (baseline {summary['psnr_baseline']:.2f}) {summary['seconds']:6.1f} s per picture",
+                    flush=True,
+                )
     summary = [summarise(operator, solver, args.seed, figures) for (operator, solver), figures in rows.items()]
     write_json(args.out / "summary.json", summary)
     where = f"ComfyUI {version}, {platform.machine()}, {os.cpu_count()} cores, seed {args.seed}, {time.strftime('%Y-%m-%d')}"
     (args.out / "table.md").write_text(f"{table(summary)}\n\n{where}\n")
     path = sheet(args.out, pictures, operators, solvers, rows, per_operator=min(2, len(pictures)))
-    print(f"\n{table(summary)}\n\n{time.perf_counter() - started:.0f} s in all. Comparison: {path}\nPictures, table.md and summary.json: {args.out}")
+    print(
+        f"\n{table(summary)}\n\n{time.perf_counter() - started:.0f} s in all. Comparison: {path}\nPictures, table.md and summary.json: {args.out}"
+    )
 
 
 if __name__ == "__main__":

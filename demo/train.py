@@ -18,34 +18,32 @@ import time
 from pathlib import Path
 
 import torch
+from data import concept, held_out_names, pictures, split
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
-
-from data import held_out_names, pictures, split, concept
 
 log = logging.getLogger("demo.train")
 HERE = Path(__file__).resolve().parent
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 VAE_SCALE = 0.18215  # cancels ComfyUI's SD latent scale, so that the UNet sees the encoder's output
-UNET_CONFIG = dict(
-    image_size=32,
-    in_channels=4,
-    out_channels=4,
-    model_channels=320,
-    num_res_blocks=[1],
-    channel_mult=[1],
-    transformer_depth=[1],
-    transformer_depth_output=[0, 0],
-    transformer_depth_middle=-1,
-    context_dim=1024,
-    num_heads=-1,
-    num_head_channels=64,
-    use_spatial_transformer=True,
-    use_linear_in_transformer=True,
-    legacy=False,
-)
+UNET_CONFIG = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "num_res_blocks": [1],
+    "channel_mult": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [0, 0],
+    "transformer_depth_middle": -1,
+    "context_dim": 1024,
+    "num_heads": -1,
+    "num_head_channels": 64,
+    "use_spatial_transformer": True,
+    "use_linear_in_transformer": True,
+    "legacy": False,
+}
 
 
 def host_classes():
@@ -213,8 +211,8 @@ def train(args) -> None:
         log.info("resumed %s at step %d, %.1f minutes", state_file, step, spent / 60)
 
     def save():
-        state = dict(model=model.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict())
-        state |= dict(rng=crops.rng.get_state(), step=step, spent=spent)
+        state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"rng": crops.rng.get_state(), "step": step, "spent": spent}
         temporary = state_file.with_suffix(".part")
         torch.save(state, temporary)
         os.replace(temporary, state_file)
@@ -226,7 +224,11 @@ def train(args) -> None:
             prefix = VAE + ("taesd_decoder." if args.decoder_only else "")
             out |= {prefix + k: v for k, v in averaged.items()}
             out |= {k: v for k, v in given.items() if k.startswith(UNET)}
-        write(args.out, out, metadata | {f"{args.stage}_samples": str(step * args.batch), f"{args.stage}_init": args.init.name if args.init else "none"})
+        write(
+            args.out,
+            out,
+            metadata | {f"{args.stage}_samples": str(step * args.batch), f"{args.stage}_init": args.init.name if args.init else "none"},
+        )
 
     @torch.no_grad()
     def validate() -> str:
@@ -236,7 +238,6 @@ def train(args) -> None:
         if is_unet:
             z0 = ae.taesd_encoder(x * 0.5 + 0.5)
             return f"held-out loss {float(snr_weighted_eps_loss(ema, z0, rng, alphas_cumprod)):.5f}"
-        z = ae.taesd_encoder(x * 0.5 + 0.5)
         decoder = ema.module if args.decoder_only else ema.module.taesd_decoder
         encoder = ae.taesd_encoder if args.decoder_only else ema.module.taesd_encoder
         z = encoder(x * 0.5 + 0.5)

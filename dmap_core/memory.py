@@ -22,7 +22,10 @@ SHARE = 0.75  # of the free memory that saved activations may take; the backward
 
 # Classes of the blocks that make up the UNets and the decoders of latent diffusion models, in ComfyUI, in diffusers and in TAESD.
 BLOCKS = frozenset(
-    "ResBlock SpatialTransformer ResnetBlock AttnBlock Upsample Downsample Block ResnetBlock2D Transformer2DModel Upsample2D Downsample2D".split()
+    ["ResBlock", "SpatialTransformer"]  # ComfyUI's UNet
+    + ["ResnetBlock", "AttnBlock", "Upsample", "Downsample"]  # its autoencoder
+    + ["Block"]  # TAESD
+    + ["ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D"]  # diffusers
 )
 
 

@@ -45,7 +45,9 @@ class Posterior:
         """
         while True:
             try:
-                result = self._gradient(z, sigma, Budget(SHARE * self.prior.free_memory(), self.prior.networks()) if self._undecided else None)
+                result = self._gradient(
+                    z, sigma, Budget(SHARE * self.prior.free_memory(), self.prior.networks()) if self._undecided else None
+                )
                 self._undecided = False
                 return result
             except (ShortOfMemory, torch.OutOfMemoryError):

@@ -51,7 +51,9 @@ def check_sigmas(sigmas: Tensor | Sequence[float], to_zero: bool = True) -> list
         raise ValueError("sigmas holds NaN or infinite values")
     rise = next((i for i, (a, b) in enumerate(zip(levels, levels[1:], strict=False)) if b >= a), None)
     if rise is not None:
-        raise ValueError(f"sigmas must fall at every step, but step {rise} goes from {levels[rise]:.4g} to {levels[rise + 1]:.4g}; do not flip the schedule")
+        raise ValueError(
+            f"sigmas must fall at every step, but step {rise} goes from {levels[rise]:.4g} to {levels[rise + 1]:.4g}; do not flip the schedule"
+        )
     if to_zero and levels[-1] != 0:
         raise ValueError(f"sigmas must end at 0, but end at {levels[-1]:.4g}; give the whole schedule, not the first half of a split one")
     return levels

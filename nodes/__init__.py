@@ -2,7 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import guiders, operators, samplers
+from . import guiders, host, operators, samplers
 
 
 class DMAPExtension(ComfyExtension):
@@ -11,4 +11,5 @@ class DMAPExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> DMAPExtension:
+    host.offer_demo_prior()
     return DMAPExtension()

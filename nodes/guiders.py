@@ -26,8 +26,14 @@ class DPSGuider(io.ComfyNode):
             description="The problem to solve: which picture, seen through the operator, looks like the measurement and is likely under the model? "
             "Connect it to SamplerCustomAdvanced, together with DMAPSampler (best), DPSSampler, or any stock sampler (ddpm is DPS).",
             inputs=[
-                io.Model.Input("model", tooltip="An eps- or v-prediction model: Stable Diffusion 2.0 base (the paper's), 1.5, 2.1, SDXL. LoRAs are fine; flow models (SD3, Flux) are not."),
-                io.Conditioning.Input("positive", tooltip="The prompt. Empty is the paper's choice; a few words that describe the picture can help. Without a text encoder use DMAPUnconditional."),
+                io.Model.Input(
+                    "model",
+                    tooltip="An eps- or v-prediction model: Stable Diffusion 2.0 base (the paper's), 1.5, 2.1, SDXL. LoRAs are fine; flow models (SD3, Flux) are not.",
+                ),
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt. Empty is the paper's choice; a few words that describe the picture can help. Without a text encoder use DMAPUnconditional.",
+                ),
                 io.Vae.Input("vae", tooltip="The model's VAE. Its decoder is part of the gradient."),
                 Operator.Input("operator", tooltip="How a clean picture became the measurement."),
                 io.Image.Input("measurement", tooltip="The damaged picture, or a batch. One measurement serves a whole batch of latents."),
@@ -42,7 +48,16 @@ class DPSGuider(io.ComfyNode):
                     "Raise it if the result does not match the measurement, lower it if it is noisy. DMAPSampler and DPSSampler use their own zeta instead.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What the picture should not show. Used only if cfg is not 1."),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=30.0, step=0.1, round=0.01, optional=True, tooltip="Classifier-free guidance: 1 is none (the paper's choice) and costs half as much."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
+                    tooltip="Classifier-free guidance: 1 is none (the paper's choice) and costs half as much.",
+                ),
                 io.Combo.Input(
                     "memory",
                     options=["auto", *PLANS],
@@ -76,7 +91,9 @@ class SamplingReport(io.ComfyNode):
             category=CATEGORY,
             description="What the last run of this guider cost and reached: steps, denoiser calls, seconds, the residual at every step.",
             inputs=[
-                io.Guider.Input("guider", tooltip="The DPSGuider of the run. Give every sampler a guider of its own if you compare several."),
+                io.Guider.Input(
+                    "guider", tooltip="The DPSGuider of the run. Give every sampler a guider of its own if you compare several."
+                ),
                 io.Latent.Input("latent", tooltip="The output of SamplerCustomAdvanced; it only says that the run is over."),
             ],
             outputs=[io.String.Output(display_name="text"), io.String.Output(display_name="json")],

@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.samplers
+import folder_paths
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
 from comfy.ldm.modules.attention import attention_pytorch
@@ -78,6 +80,11 @@ def trainable_free(networks: list[nn.Module]) -> Iterator[None]:
             p.requires_grad_(True)
 
 
+def offer_demo_prior() -> None:
+    """List the small prior of demo/ among the checkpoints, so that the demo workflows run right after installation."""
+    folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent.parent / "demo"))
+
+
 def _pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
@@ -107,7 +114,9 @@ def check_vae(vae, model) -> None:
     """Raises ValueError for a VAE that is not one of pictures, or not of this model's latents."""
     wanted = model.get_model_object("latent_format").latent_channels
     if vae.latent_channels != wanted:
-        raise ValueError(f"vae: it has {vae.latent_channels} latent channels and the model {wanted}; load the VAE that belongs to the model")
+        raise ValueError(
+            f"vae: it has {vae.latent_channels} latent channels and the model {wanted}; load the VAE that belongs to the model"
+        )
     probe = vae.process_output(torch.tensor([-1.0, 0.0, 1.0]))
     if not isinstance(vae.downscale_ratio, int) or not torch.allclose(probe, torch.tensor([0.0, 0.5, 1.0])):
         raise ValueError("vae: it does not decode to still pictures in [-1, 1]; load the VAE that belongs to the model")
@@ -230,7 +239,9 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                 f"({wanted[1]}x{wanted[0]} latents). Connect 'EmptyMeasurementLatent', or mend the operator's settings"
             )
         if len(self.y) not in (1, len(noise)):
-            raise ValueError(f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent")
+            raise ValueError(
+                f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent"
+            )
 
     def _finish_report(self, seconds: float) -> None:
         self.report.seconds = seconds

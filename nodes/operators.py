@@ -16,7 +16,9 @@ CATEGORY = "DMAP/operators"
 
 
 def operator_output():
-    return Operator.Output(display_name="operator", tooltip="How a clean picture becomes the measurement. Goes to DPSGuider, Degrade, Compose.")
+    return Operator.Output(
+        display_name="operator", tooltip="How a clean picture becomes the measurement. Goes to DPSGuider, Degrade, Compose."
+    )
 
 
 class OperatorSuperResolution(io.ComfyNode):
@@ -91,10 +93,20 @@ class OperatorMotionBlur(io.ComfyNode):
             description="The camera moved along a straight line. Restoring it is motion deblurring.",
             inputs=[
                 io.Float.Input(
-                    "length", default=15.0, min=1.1, max=255.0, step=0.5, tooltip="How far the camera moved, in pixels: the length of the streaks that points of light leave."
+                    "length",
+                    default=15.0,
+                    min=1.1,
+                    max=255.0,
+                    step=0.5,
+                    tooltip="How far the camera moved, in pixels: the length of the streaks that points of light leave.",
                 ),
                 io.Float.Input(
-                    "angle", default=45.0, min=-180.0, max=180.0, step=1.0, tooltip="Direction of the streaks in degrees: 0 is horizontal, 90 vertical, counter-clockwise."
+                    "angle",
+                    default=45.0,
+                    min=-180.0,
+                    max=180.0,
+                    step=1.0,
+                    tooltip="Direction of the streaks in degrees: 0 is horizontal, 90 vertical, counter-clockwise.",
                 ),
             ],
             outputs=[operator_output()],
@@ -139,7 +151,10 @@ class OperatorInpainting(io.ComfyNode):
             category=CATEGORY,
             description="Parts of the picture are missing or damaged. What the measurement shows inside the mask is ignored.",
             inputs=[
-                io.Mask.Input("mask", tooltip="White (1) where the picture is missing, black where it is good. The same size as the picture. Values of 0.5 and above count as white.")
+                io.Mask.Input(
+                    "mask",
+                    tooltip="White (1) where the picture is missing, black where it is good. The same size as the picture. Values of 0.5 and above count as white.",
+                )
             ],
             outputs=[operator_output()],
         )
@@ -210,7 +225,11 @@ class Degrade(io.ComfyNode):
                 ),
                 io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=False, tooltip="Seed of that noise."),
             ],
-            outputs=[io.Image.Output(display_name="measurement", tooltip="The damaged picture. Values may leave 0..1 a little; they are kept for the guider.")],
+            outputs=[
+                io.Image.Output(
+                    display_name="measurement", tooltip="The damaged picture. Values may leave 0..1 a little; they are kept for the guider."
+                )
+            ],
         )
 
     @classmethod
@@ -253,7 +272,9 @@ class EmptyMeasurementLatent(io.ComfyNode):
     def execute(cls, measurement, operator: CoreOperator, vae, batch_size) -> io.NodeOutput:
         y = measurement_to_core(measurement, operator, "EmptyMeasurementLatent: measurement")
         if batch_size > 1 and len(y) > 1:
-            raise ValueError(f"EmptyMeasurementLatent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once")
+            raise ValueError(
+                f"EmptyMeasurementLatent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once"
+            )
         height, width = operator.image_size(y)
         h, w = host.latent_size(vae, (height, width))
         return io.NodeOutput({"samples": torch.zeros(max(len(y), batch_size), vae.latent_channels, h, w)}, width, height)

@@ -32,7 +32,8 @@ def eta_input(low: float):
         max=1.0,
         step=0.05,
         optional=True,
-        tooltip="How much fresh noise every step adds: 1 is ancestral sampling (paper), " + ("0 deterministic (DDIM)." if low == 0 else "less keeps closer to the deterministic path."),
+        tooltip="How much fresh noise every step adds: 1 is ancestral sampling (paper), "
+        + ("0 deterministic (DDIM)." if low == 0 else "less keeps closer to the deterministic path."),
     )
 
 
@@ -93,7 +94,13 @@ class DMAPScheduler(io.ComfyNode):
             description="The paper's noise levels: the model's timesteps evenly spaced from the last to the first, then 0.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that is sampled."),
-                io.Int.Input("steps", default=250, min=1, max=10000, tooltip="Noise levels (paper: 500 for DPS and DMAP full, 250 for DMAP same). Fewer steps want a larger zeta; 50 to 100 give a quick look."),
+                io.Int.Input(
+                    "steps",
+                    default=250,
+                    min=1,
+                    max=10000,
+                    tooltip="Noise levels (paper: 500 for DPS and DMAP full, 250 for DMAP same). Fewer steps want a larger zeta; 50 to 100 give a quick look.",
+                ),
                 io.Float.Input(
                     "start",
                     default=1.0,
@@ -103,7 +110,15 @@ class DMAPScheduler(io.ComfyNode):
                     optional=True,
                     tooltip="Where to begin, as a fraction of the model's timesteps: 1 is pure noise. Below 1 the given latent is noised to that level and refined (partial denoising): 0.3 to 0.6 keep its composition.",
                 ),
-                io.Float.Input("end", default=0.0, min=0.0, max=1.0, step=0.01, optional=True, tooltip="Where the last step before 0 begins, as a fraction of the timesteps. 0 is the paper's; 0.05 skips the finest noise levels."),
+                io.Float.Input(
+                    "end",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Where the last step before 0 begins, as a fraction of the timesteps. 0 is the paper's; 0.05 skips the finest noise levels.",
+                ),
             ],
             outputs=[io.Sigmas.Output()],
         )

@@ -9,7 +9,11 @@ NOTES = ("Note", "MarkdownNote")
 def node_inputs(info: dict[str, Any]) -> list[tuple[str, Any, dict[str, Any]]]:
     """(name, type, options) of a node's inputs in the interface's order, required before optional."""
     inputs = info["input"]
-    return [(name, spec[0], spec[1] if len(spec) > 1 else {}) for group in ("required", "optional") for name, spec in inputs.get(group, {}).items()]
+    return [
+        (name, spec[0], spec[1] if len(spec) > 1 else {})
+        for group in ("required", "optional")
+        for name, spec in inputs.get(group, {}).items()
+    ]
 
 
 def is_widget(kind: Any, options: dict[str, Any]) -> bool:
@@ -37,7 +41,11 @@ def to_prompt(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str
         values = dict(zip(widget_names(object_info[node["type"]]), node.get("widgets_values") or [], strict=True))
         values.pop(None, None)
         linked = {slot["name"]: sources[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": {**values, **linked}, "_meta": {"title": node.get("title", node["type"])}}
+        prompt[str(node["id"])] = {
+            "class_type": node["type"],
+            "inputs": {**values, **linked},
+            "_meta": {"title": node.get("title", node["type"])},
+        }
     return prompt
 
 

@@ -32,7 +32,9 @@ class Graph:
         self.links: list[list[Any]] = []
         self.bottom: dict[int, int] = {}
 
-    def add(self, kind: str, column: int, title: str | None = None, models: list | None = None, size: tuple[int, int] | None = None, **values):
+    def add(
+        self, kind: str, column: int, title: str | None = None, models: list | None = None, size: tuple[int, int] | None = None, **values
+    ):
         """A node; values are widget values, or (node, output) pairs for links. Widgets without a value keep their default."""
         info = self.info[kind]
         slots, widgets = [], []
@@ -50,7 +52,10 @@ class Graph:
                 slots.append({"name": name, "type": type_, "link": self._link(value, len(self.nodes) + 1, len(slots), type_)})
         if values:
             raise ValueError(f"{kind} has no input {', '.join(values)}")
-        outputs = [{"name": n, "type": t, "slot_index": i, "links": []} for i, (n, t) in enumerate(zip(info["output_name"], info["output"], strict=True))]
+        outputs = [
+            {"name": n, "type": t, "slot_index": i, "links": []}
+            for i, (n, t) in enumerate(zip(info["output_name"], info["output"], strict=True))
+        ]
         size = size or (320, 60 + 26 * max(len(slots), len(outputs)) + 26 * len(widgets))
         properties: dict[str, Any] = {"Node name for S&R": kind}
         if models:
@@ -63,7 +68,15 @@ class Graph:
     def _place(self, kind, column, title, size, slots, outputs, properties, widgets) -> int:
         y = self.bottom.get(column, 0)
         self.bottom[column] = y + size[1] + ROW + 30
-        node = {"id": len(self.nodes) + 1, "type": kind, "pos": [column * COLUMN, y], "size": list(size), "flags": {}, "order": len(self.nodes), "mode": 0}
+        node = {
+            "id": len(self.nodes) + 1,
+            "type": kind,
+            "pos": [column * COLUMN, y],
+            "size": list(size),
+            "flags": {},
+            "order": len(self.nodes),
+            "mode": 0,
+        }
         node |= {"inputs": slots, "outputs": outputs, "properties": properties, "widgets_values": widgets}
         if title:
             node["title"] = title
@@ -111,11 +124,48 @@ def box_mask(g: Graph, column: int, side: int, box: int) -> tuple[int, int]:
     return g.add("MaskComposite", column, destination=(black, 0), source=(white, 0), x=at, y=at, operation="add"), 0
 
 
-def sampling(g: Graph, column: int, name: str, sampler: tuple[int, int], steps: int, model, conditioning, vae, op, measurement, latent, noise, zeta, prefix) -> None:
+def sampling(
+    g: Graph,
+    column: int,
+    name: str,
+    sampler: tuple[int, int],
+    steps: int,
+    model,
+    conditioning,
+    vae,
+    op,
+    measurement,
+    latent,
+    noise,
+    zeta,
+    prefix,
+) -> None:
     """Guider, sampler, schedule, decode and save: one restoration."""
-    guider = g.add("DMAP_DPSGuider", column, title=f"{name}: guider", model=model, positive=conditioning, vae=vae, operator=op, measurement=measurement, zeta=zeta), 0
+    guider = (
+        g.add(
+            "DMAP_DPSGuider",
+            column,
+            title=f"{name}: guider",
+            model=model,
+            positive=conditioning,
+            vae=vae,
+            operator=op,
+            measurement=measurement,
+            zeta=zeta,
+        ),
+        0,
+    )
     sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps), 0
-    run = g.add("SamplerCustomAdvanced", column + 1, title=f"{name}: run", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent)
+    run = g.add(
+        "SamplerCustomAdvanced",
+        column + 1,
+        title=f"{name}: run",
+        noise=noise,
+        guider=guider,
+        sampler=sampler,
+        sigmas=sigmas,
+        latent_image=latent,
+    )
     picture = g.add("VAEDecode", column + 1, samples=(run, 0), vae=vae), 0
     g.add("SaveImage", column + 1, title=f"{name}: save", size=(320, 360), images=picture, filename_prefix=prefix)
     g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=(run, 0))
@@ -163,7 +213,9 @@ Checkpoint: `models/checkpoints/{PRIOR}` (already listed if you installed the pa
     dps = g.add("DMAP_DPSSampler", 2, title="DPS: sampler", zeta=dps_zeta), 0
     sampling(g, 2, "DPS", dps, DEMO_STEPS, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dps")
     dmap = g.add("DMAP_DMAPSampler", 4, title="DMAP: sampler", K=2, zeta=dmap_zeta), 0
-    sampling(g, 4, "DMAP", dmap, DEMO_STEPS // 2, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dmap")
+    sampling(
+        g, 4, "DMAP", dmap, DEMO_STEPS // 2, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dmap"
+    )
     return g
 
 

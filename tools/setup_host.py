@@ -105,7 +105,7 @@ def project_requirements() -> list[str]:
 
 def comfyui_requirements(tree: Path) -> list[str]:
     lines = (line.split("#")[0].strip() for line in (tree / "requirements.txt").read_text().splitlines())
-    return [line for line in lines if line and re.split(r"[^\w.-]", line)[0].lower() not in NOT_FROM_COMFYUI]
+    return [line for line in lines if line and line[0] != "-" and re.split(r"[^\w.-]", line)[0].lower() not in NOT_FROM_COMFYUI]
 
 
 def install(tree: Path) -> None:

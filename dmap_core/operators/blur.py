@@ -39,7 +39,9 @@ def gaussian_matrix(length: int, kernel_size: int, sigma: float) -> Tensor:
 
 def _check_room(name: str, size: Size, radius: int) -> Size:
     if min(size) <= radius:
-        raise ValueError(f"{name}: a picture of {size[1]}x{size[0]} is too small for a kernel that reaches {radius} pixels; it needs more than that on both sides")
+        raise ValueError(
+            f"{name}: a picture of {size[1]}x{size[0]} is too small for a kernel that reaches {radius} pixels; it needs more than that on both sides"
+        )
     return size
 
 

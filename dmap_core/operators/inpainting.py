@@ -33,7 +33,9 @@ class Inpainting(Operator):
         mask = (mask >= 0.5).float()
         missing = mask.mean(dim=(1, 2, 3))
         if (missing == 0).any():
-            raise ValueError("Inpainting: mask is empty (nothing is missing); paint the hole white, or invert the mask if it shows what is known")
+            raise ValueError(
+                "Inpainting: mask is empty (nothing is missing); paint the hole white, or invert the mask if it shows what is known"
+            )
         if (missing == 1).any():
             raise ValueError("Inpainting: mask is full (everything is missing); leave some of the picture black, or invert the mask")
         object.__setattr__(self, "mask", mask)
@@ -41,7 +43,9 @@ class Inpainting(Operator):
     def _known(self, x: Tensor) -> Tensor:
         self.measurement_size(tuple(x.shape[-2:]))
         if self.mask.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"Inpainting: {self.mask.shape[0]} masks for a batch of {x.shape[0]} pictures; give one mask or one per picture")
+            raise ValueError(
+                f"Inpainting: {self.mask.shape[0]} masks for a batch of {x.shape[0]} pictures; give one mask or one per picture"
+            )
         return 1 - self.mask.to(x)
 
     def __call__(self, image: Tensor) -> Tensor:

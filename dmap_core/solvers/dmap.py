@@ -23,7 +23,9 @@ def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
     return mu + (offset * (radius / torch.linalg.vector_norm(offset, dim=1, keepdim=True))).view_as(z)
 
 
-def sample_dmap(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, K: int = 2, eta: float = 1.0, generator=None, callback=None) -> Tensor:
+def sample_dmap(
+    posterior: Posterior, z: Tensor, sigmas, *, zeta: float, K: int = 2, eta: float = 1.0, generator=None, callback=None
+) -> Tensor:
     """One ancestral step without gradient, then K times: a gradient step at the *new* noise level, and back onto the sphere.
 
     z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta > 0 as in `sample_dps`. K >= 1: the paper's "same" has

@@ -49,6 +49,8 @@ PARAMS = [
     for channels in allowed
 ]
 every_operator = pytest.mark.parametrize("f, size, channels", PARAMS)
+every_operator_on_colour = pytest.mark.parametrize("f, size, channels", [p for p in PARAMS if p.values[2] == 3])
+every_operator_for_any_batch = pytest.mark.parametrize("f, size, channels", [p for p in PARAMS if "per-sample" not in p.id])
 BATCH = 2
 
 
@@ -105,7 +107,15 @@ def test_gradcheck(f, size, channels):
 
 @pytest.mark.parametrize(
     "f",
-    [SuperResolution(2), GaussianBlur(3, 1.0), KernelBlur(LOPSIDED), MotionBlur(3, 45.0), Grayscale(), Inpainting(hole(4, 6)), Compose([Grayscale(), SuperResolution(2)])],
+    [
+        SuperResolution(2),
+        GaussianBlur(3, 1.0),
+        KernelBlur(LOPSIDED),
+        MotionBlur(3, 45.0),
+        Grayscale(),
+        Inpainting(hole(4, 6)),
+        Compose([Grayscale(), SuperResolution(2)]),
+    ],
     ids=lambda f: f.name,
 )
 def test_gradcheck_of_every_entry(f):
@@ -113,10 +123,8 @@ def test_gradcheck_of_every_entry(f):
     assert gradcheck(f, (x,), fast_mode=False)
 
 
-@every_operator
+@every_operator_for_any_batch
 def test_every_sample_is_treated_alone(f, size, channels):
-    if any(isinstance(g, Inpainting) and len(g.mask) > 1 for g in (f,)):
-        pytest.skip("one mask per sample: see test_one_mask_per_sample")
     x = picture(size, channels)
     for i in range(BATCH):
         torch.testing.assert_close(f(x[i : i + 1]), f(x)[i : i + 1], rtol=1e-13, atol=1e-13)
@@ -157,11 +165,9 @@ def test_dtype_is_kept(f, size, channels, dtype):
     torch.testing.assert_close(y.double(), f(x.double()), rtol=tolerance, atol=tolerance)
 
 
-@every_operator
+@every_operator_on_colour
 def test_hint_is_a_picture_of_the_images_size(f, size, channels):
-    if channels != 3:
-        pytest.skip("a hint belongs to a colour picture")
-    y = f(picture(size, 3, dtype=torch.float32))
+    y = f(picture(size, channels, dtype=torch.float32))
     hint = f.hint(y)
     assert hint.shape == (BATCH, 3, *size) and hint.dtype == y.dtype
     # Bicubic upsampling (a = -0.75) has weights of absolute sum 1.375 at most along one axis: it may overshoot by that, squared.
@@ -170,7 +176,16 @@ def test_hint_is_a_picture_of_the_images_size(f, size, channels):
 
 @pytest.mark.parametrize("value", [-1.0, 0.25, 1.0])
 @pytest.mark.parametrize(
-    "f", [SuperResolution(4), GaussianBlur(9, 2.0), KernelBlur(LOPSIDED), MotionBlur(5, 20.0), Grayscale(), Compose([Grayscale(), SuperResolution(2)])], ids=lambda f: f.name
+    "f",
+    [
+        SuperResolution(4),
+        GaussianBlur(9, 2.0),
+        KernelBlur(LOPSIDED),
+        MotionBlur(5, 20.0),
+        Grayscale(),
+        Compose([Grayscale(), SuperResolution(2)]),
+    ],
+    ids=lambda f: f.name,
 )
 def test_constants_are_preserved_and_the_hint_keeps_the_range(f, value):
     x = torch.full((2, 3, 12, 16), value, dtype=torch.float64)
@@ -250,17 +265,28 @@ def test_a_nonlinear_operator_says_that_it_has_no_adjoint():
         Squared().adjoint(torch.ones(1, 3, 2, 2), (2, 2))
 
 
-DISTANCES = [SuperResolution(2), GaussianBlur(), KernelBlur(LOPSIDED), MotionBlur(), Inpainting(hole(6, 9)), Grayscale(), Compose([Grayscale()])]
+DISTANCES = [
+    SuperResolution(3),
+    GaussianBlur(5),
+    KernelBlur(LOPSIDED),
+    MotionBlur(3),
+    Inpainting(hole(6, 9)),
+    Grayscale(),
+    Compose([Grayscale()]),
+]
+every_distance = pytest.mark.parametrize("f", DISTANCES, ids=lambda f: f.name)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
 
 
-@pytest.mark.parametrize("f", DISTANCES, ids=lambda f: f.name)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@every_distance
+@every_dtype
 def test_distance_is_the_plain_norm_of_every_sample(f, dtype):
-    a, b = picture((6, 9), 3, 1, dtype, batch=3), picture((6, 9), 3, 2, dtype, batch=3)
+    a, b = f(picture((6, 9), 3, 1, dtype, batch=3)), f(picture((6, 9), 3, 2, dtype, batch=3))
     b[2] = a[2]
     distance = f.distance(a, b)
     expected = (a.double() - b.double()).square().sum((1, 2, 3)).sqrt().float()
-    assert distance.dtype == torch.float32 and distance.shape == (3,)
+    assert distance.dtype == torch.float32
+    assert distance.shape == (3,)
     # half inputs are subtracted in half: 2^-11 relative per element
     torch.testing.assert_close(distance, expected, rtol=5e-4 if dtype == torch.float16 else 1e-6, atol=0)
     assert distance[2] == 0
@@ -271,17 +297,49 @@ def test_distance_of_a_large_half_residual_does_not_overflow():
     assert float(SuperResolution(8).distance(a, b)) == pytest.approx(2 * (3 * 512 * 512) ** 0.5, rel=1e-5)
 
 
-@pytest.mark.parametrize("f", DISTANCES, ids=lambda f: f.name)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@every_distance
+@every_dtype
 def test_gradient_of_the_distance_is_finite_at_zero(f, dtype):
-    y = picture((4, 5), 3, dtype=dtype)
+    y = f(picture((6, 9), 3, dtype=dtype))
     y_hat = y.clone().requires_grad_()
     (grad,) = torch.autograd.grad(f.distance(y_hat, y).sum(), y_hat)
     assert torch.isfinite(grad).all()
 
 
+@pytest.mark.parametrize("masks", [hole(6, 9), two_holes(6, 9)], ids=["one", "per-sample"])
+def test_what_a_damaged_picture_shows_in_its_holes_does_not_count(masks):
+    f = Inpainting(masks)
+    y, y_hat = f(picture((6, 9), 3, 1)), f(picture((6, 9), 3, 2))
+    painted_over = y + 5 * f.mask.double()
+    assert torch.equal(f.distance(y_hat, painted_over), f.distance(y_hat, y))
+    assert torch.equal(f.hint(painted_over), y)
+    assert f.distance(y, painted_over).max() == 0
+
+
 def test_gradient_of_the_distance_is_the_unit_residual():
     y, y_hat = picture((4, 5), 3, 1), picture((4, 5), 3, 2).requires_grad_()
-    (grad,) = torch.autograd.grad(GaussianBlur().distance(y_hat, y).sum(), y_hat)
+    (grad,) = torch.autograd.grad(GaussianBlur(3).distance(y_hat, y).sum(), y_hat)
     residual = (y_hat - y).detach()
     torch.testing.assert_close(grad, residual / residual.flatten(1).norm(dim=1).view(-1, 1, 1, 1), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SuperResolution(2),
+        lambda: GaussianBlur(9, 1.234),
+        lambda: KernelBlur(LOPSIDED),
+        lambda: MotionBlur(3.21, 43.2),
+        lambda: Inpainting(hole(10, 12)),
+        Grayscale,
+    ],
+    ids=["SuperResolution", "GaussianBlur", "KernelBlur", "MotionBlur", "Inpainting", "Grayscale"],
+)
+def test_operators_made_and_used_under_inference_mode_give_gradients_later(make):
+    with torch.inference_mode():
+        f = make()
+        y = f(picture((10, 12), 3))
+    x = picture((10, 12), 3, seed=1).requires_grad_()
+    (grad,) = torch.autograd.grad(f.distance(f(x), y).sum(), x)
+    assert torch.isfinite(grad).all()
+    assert grad.abs().max() > 0
