@@ -48,7 +48,7 @@ class Budget:
             self.saved += storage.nbytes()
             if self.saved > self.limit:
                 raise ShortOfMemory(f"activations of more than {self.limit / 2**30:.1f} GiB")
-        return tensor
+        return tensor.detach()  # the tensor itself would keep a graph alive that is given up
 
     def counted(self):
         return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -57,7 +57,8 @@ class Budget:
 @contextmanager
 def checkpointed(networks: Iterable[nn.Module]) -> Iterator[int]:
     """Blocks of the networks recompute their activations in the backward pass while the context lasts. Yields how many blocks do."""
-    blocks = [m for network in networks for m in network.modules() if type(m).__name__ in BLOCKS]
+    blocks = dict.fromkeys(m for network in networks for m in network.modules() if type(m).__name__ in BLOCKS)
+    replaced = {block: block.__dict__["forward"] for block in blocks if "forward" in block.__dict__}
     for block in blocks:
         # an attribute of the instance hides the method of the class; deleting it brings the method back
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
@@ -65,4 +66,7 @@ def checkpointed(networks: Iterable[nn.Module]) -> Iterator[int]:
         yield len(blocks)
     finally:
         for block in blocks:
-            del block.forward
+            if block in replaced:
+                block.forward = replaced[block]
+            else:
+                del block.forward

@@ -24,7 +24,7 @@ class Posterior:
             raise ValueError(f"memory is {memory!r}; it must be one of auto, {', '.join(PLANS)}")
         self.prior, self.operator, self.y = prior, operator, y
         self.plan = PLANS[0] if memory == "auto" else memory
-        self._undecided = memory == "auto"
+        self._auto = self._undecided = memory == "auto"
         self.denoiser_calls = 0
         self.decoder_calls = 0
 
@@ -45,20 +45,18 @@ class Posterior:
         """
         while True:
             try:
-                result = self._gradient(
-                    z, sigma, Budget(SHARE * self.prior.free_memory(), self.prior.networks()) if self._undecided else None
-                )
+                result = self._gradient(z, sigma)
+            except (ShortOfMemory, torch.OutOfMemoryError):
+                if not self._auto or self.plan == PLANS[-1]:
+                    raise
+            else:
                 self._undecided = False
                 return result
-            except (ShortOfMemory, torch.OutOfMemoryError):
-                if not self._undecided or self.plan == PLANS[-1]:
-                    raise
             self.plan = PLANS[PLANS.index(self.plan) + 1]  # outside the handler, whose traceback keeps the activations alive
 
-    def _gradient(self, z: Tensor, sigma: float, budget: Budget | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, z: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
         lean = self.plan == "lean"
-        # the last plan has nothing to fall back to: it is tried whatever the estimate says
-        counted = budget.counted if budget and self.plan != PLANS[-1] else nullcontext
+        counted = self._counted()
         with torch.enable_grad(), checkpointed(self.prior.networks()) if self.plan == "checkpoint" else nullcontext():
             z = z.detach().requires_grad_()
             with torch.no_grad() if lean else counted():
@@ -70,12 +68,17 @@ class Posterior:
             (cotangent,) = torch.autograd.grad(residual.sum(), leaf)
             # stage two: the denoiser's vector-Jacobian product
             if lean:
-                if budget:
-                    budget.saved = 0
+                counted = self._counted()  # from zero: the decoder's activations are gone
                 with counted():
                     z0 = self.prior.denoise(z, sigma)
             (grad,) = torch.autograd.grad(z0, z, cotangent)
         return grad, z0.detach(), residual.detach()
+
+    def _counted(self):
+        """A context in which saved activations count against the free memory, as long as "auto" has not found its plan."""
+        if not self._undecided or self.plan == PLANS[-1]:  # the last plan has nothing to fall back to
+            return nullcontext
+        return Budget(SHARE * self.prior.free_memory(), self.prior.networks()).counted
 
     def _denoise(self, z: Tensor, sigma: float) -> Tensor:
         self.denoiser_calls += 1

@@ -59,7 +59,7 @@ def normal(value: Any) -> Any:
 
 
 @contextmanager
-def trainable_free(networks: list[nn.Module]) -> Iterator[None]:
+def frozen(networks: list[nn.Module]) -> Iterator[None]:
     """Weights of the networks can stand in a graph but get no gradient themselves; values and flags are afterwards what they were."""
     flagged = []
     for network in networks:
@@ -166,9 +166,9 @@ class Report:
 class HostPrior:
     """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it."""
 
-    def __init__(self, base_model, vae, networks: list[nn.Module], size: tuple[int, int]):
-        self.base_model, self.vae, self.size = base_model, vae, size
-        self._networks = networks
+    def __init__(self, base_model, vae, autoencoder: nn.Module, controls: list[nn.Module], size: tuple[int, int]):
+        self.base_model, self.vae, self.autoencoder, self.size = base_model, vae, autoencoder, size
+        self._networks = [base_model.diffusion_model, autoencoder, *controls]
         self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
 
     def denoise(self, z: Tensor, sigma: float) -> Tensor:
@@ -178,12 +178,12 @@ class HostPrior:
     def decode(self, z0: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         latent = self.base_model.process_latent_out(z0).to(self.vae.device, self.vae.vae_dtype)
-        image = self.vae.first_stage_model.decode(latent).to(z0.device, torch.float32)
+        image = self.autoencoder.decode(latent).to(z0.device, torch.float32)
         return image[..., : self.size[0], : self.size[1]]
 
     def encode(self, image: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        latent = self.vae.first_stage_model.encode(image.to(self.vae.device, self.vae.vae_dtype))
+        latent = self.autoencoder.encode(image.to(self.vae.device, self.vae.vae_dtype))
         return self.base_model.process_latent_in(latent.to(image.device, torch.float32))
 
     def networks(self) -> list[nn.Module]:
@@ -262,11 +262,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                     f"{type(patcher.model).__name__} does not fit into the GPU's memory as a whole, which gradients need. "
                     "Use a smaller picture or model, half precision weights, or unload other models first"
                 )
-        networks = [self.inner_model.diffusion_model, self.vae.first_stage_model, *(p.model for p in self.loaded_models)]
-        prior = HostPrior(self.inner_model, self.vae, networks, self.size)
+        prior = HostPrior(self.inner_model, self.vae, vae.model, [p.model for p in self.loaded_models], self.size)
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         self._posterior = Posterior(prior, self.operator, y, self.memory)
-        with trainable_free(networks):
+        with frozen(prior.networks()):
             return super().inner_sample(noise, latent_image, device, *args, **kwargs)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):

@@ -11,6 +11,17 @@ from torch import Tensor
 Size = tuple[int, int]
 
 
+def whole(name: str, value: Any, least: int) -> int:
+    """`value` as an int. Raises ValueError, naming it, unless it is a whole number of at least `least`."""
+    try:
+        number = int(value)
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if isinstance(value, str) or number is None or number != value or number < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    return number
+
+
 class Operator:
     """A degradation f: image (B, 3, H, W) in [-1, 1] -> measurement y (B, c, h, w), and what a solver has to know about it.
 

@@ -53,10 +53,11 @@ class GaussianBlur(Separable):
     sigma: float = 3.0
 
     def __post_init__(self):
-        if not self.sigma > 0:
-            raise ValueError(f"GaussianBlur: sigma is {self.sigma} pixels; it must be above 0")
-        if int(self.kernel_size) != self.kernel_size or self.kernel_size < 3 or self.kernel_size % 2 == 0:
+        if not isinstance(self.sigma, (int, float)) or not 0 < self.sigma < math.inf:
+            raise ValueError(f"GaussianBlur: sigma is {self.sigma} pixels; it must be a number above 0")
+        if self.kernel_size % 2 != 1 or self.kernel_size < 3:
             raise ValueError(f"GaussianBlur: kernel_size is {self.kernel_size}; it must be odd and at least 3")
+        object.__setattr__(self, "kernel_size", int(self.kernel_size))
 
     def matrix(self, length: int) -> Tensor:
         return gaussian_matrix(length, self.kernel_size, self.sigma)
@@ -109,12 +110,17 @@ class KernelBlur(Correlation):
     kernel: tuple[tuple[float, ...], ...]
 
     def __post_init__(self):
-        kernel = torch.as_tensor(self.kernel, dtype=torch.float64)
+        try:
+            kernel = torch.as_tensor(self.kernel, dtype=torch.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"KernelBlur: the kernel is not made of rows of numbers of one length: {error}") from error
         if kernel.ndim != 2 or kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
             raise ValueError(f"KernelBlur: kernel has shape {tuple(kernel.shape)}; it must have two odd sides")
         if not torch.isfinite(kernel).all() or not kernel.sum() > 0:
             raise ValueError("KernelBlur: the kernel's values must be finite and their sum above 0")
-        object.__setattr__(self, "kernel", tuple(map(tuple, (kernel / kernel.sum()).tolist())))
+        if abs(float(kernel.sum()) - 1) > 1e-9:  # a kernel that was scaled before stays as it is to the bit
+            kernel = kernel / kernel.sum()
+        object.__setattr__(self, "kernel", tuple(map(tuple, kernel.tolist())))
 
     def kernel_tensor(self) -> Tensor:
         return torch.tensor(self.kernel, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -79,8 +80,15 @@ class Inpainting(Operator):
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Inpainting:
         shape = tuple(int(n) for n in settings["shape"])
-        bits = np.frombuffer(zlib.decompress(base64.b64decode(settings["mask"])), dtype=np.uint8)
-        return cls(torch.from_numpy(np.unpackbits(bits, count=int(np.prod(shape))).reshape(shape).astype(np.float32)))
+        count = math.prod(shape)
+        try:
+            packed = zlib.decompress(base64.b64decode(settings["mask"], validate=True))
+        except (ValueError, zlib.error) as error:
+            raise ValueError(f"Inpainting: the spec's mask cannot be unpacked: {error}") from error
+        bits = np.frombuffer(packed, dtype=np.uint8)
+        if min(shape, default=0) < 1 or len(bits) != math.ceil(count / 8):
+            raise ValueError(f"Inpainting: the spec's mask has {len(bits)} bytes, which do not make a mask of shape {shape}")
+        return cls(torch.from_numpy(np.unpackbits(bits, count=count).reshape(shape).astype(np.float32)))
 
     def describe(self) -> str:
         h, w = self.mask.shape[-2:]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Separable, Size
+from .base import Separable, Size, whole
 from .boundary import symmetric_index
 
 
@@ -44,8 +44,7 @@ class SuperResolution(Separable):
     scale: int = 8
 
     def __post_init__(self):
-        if int(self.scale) != self.scale or self.scale < 2:
-            raise ValueError(f"SuperResolution: scale is {self.scale}; it must be a whole number of at least 2")
+        object.__setattr__(self, "scale", whole("SuperResolution: scale", self.scale, 2))
 
     def matrix(self, length: int) -> Tensor:
         return downsampling_matrix(length, self.scale)

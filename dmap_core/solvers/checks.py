@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Diverged
+from ..operators.base import whole
 
 
 def check_settings(zeta: float, eta: float = 1.0, K: int = 1) -> None:
@@ -16,8 +17,7 @@ def check_settings(zeta: float, eta: float = 1.0, K: int = 1) -> None:
         raise ValueError(f"zeta is {zeta}; the step size must be above 0")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
-    if int(K) != K or K < 1:
-        raise ValueError(f"K is {K}; it must be a whole number of at least 1")
+    whole("K", K, 1)
 
 
 def check_finite(step: int, steps: int, zeta: float, z: Tensor, residual: Tensor) -> None:

@@ -43,7 +43,7 @@ def sample_dmap(
         mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
         if sigma_up > 0:
             z = mu + sigma_up * randn_like(z, generator)
-            for _ in range(K):
+            for _ in range(int(K)):
                 grad, denoised, residual = posterior.gradient(z, sigma_next)
                 check_finite(i, len(levels) - 1, zeta, grad, residual)
                 z = project(z - zeta * grad, mu, sigma_up)

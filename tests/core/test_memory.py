@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from dmap_core.memory import BLOCKS, PLANS, SHARE, Budget, ShortOfMemory, checkpointed
 from dmap_core.operators import SuperResolution
@@ -69,7 +70,7 @@ def needs(prior):
 @pytest.mark.parametrize("denoiser_depth, decoder_depth", [(8, 1), (1, 4), (4, 1)])
 def test_the_plan_is_chosen_by_what_the_networks_save(conv_prior, denoiser_depth, decoder_depth):
     """Fast needs room for both networks' activations, lean for the larger ones; weights are there anyway and do not count."""
-    prior = conv_prior(denoiser_depth=denoiser_depth, decoder_depth=decoder_depth, trainable=False)
+    prior = conv_prior(denoiser_depth=denoiser_depth, decoder_depth=decoder_depth)
     denoiser, decoder, weights = needs(prior)
     both, larger = denoiser + decoder, max(denoiser, decoder)
     assert plan_with(prior, both / SHARE) == "fast"
@@ -78,20 +79,39 @@ def test_the_plan_is_chosen_by_what_the_networks_save(conv_prior, denoiser_depth
     assert plan_with(prior, (larger - weights) * 0.9 / SHARE) == "checkpoint"
 
 
-def test_the_budget_counts_memory_that_was_freed_and_taken_again():
-    """The lean plan frees the decoder's activations before the denoiser's are made, often at the same addresses."""
-    network = nn.Sequential(*(nn.Tanh() for _ in range(20)))
-    x = torch.randn(1, 1000, requires_grad=True)
-    budget = Budget(float("inf"), [])
-    with budget.counted():
-        out = network(x)
-    first = budget.saved
-    assert first >= 20 * 4000
-    del out
-    budget.saved = 0
-    with budget.counted():
-        out = network(x)
-    assert budget.saved >= 0.9 * first
+class Sines:
+    """A prior of elementwise sines, each of which saves one tensor of the latent's size."""
+
+    def __init__(self, denoiser, decoder, free):
+        self.depths, self.free = (denoiser, decoder), free
+
+    def denoise(self, z, sigma):
+        for _ in range(self.depths[0]):
+            z = torch.sin(z)
+        return z
+
+    def decode(self, z0):
+        for _ in range(self.depths[1]):
+            z0 = torch.sin(z0)
+        return z0
+
+    def networks(self):
+        return ()
+
+    def free_memory(self):
+        return self.free
+
+
+@pytest.mark.parametrize("pixels", [16, 64, 256])
+@pytest.mark.parametrize("depths", [(20, 15), (15, 20)], ids=["denoiser-larger", "decoder-larger"])
+def test_lean_is_refused_if_one_network_alone_does_not_fit(depths, pixels):
+    """The lean plan frees the decoder's activations before the denoiser's are made, often at the same addresses: they count nevertheless."""
+    z = randn(1, 3, pixels, pixels)
+    posterior = Posterior(
+        Sines(*depths, free=17.5 * z.numel() * 8 / SHARE), SuperResolution(2), SuperResolution(2)(randn(1, 3, pixels, pixels))
+    )
+    posterior.gradient(z, 0.7)
+    assert posterior.plan == "checkpoint"
 
 
 def test_the_budget_counts_a_storage_once_and_weights_not_at_all():
@@ -119,7 +139,7 @@ def test_the_choice_is_made_once(conv_prior):
     asked = prior.asked_for_memory
     posterior.gradient(z, 0.7)
     assert posterior.plan == "checkpoint"
-    assert prior.asked_for_memory == asked or not posterior._undecided
+    assert prior.asked_for_memory == asked
 
 
 def test_a_chosen_plan_stays_even_without_memory(conv_prior):
@@ -169,6 +189,49 @@ def test_a_chosen_plan_does_not_fall_back(conv_prior, plan):
     posterior, z = problem(prior, plan)
     with pytest.raises(torch.OutOfMemoryError):
         posterior.gradient(z, 0.7)
+
+
+def watch_activations(prior):
+    """Weak references to everything that a block or the last layer of a network puts out."""
+    seen = []
+    for network in prior.networks():
+        for module in network.modules():
+            module.register_forward_hook(lambda module, args, out: seen.append(StorageWeakRef(out.untyped_storage())))
+    return seen
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_activations_are_gone_after_a_gradient(conv_prior, plan):
+    prior = conv_prior()
+    seen = watch_activations(prior)
+    posterior, z = problem(prior, plan)
+    posterior.gradient(z, 0.7)
+    assert seen
+    assert all(storage.expired() for storage in seen)
+
+
+@pytest.mark.parametrize("share_of_decoder, plan", [(1.1, "fast"), (0.5, "lean")])
+def test_activations_of_given_up_plans_are_gone(conv_prior, share_of_decoder, plan):
+    """What the fast plan had saved until it was short of memory must not stay: the lean plan needs the room."""
+    prior = conv_prior(denoiser_depth=3, decoder_depth=3)
+    denoiser, decoder, _ = needs(prior)
+    prior.free = (denoiser + share_of_decoder * decoder) / SHARE
+    seen = watch_activations(prior)
+    posterior, z = problem(prior)
+    posterior.gradient(z, 0.7)
+    assert posterior.plan == plan
+    assert seen
+    assert all(storage.expired() for storage in seen)
+
+
+def test_activations_are_gone_after_the_device_ran_out_of_memory(conv_prior):
+    prior = conv_prior()
+    seen = watch_activations(prior)
+    out_of_memory_in(prior, "decode", 1)
+    posterior, z = problem(prior)
+    posterior.gradient(z, 0.7)
+    assert posterior.plan == "lean"
+    assert all(storage.expired() for storage in seen)
 
 
 def blocks_of(prior):

@@ -1,0 +1,27 @@
+"""Attention that drops gradients, as some fast kernels do, is not used for guidance."""
+
+import torch
+
+
+def test_an_override_of_the_users_is_replaced_for_the_run_only(lab):
+    used = []
+
+    def gradient_free_garbage(attention, *args, **kwargs):
+        used.append(1)
+        return torch.zeros_like(attention(*args, **kwargs)).detach()
+
+    model = lab.shared()[0].clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = gradient_free_garbage
+    for sampler in (lab.dps(), lab.dmap(), lab.stock("ddpm")):
+        latents = lab.sample(lab.guider(model=model), sampler, steps=2)
+        assert torch.equal(latents, lab.sample(lab.guider(), sampler, steps=2))
+    assert not used
+    assert model.model_options["transformer_options"]["optimized_attention_override"] is gradient_free_garbage
+    assert not torch.equal(lab.ksampler(model), lab.ksampler(lab.shared()[0]))
+    assert used
+
+
+def test_the_pack_leaves_no_override_behind(lab):
+    model = lab.shared()[0]
+    lab.sample(lab.guider(), lab.dps(), steps=1)
+    assert "optimized_attention_override" not in model.model_options["transformer_options"]

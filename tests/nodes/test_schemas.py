@@ -1,0 +1,108 @@
+"""What ComfyUI and saved workflows know of the nodes."""
+
+import pytest
+
+# Workflows refer to nodes by these: an id that is published does not change.
+NODES = {
+    "DMAP_DMAPSampler": "DMAPSampler",
+    "DMAP_DMAPScheduler": "DMAPScheduler",
+    "DMAP_DMAPUnconditional": "DMAPUnconditional",
+    "DMAP_DPSGuider": "DPSGuider",
+    "DMAP_DPSSampler": "DPSSampler",
+    "DMAP_Degrade": "Degrade",
+    "DMAP_EmptyMeasurementLatent": "Empty Measurement Latent",
+    "DMAP_OperatorCompose": "Operator: Compose",
+    "DMAP_OperatorGaussianBlur": "Operator: Gaussian Blur",
+    "DMAP_OperatorGrayscale": "Operator: Grayscale",
+    "DMAP_OperatorInpainting": "Operator: Inpainting",
+    "DMAP_OperatorKernelBlur": "Operator: Kernel Blur",
+    "DMAP_OperatorMotionBlur": "Operator: Motion Blur",
+    "DMAP_OperatorSuperResolution": "Operator: Super-Resolution",
+    "DMAP_SamplingReport": "DMAP Sampling Report",
+}
+
+# The same holds for the order of inputs, by which saved widget values are matched, and of outputs.
+INPUTS = {
+    "DMAP_DMAPSampler": "K zeta eta",
+    "DMAP_DMAPScheduler": "model steps start end",
+    "DMAP_DMAPUnconditional": "model",
+    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory",
+    "DMAP_DPSSampler": "zeta eta",
+    "DMAP_Degrade": "image operator noise_sigma seed",
+    "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size",
+    "DMAP_OperatorCompose": "first second third fourth",
+    "DMAP_OperatorGaussianBlur": "sigma kernel_size",
+    "DMAP_OperatorGrayscale": "",
+    "DMAP_OperatorInpainting": "mask",
+    "DMAP_OperatorKernelBlur": "kernel",
+    "DMAP_OperatorMotionBlur": "length angle",
+    "DMAP_OperatorSuperResolution": "scale",
+    "DMAP_SamplingReport": "guider latent",
+}
+OUTPUTS = {
+    "DMAP_DMAPSampler": ["SAMPLER"],
+    "DMAP_DMAPScheduler": ["SIGMAS"],
+    "DMAP_DMAPUnconditional": ["CONDITIONING"],
+    "DMAP_DPSGuider": ["GUIDER"],
+    "DMAP_DPSSampler": ["SAMPLER"],
+    "DMAP_Degrade": ["IMAGE"],
+    "DMAP_EmptyMeasurementLatent": ["LATENT", "INT", "INT"],
+    **{node_id: ["OPERATOR"] for node_id in NODES if node_id.startswith("DMAP_Operator")},
+    "DMAP_SamplingReport": ["STRING", "STRING"],
+}
+CONNECTIONS = {"model", "positive", "negative", "vae", "operator", "measurement", "image", "mask", "kernel", "guider", "latent"}
+
+
+def test_node_ids_and_names(lab):
+    assert {node_id: cls.GET_SCHEMA().display_name for node_id, cls in lab.NODES.items()} == NODES
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_schema(lab, node_id):
+    cls = lab.NODES[node_id]
+    schema = cls.GET_SCHEMA()
+    assert schema.category.split("/")[0] == "DMAP"
+    assert schema.description
+    assert [i.id for i in schema.inputs] == INPUTS[node_id].split()
+    assert [i.id for i in schema.inputs if not i.tooltip] == []
+    assert [o.io_type for o in schema.outputs] == OUTPUTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_what_the_interface_is_told(lab, node_id):
+    """GET_NODE_INFO_V1 is the answer to /object_info, INPUT_TYPES what the executor checks prompts with."""
+    cls = lab.NODES[node_id]
+    info, types = cls.GET_NODE_INFO_V1(), cls.INPUT_TYPES()
+    names = [name for group in ("required", "optional") for name in info["input"].get(group, {})]
+    assert names == INPUTS[node_id].split() == [name for group in ("required", "optional") for name in types.get(group, {})]
+    assert info["name"] == node_id and info["display_name"] == NODES[node_id]
+    assert info["output"] == OUTPUTS[node_id]
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_defaults(lab, node_id):
+    """Every widget has a default within its limits, and the node takes the defaults of its optional inputs itself, as from the API."""
+    for i in lab.NODES[node_id].GET_SCHEMA().inputs:
+        default = getattr(i, "default", None)
+        if i.id in CONNECTIONS or i.io_type == "OPERATOR":
+            assert default is None
+            continue
+        assert default is not None, i.id
+        for limit in ("min", "max"):
+            assert getattr(i, limit, None) is None or {"min": default >= i.min, "max": default <= i.max}[limit], i.id
+        assert getattr(i, "options", None) is None or default in i.options
+
+
+@pytest.mark.parametrize("node_id", NODES)
+def test_help_page(lab, node_id):
+    page = (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {NODES[node_id]}\n")
+    assert len(page.split()) > 15
+
+
+def test_there_is_no_help_page_of_a_node_that_is_gone(lab):
+    assert sorted(path.stem for path in (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs").glob("*.md")) == sorted(NODES)
+
+
+def test_the_report_runs_without_a_node_after_it(lab):
+    assert lab.NODES["DMAP_SamplingReport"].GET_SCHEMA().is_output_node

@@ -1,0 +1,349 @@
+"""The shipped workflows, through ComfyUI's API: accepted, run, followed, interrupted, failed, repeated."""
+
+import copy
+import io
+import json
+import math
+import subprocess
+import sys
+import time
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host import PRIOR, ROOT, Host, PromptFailed
+from PIL import Image, ImageDraw
+from prompts import NOTES, node_inputs, titled, to_prompt, upstream
+
+FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
+DEMO = [name for name in FILES if name.startswith("demo-")]
+SD2 = [name for name in FILES if name.startswith("sd2-")]
+SD2_CHECKPOINT = "512-base-ema.safetensors"
+ORIGINAL = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
+STEPS = 2
+K = 2
+SMALL = 64  # pixels; a guided evaluation costs a quarter of what it costs at the demo's 128
+
+
+def load(name: str) -> dict:
+    return json.loads(FILES[name].read_text(encoding="utf-8"))
+
+
+def of_class(prompt: dict, class_type: str) -> dict:
+    """The one node of that class."""
+    (found,) = [node for node in prompt.values() if node["class_type"] == class_type]
+    return found
+
+
+def small_original(host: Host) -> str:
+    """A held-out picture at 64x64 in the input folder."""
+    name = "small-original.png"
+    Image.open(ORIGINAL).resize((SMALL, SMALL), Image.LANCZOS).save(host.input / name)
+    return name
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2)))
+
+
+def cached(entry: dict) -> set[str]:
+    """Ids of the nodes that ComfyUI did not run again."""
+    return {node for event, data in entry["status"]["messages"] if event == "execution_cached" for node in data["nodes"]}
+
+
+def dmap_prompt(host: Host, info: dict, steps: int = STEPS, seed: int = 0, zeta: float | None = None) -> tuple[dict, str, str]:
+    """(prompt, id of its save node, id of its report): super-resolution x4 to 64x64 by DMAP, cut out of the demo workflow."""
+    prompt = to_prompt(load("demo-super-resolution-x4"), info)
+    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = small_original(host)
+    prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = steps
+    of_class(prompt, "RandomNoise")["inputs"]["noise_seed"] = seed
+    if zeta is not None:
+        prompt[titled(prompt, "DMAP: sampler")]["inputs"]["zeta"] = zeta
+    save, report = titled(prompt, "DMAP: save"), titled(prompt, "DMAP: report")
+    return upstream(prompt, [save, report]), save, report
+
+
+def report_of(entry: dict, node: str) -> dict:
+    return json.loads(entry["outputs"][node]["text"][0])
+
+
+@pytest.fixture(scope="module")
+def info(host: Host) -> dict:
+    return host.object_info()
+
+
+def test_workflows_are_there():
+    assert len(DEMO) == 5
+    assert len(SD2) == 4
+    assert sorted(DEMO + SD2) == sorted(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_link_and_slot_fits_the_nodes(info: dict, name: str):
+    workflow = load(name)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    assert len(nodes) == len(workflow["nodes"]) <= workflow["last_node_id"]
+    for link, source, output, target, slot, kind in workflow["links"]:
+        source_info, target_slot = info[nodes[source]["type"]], nodes[target]["inputs"][slot]
+        assert link in nodes[source]["outputs"][output]["links"]
+        assert (target_slot["link"], target_slot["type"]) == (link, kind)
+        assert source_info["output"][output] == kind
+        assert nodes[source]["outputs"][output]["name"] == source_info["output_name"][output]
+    for node in workflow["nodes"]:
+        if node["type"] in NOTES:
+            continue
+        kinds = {input_name: kind for input_name, kind, _ in node_inputs(info[node["type"]])}
+        for slot in node["inputs"]:
+            assert kinds[slot["name"]] == slot["type"], (node["type"], slot)
+        ends = [link for slot in node["inputs"] if (link := slot["link"])] + [link for slot in node["outputs"] for link in slot["links"]]
+        assert set(ends) <= {link[0] for link in workflow["links"]}
+    prompt = to_prompt(workflow, info)
+    for node in prompt.values():
+        required = set(info[node["class_type"]]["input"].get("required", {}))
+        assert required <= set(node["inputs"]), node
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_checkpoint_can_be_downloaded_from_the_workflow(name: str):
+    (loader,) = [node for node in load(name)["nodes"] if node["type"] == "CheckpointLoaderSimple"]
+    (model,) = loader["properties"]["models"]
+    assert model["name"] == loader["widgets_values"][0] == (PRIOR if name in DEMO else SD2_CHECKPOINT)
+    assert model["directory"] == "checkpoints"
+    assert model["url"].startswith("https://")
+    assert model["url"].endswith("/" + model["name"])
+
+
+@pytest.mark.parametrize("name", DEMO)
+def test_demo_workflow_runs(host: Host, info: dict, name: str):
+    prompt = to_prompt(load(name), info)
+    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = host.upload(ORIGINAL)
+    for solver in ("DPS", "DMAP"):
+        prompt[titled(prompt, f"{solver}: schedule")]["inputs"]["steps"] = STEPS
+    with host.listen() as messages:
+        entry = host.run(prompt)
+
+    scale = {"demo-super-resolution-x8": 8, "demo-super-resolution-x4": 4, "demo-old-photo": 2}.get(name, 1)
+    (degraded,) = host.images(entry, titled(prompt, "Degraded: save"))
+    assert Image.open(degraded).size == (128 // scale, 128 // scale)
+    pictures = {}
+    for solver, calls, decodes in (("DPS", STEPS, STEPS), ("DMAP", STEPS + (STEPS - 1) * K, (STEPS - 1) * K + 1)):
+        (path,) = host.images(entry, titled(prompt, f"{solver}: save"))
+        assert path.is_relative_to(host.output / "dmap-demo")
+        pictures[solver] = pixels(path)
+        assert pictures[solver].shape == (128, 128, 3)
+        assert pictures[solver].std() > 1  # not one flat colour
+        report = report_of(entry, titled(prompt, f"{solver}: report"))
+        assert report["solver"].startswith(solver)
+        assert (report["denoiser_calls"], report["decoder_calls"]) == (calls, decodes)
+        assert [len(step) for step in report["residuals"]] == [1] * STEPS
+        assert all(math.isfinite(step[0]) and step[0] > 0 for step in report["residuals"])
+        assert report["seconds"] > 0
+        values = [
+            message["data"]["value"]
+            for message in messages
+            if isinstance(message, dict)
+            and message["type"] == "progress"
+            and message["data"]["node"] == titled(prompt, f"{solver}: run")
+            and message["data"]["max"] == STEPS
+        ]
+        assert values[-1] == STEPS
+        assert values == sorted(values)
+    assert (pictures["DPS"] != pictures["DMAP"]).any()
+
+    previews = [message[1] for message in messages if isinstance(message, tuple) and int.from_bytes(message[1][:4], "big") == 1]
+    assert previews
+    for preview in previews:  # event number, picture format, picture
+        width, height = Image.open(io.BytesIO(preview[8:])).size
+        assert width == height >= 16  # a pixel per latent, or enlarged
+
+
+@pytest.mark.parametrize("name", SD2)
+def test_sd2_workflow_lacks_nothing_but_its_checkpoint_and_runs_on_another(host: Host, info: dict, name: str):
+    prompt = to_prompt(load(name), info)
+    scale = {"sd2-super-resolution-x8": 8, "sd2-old-photo": 4}.get(name, 1)
+    side = SMALL // scale
+    picture = Image.open(ORIGINAL).resize((side, side), Image.LANCZOS)
+    if name == "sd2-inpainting":  # the mask editor saves what was painted over as transparent
+        alpha = Image.new("L", picture.size, 255)
+        ImageDraw.Draw(alpha).rectangle((20, 20, 43, 43), fill=0)
+        picture.putalpha(alpha)
+    loader, image = of_class(prompt, "CheckpointLoaderSimple")["inputs"], prompt[titled(prompt, "Damaged picture")]["inputs"]
+    image["image"] = f"{name}.png"
+    picture.save(host.input / image["image"])
+
+    with pytest.raises(urllib.error.HTTPError) as refusal:
+        host.post("/prompt", {"prompt": prompt})
+    problems = [
+        (node["class_type"], error["type"], error["extra_info"]["input_name"], error["extra_info"]["received_value"])
+        for node in json.loads(refusal.value.read())["node_errors"].values()
+        for error in node["errors"]
+    ]
+    assert problems == [("CheckpointLoaderSimple", "value_not_in_list", "ckpt_name", SD2_CHECKPOINT)]
+
+    # The same graph runs with the demo prior, which has no text encoder.
+    loader["ckpt_name"] = PRIOR
+    text = prompt[titled(prompt, "Prompt (empty: the paper)")]
+    text["class_type"], text["inputs"] = "DMAP_DMAPUnconditional", {"model": [text["inputs"]["clip"][0], 0]}
+    schedule = prompt[titled(prompt, "DMAP: schedule")]["inputs"]
+    assert schedule["steps"] == 250
+    schedule["steps"] = STEPS
+    entry = host.run(prompt)
+    (path,) = host.images(entry, titled(prompt, "DMAP: save"))
+    assert Image.open(path).size == (SMALL, SMALL)
+    report = report_of(entry, titled(prompt, "DMAP: report"))
+    assert report["denoiser_calls"] == STEPS + (STEPS - 1) * K
+    assert all(math.isfinite(step[0]) for step in report["residuals"])
+
+
+def test_guidance_lowers_the_residual_and_brings_the_picture_closer(host: Host, info: dict):
+    original = pixels(host.input / small_original(host))
+    found = {}  # label: (residual, PSNR) of the result
+    for label, steps, zeta in (("one step", 1, None), ("hardly guided", 8, 0.001), ("guided", 8, None)):
+        prompt, save, report = dmap_prompt(host, info, steps=steps, zeta=zeta)
+        entry = host.run(prompt)
+        residuals = [step[0] for step in report_of(entry, report)["residuals"]]
+        found[label] = residuals[-1], psnr(pixels(host.images(entry, save)[0]), original)
+    assert residuals[-1] < 0.7 * residuals[0], residuals
+    for label in ("one step", "hardly guided"):
+        assert found["guided"][0] < 0.6 * found[label][0], found
+        assert found["guided"][1] > found[label][1] + 2, found
+
+
+def test_a_seed_repeats_its_picture(host: Host, info: dict):
+    files = []
+    for seed in (0, 1, 0):  # ComfyUI remembers the last prompt only, so that the third run computes again
+        prompt, save, _ = dmap_prompt(host, info, seed=seed)
+        entry = host.run(prompt)
+        assert save not in cached(entry)
+        files.append(host.images(entry, save)[0].read_bytes())
+    assert files[0] == files[2]
+    assert files[0] != files[1]
+
+
+def test_zeta_of_the_guider_is_not_the_samplers(host: Host, info: dict):
+    pictures = []
+    for zeta in (1.0, 7.0):
+        prompt, save, _ = dmap_prompt(host, info)
+        of_class(prompt, "DMAP_DPSGuider")["inputs"]["zeta"] = zeta
+        entry = host.run(prompt)
+        assert save not in cached(entry)
+        pictures.append(pixels(host.images(entry, save)[0]))
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_interrupt_ends_the_run_and_leaves_the_server_usable(host: Host, info: dict):
+    long, _, _ = dmap_prompt(host, info, steps=200)
+    run = titled(long, "DMAP: run")
+    with host.listen() as messages:
+        prompt_id = host.queue(long)
+
+        def progress() -> list[int]:
+            own = [message["data"] for message in messages if isinstance(message, dict) and message["type"] == "progress"]
+            return [data["value"] for data in own if data["prompt_id"] == prompt_id and data["node"] == run]
+
+        deadline = time.monotonic() + 60
+        while not progress():
+            assert time.monotonic() < deadline, host.tail()
+            time.sleep(0.05)
+        host.interrupt()
+        started = time.monotonic()
+        with pytest.raises(PromptFailed, match=rf"interrupted at node {run} \(SamplerCustomAdvanced\)"):
+            host.wait(prompt_id, timeout=60)
+        assert time.monotonic() - started < 10
+        assert max(progress()) < 200
+    short, save, _ = dmap_prompt(host, info)
+    assert host.images(host.run(short), save)
+
+
+def test_failing_run_names_the_guider_and_leaves_the_server_usable(host: Host, info: dict):
+    prompt, save, report = dmap_prompt(host, info)
+    broken = copy.deepcopy(prompt)
+    guider = of_class(broken, "DMAP_DPSGuider")
+    guider["class_type"], inputs = "BasicGuider", guider["inputs"]
+    guider["inputs"] = {"model": inputs["model"], "conditioning": inputs["positive"]}
+    with host.listen() as messages, pytest.raises(PromptFailed, match=r"\(SamplerCustomAdvanced\): ValueError: .*DPSGuider"):
+        host.run(upstream(broken, [save]))
+    assert "execution_error" in [message["type"] for message in messages if isinstance(message, dict)]
+    assert host.images(host.run(prompt), save)
+
+
+def test_latent_of_the_wrong_size_names_the_node_that_makes_the_right_one(host: Host, info: dict):
+    prompt, save, _ = dmap_prompt(host, info)
+    latent = of_class(prompt, "DMAP_EmptyMeasurementLatent")
+    latent["class_type"], latent["inputs"] = "EmptyLatentImage", {"width": 128, "height": 64, "batch_size": 1}
+    with pytest.raises(PromptFailed, match=r"128x64 picture.*16x16.*64x64.*EmptyMeasurementLatent"):
+        host.run(upstream(prompt, [save]))
+
+
+def test_guided_runs_leave_the_model_as_it_was(host: Host, info: dict):
+    guided, _, _ = dmap_prompt(host, info)
+    loader = next(key for key, node in guided.items() if node["class_type"] == "CheckpointLoaderSimple")
+    stock = {
+        loader: guided[loader],
+        "empty": {"class_type": "DMAP_DMAPUnconditional", "inputs": {"model": [loader, 0]}},
+        "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": SMALL, "height": SMALL, "batch_size": 1}},
+        "sampled": {
+            "class_type": "KSampler",
+            "inputs": {"seed": 0, "steps": 4, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+            | {"model": [loader, 0], "positive": ["empty", 0], "negative": ["empty", 0], "latent_image": ["latent", 0]},
+        },
+        "picture": {"class_type": "VAEDecode", "inputs": {"samples": ["sampled", 0], "vae": [loader, 2]}},
+        "save": {"class_type": "SaveImage", "inputs": {"images": ["picture", 0], "filename_prefix": "stock"}},
+    }
+    (before,) = host.images(host.run(stock), "save")
+    host.run(guided)
+    entry = host.run(stock)
+    assert loader in cached(entry)  # the very model that was guided
+    assert not {"sampled", "picture", "save"} & cached(entry)
+    (after,) = host.images(entry, "save")
+    assert before != after
+    assert before.read_bytes() == after.read_bytes()
+
+
+def demo(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "demo" / "run.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+
+
+def test_demo_program(tmp_path: Path):
+    operator, stem = "super-resolution-x8", ORIGINAL.stem
+    arguments = ("--n", "1", "--operators", operator, "--steps", "4", "--out", tmp_path)
+    first = demo(*arguments)
+    assert first.returncode == 0, first.stderr
+    rows = json.loads((tmp_path / "summary.json").read_text())
+    assert [(row["operator"], row["solver"], row["n"], row["seed"]) for row in rows] == [(operator, "DPS", 1, 0), (operator, "DMAP", 1, 0)]
+    assert [row["denoiser_calls"] for row in rows] == [4, 2 + 1 * K]
+    original = pixels(ORIGINAL)
+    degraded = Image.open(tmp_path / operator / f"{stem}-degraded.png")
+    assert degraded.size == (16, 16)
+    baseline = np.asarray(degraded.convert("RGB").resize((128, 128), Image.BICUBIC))
+    for row in rows:
+        restored = pixels(tmp_path / operator / f"{stem}-{row['solver']}.png")
+        assert row["psnr"] == pytest.approx(psnr(restored, original), abs=6e-4)  # rounded to 3 places
+        assert row["psnr_baseline"] == pytest.approx(psnr(baseline, original), abs=6e-4)
+        assert row["seconds"] > 0
+    columns = ("degraded", "bicubic", "DPS", "DMAP", "original")
+    assert Image.open(tmp_path / "sheet.png").size == (150 + 136 * len(columns), 24 + 152)
+    table = (tmp_path / "table.md").read_text()
+    assert f"{rows[1]['psnr']:.2f}" in table
+    assert str(tmp_path / "sheet.png") in first.stdout
+
+    written = {path: path.stat().st_mtime_ns for path in (tmp_path / operator).iterdir()}
+    second = demo(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / operator).iterdir()} == written
+    assert json.loads((tmp_path / "summary.json").read_text()) == rows
+
+
+def test_demo_program_lists_the_operators_it_knows(tmp_path: Path):
+    refused = demo("--operators", "motion-blur,inpainting", "--out", tmp_path)
+    assert refused.returncode != 0
+    assert "unknown motion-blur" in refused.stderr
+    for name in DEMO:
+        assert name.removeprefix("demo-") in refused.stderr
+    assert not list(tmp_path.iterdir())
