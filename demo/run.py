@@ -8,12 +8,14 @@ summary.json (a list of rows) and table.md. A run that was cut goes on where it 
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from prompts import titled, to_prompt, upstream  # noqa: E402
 
 OPERATORS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
 QUICK = ("super-resolution-x8", "gaussian-deblur", "inpainting", "old-photo")
+PRIOR_FILE = HERE / "dmap-demo-prior.safetensors"
 SOLVERS = ("DPS", "DMAP", "DMAP-full")
 
 
@@ -37,56 +40,62 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
     return float(10 * np.log10(255**2 / np.mean(error**2)))
 
 
-def solver_settings(prompt: dict, solver: str, zeta: float | None = None) -> tuple[str, dict]:
-    """The branch of the workflow that a solver uses, after its settings are in: DMAP-full is DMAP with K 3, all steps and the zeta of DPS."""
-    branch = "DMAP" if solver.startswith("DMAP") else "DPS"
-    sampler = prompt[titled(prompt, f"{branch}: sampler")]["inputs"]
-    schedule = prompt[titled(prompt, f"{branch}: schedule")]["inputs"]
-    if solver == "DMAP-full":
-        other = prompt[titled(prompt, "DPS: sampler")]["inputs"]
-        sampler |= {"K": 3, "zeta": other["zeta"]}
-        schedule["steps"] = prompt[titled(prompt, "DPS: schedule")]["inputs"]["steps"]
-    if zeta:
-        sampler["zeta"] = zeta
-    return branch, {"steps": schedule["steps"], "zeta": sampler["zeta"], "K": sampler.get("K")}
+@dataclass
+class Job:
+    """One picture through one branch of a workflow. `settings` decides whether a finished picture may be used again."""
+
+    prompt: dict
+    branch: str
+    picture: Path
+    settings: dict
 
 
-def restore(
-    host: Host,
-    workflow: dict,
-    info: dict,
-    picture: Path,
-    solver: str,
-    seed: int,
-    folder: Path,
-    steps: int | None = None,
-    zeta: float | None = None,
-) -> dict:
-    """One picture through one branch of a workflow; returns its figures. Writes degraded and restored pictures to `folder`."""
+def prepare(workflow: dict, info: dict, picture: Path, solver: str, seed: int, steps: int | None = None, zeta: float | None = None) -> Job:
+    """The prompt of a workflow with everything set. DMAP-full is DMAP with K 3, all steps and the zeta of DPS."""
     prompt = to_prompt(workflow, info)
-    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = host.upload(picture)
+
+    def inputs(title: str) -> dict:
+        return prompt[titled(prompt, title)]["inputs"]
+
+    inputs("Original picture")["image"] = picture.name
     next(node for node in prompt.values() if node["class_type"] == "RandomNoise")["inputs"]["noise_seed"] = seed
     if steps:
-        prompt[titled(prompt, "DPS: schedule")]["inputs"]["steps"] = steps
-        prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = steps // 2
-    branch, settings = solver_settings(prompt, solver, zeta)
-    save, degraded, report = (titled(prompt, title) for title in (f"{branch}: save", "Degraded: save", f"{branch}: report"))
-    entry = host.run(upstream(prompt, [save, degraded, report]), timeout=3600)
-    shutil.copy(host.images(entry, degraded)[0], folder / f"{picture.stem}-degraded.png")
-    restored = folder / f"{picture.stem}-{solver}.png"
+        inputs("DPS: schedule")["steps"] = steps
+        inputs("DMAP: schedule")["steps"] = max(1, steps // 2)
+    branch = "DMAP" if solver.startswith("DMAP") else "DPS"
+    sampler, schedule = inputs(f"{branch}: sampler"), inputs(f"{branch}: schedule")
+    if solver == "DMAP-full":
+        sampler |= {"K": 3, "zeta": inputs("DPS: sampler")["zeta"]}
+        schedule["steps"] = inputs("DPS: schedule")["steps"]
+    if zeta:
+        sampler["zeta"] = zeta
+    settings = {"steps": schedule["steps"], "zeta": sampler["zeta"], "K": sampler.get("K"), "seed": seed}
+    return Job(prompt, branch, picture, settings | {"prior": fingerprint(PRIOR_FILE), "original": fingerprint(picture)})
+
+
+def fingerprint(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def restore(host: Host, job: Job, restored: Path) -> dict:
+    """Run a job; returns its figures. Writes `restored`, and the degraded and the bicubic picture beside it."""
+    save, degraded, report = (titled(job.prompt, title) for title in (f"{job.branch}: save", "Degraded: save", f"{job.branch}: report"))
+    host.upload(job.picture)
+    entry = host.run(upstream(job.prompt, [save, degraded, report]), timeout=3600)
+    stem = restored.parent / job.picture.stem
+    shutil.copy(host.images(entry, degraded)[0], f"{stem}-degraded.png")
     shutil.copy(host.images(entry, save)[0], restored)
+    original = Image.open(job.picture)
+    baseline = Image.open(f"{stem}-degraded.png").resize(original.size, Image.BICUBIC)
+    baseline.save(f"{stem}-baseline.png")
     cost = json.loads(entry["outputs"][report]["text"][0])
-    original = Image.open(picture)
-    baseline = Image.open(folder / f"{picture.stem}-degraded.png").resize(original.size, Image.BICUBIC)
-    baseline.save(folder / f"{picture.stem}-baseline.png")
-    return {
-        "picture": picture.stem,
+    return job.settings | {
+        "picture": job.picture.stem,
         "psnr": psnr(Image.open(restored), original),
         "psnr_baseline": psnr(baseline, original),
         "seconds": cost["seconds"],
         "denoiser_calls": cost["denoiser_calls"],
         "residual": cost["residuals"][-1][0],
-        **settings,
     }
 
 
@@ -180,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     operators, solvers = names(args.operators, OPERATORS, "--operators"), names(args.solvers, SOLVERS, "--solvers")
     pictures = sorted(args.pictures.glob("*.png"))[: args.n]
-    if len(pictures) < args.n:
+    if args.n < 1 or len(pictures) < args.n:
         raise SystemExit(f"--n: {args.n} pictures wanted, {args.pictures} holds {len(pictures)}")
     started = time.perf_counter()
     rows: dict[tuple[str, str], list[dict]] = {}
@@ -196,11 +205,13 @@ def main() -> None:
             folder = args.out / operator
             folder.mkdir(parents=True, exist_ok=True)
             for solver in solvers:
-                done = folder / f"{solver}-seed{args.seed}-steps{args.steps or 'default'}.json"
+                done = folder / f"{solver}.json"
                 figures = json.loads(done.read_text()) if done.exists() and not args.again else {}
                 for picture in pictures:
-                    if picture.stem not in figures:
-                        figures[picture.stem] = restore(host, workflow, info, picture, solver, args.seed, folder, args.steps)
+                    job = prepare(workflow, info, picture, solver, args.seed, args.steps)
+                    restored = folder / f"{picture.stem}-{solver}.png"
+                    if not restored.exists() or not job.settings.items() <= figures.get(picture.stem, {}).items():
+                        figures[picture.stem] = restore(host, job, restored)
                         write_json(done, figures)
                 rows[operator, solver] = [figures[picture.stem] for picture in pictures]
                 summary = summarise(operator, solver, args.seed, rows[operator, solver])

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from run import HERE, OPERATORS, ROOT, SOLVERS, Host, names, restore, write_json
+from run import HERE, OPERATORS, ROOT, SOLVERS, Host, names, prepare, restore, write_json
 
 
 def main() -> None:
@@ -35,9 +35,8 @@ def main() -> None:
                 for zeta in map(float, args.zetas.split(",")):
                     key = f"{operator} {solver} zeta {zeta:g} steps {args.steps or 'default'} n {args.n} seed {args.seed}"
                     if key not in found:
-                        rows = [
-                            restore(host, workflow, info, picture, solver, args.seed, args.out, args.steps, zeta) for picture in pictures
-                        ]
+                        jobs = [prepare(workflow, info, picture, solver, args.seed, args.steps, zeta) for picture in pictures]
+                        rows = [restore(host, job, args.out / "restored.png") for job in jobs]
                         found[key] = {
                             name: float(np.mean([row[name] for row in rows])) for name in ("psnr", "psnr_baseline", "residual", "seconds")
                         }

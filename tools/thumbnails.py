@@ -1,4 +1,4 @@
-"""Writes workflows/<name>.jpg, the picture that ComfyUI's list of templates shows for a workflow: damaged on the left, restored on the right.
+"""Writes workflows/<name>.jpg, what ComfyUI's list of templates shows of a workflow: damaged on the left, restored on the right.
 
     python demo/run.py --n 1 --solvers DMAP --operators super-resolution-x8,super-resolution-x4,gaussian-deblur,inpainting,old-photo
     python tools/thumbnails.py

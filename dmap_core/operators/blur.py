@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -37,11 +38,14 @@ def gaussian_matrix(length: int, kernel_size: int, sigma: float) -> Tensor:
     return convolution_matrix(length, gaussian_taps(kernel_size, sigma))
 
 
-def _check_room(name: str, size: Size, radius: int) -> Size:
-    if min(size) <= radius:
-        raise ValueError(
-            f"{name}: a picture of {size[1]}x{size[0]} is too small for a kernel that reaches {radius} pixels; it needs more than that on both sides"
-        )
+def _check_room(name: str, size: Size, radii: tuple[int, int]) -> Size:
+    """A reflection needs more pixels than the kernel reaches past an edge."""
+    for length, radius in zip(size, radii, strict=True):
+        if length <= radius:
+            raise ValueError(
+                f"{name}: a picture of {size[1]}x{size[0]} is too small for a kernel that reaches {radius} pixels past its centre; "
+                "it needs more pixels than that along that side"
+            )
     return size
 
 
@@ -53,7 +57,7 @@ class GaussianBlur(Separable):
     sigma: float = 3.0
 
     def __post_init__(self):
-        if not isinstance(self.sigma, (int, float)) or not 0 < self.sigma < math.inf:
+        if not isinstance(self.sigma, Real) or not 0 < self.sigma < math.inf:
             raise ValueError(f"GaussianBlur: sigma is {self.sigma} pixels; it must be a number above 0")
         if self.kernel_size % 2 != 1 or self.kernel_size < 3:
             raise ValueError(f"GaussianBlur: kernel_size is {self.kernel_size}; it must be odd and at least 3")
@@ -63,7 +67,8 @@ class GaussianBlur(Separable):
         return gaussian_matrix(length, self.kernel_size, self.sigma)
 
     def measurement_size(self, size: Size) -> Size:
-        return _check_room(self.name, size, len(gaussian_taps(self.kernel_size, self.sigma)) // 2)
+        radius = len(gaussian_taps(self.kernel_size, self.sigma)) // 2
+        return _check_room(self.name, size, (radius, radius))
 
     def image_size(self, y: Tensor) -> Size:
         return self.measurement_size(tuple(y.shape[-2:]))
@@ -97,7 +102,8 @@ class Correlation(Operator):
         return folded.new_zeros(*folded.shape[:-2], *size).index_add(-2, rows, folded)
 
     def measurement_size(self, size: Size) -> Size:
-        return _check_room(self.name, size, max(self.kernel_tensor().shape) // 2)
+        height, width = self.kernel_tensor().shape
+        return _check_room(self.name, size, (height // 2, width // 2))
 
     def image_size(self, y: Tensor) -> Size:
         return self.measurement_size(tuple(y.shape[-2:]))

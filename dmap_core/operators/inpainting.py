@@ -79,12 +79,12 @@ class Inpainting(Operator):
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any]) -> Inpainting:
-        shape = tuple(int(n) for n in settings["shape"])
-        count = math.prod(shape)
         try:
+            shape = tuple(int(n) for n in settings["shape"])
+            count = math.prod(shape)
             packed = zlib.decompress(base64.b64decode(settings["mask"], validate=True))
         except (ValueError, zlib.error) as error:
-            raise ValueError(f"Inpainting: the spec's mask cannot be unpacked: {error}") from error
+            raise ValueError(f"Inpainting: the spec's shape or mask cannot be read: {error}") from error
         bits = np.frombuffer(packed, dtype=np.uint8)
         if min(shape, default=0) < 1 or len(bits) != math.ceil(count / 8):
             raise ValueError(f"Inpainting: the spec's mask has {len(bits)} bytes, which do not make a mask of shape {shape}")

@@ -105,7 +105,7 @@ class Sines:
 @pytest.mark.parametrize("pixels", [16, 64, 256])
 @pytest.mark.parametrize("depths", [(20, 15), (15, 20)], ids=["denoiser-larger", "decoder-larger"])
 def test_lean_is_refused_if_one_network_alone_does_not_fit(depths, pixels):
-    """The lean plan frees the decoder's activations before the denoiser's are made, often at the same addresses: they count nevertheless."""
+    """The decoder's activations are freed before the denoiser's are made, often at the same addresses: they count nevertheless."""
     z = randn(1, 3, pixels, pixels)
     posterior = Posterior(
         Sines(*depths, free=17.5 * z.numel() * 8 / SHARE), SuperResolution(2), SuperResolution(2)(randn(1, 3, pixels, pixels))
@@ -172,6 +172,17 @@ def test_auto_falls_back_where_the_estimate_was_too_hopeful(conv_prior, network,
     grad = posterior.gradient(z, 0.7)[0]
     assert posterior.plan == plan
     torch.testing.assert_close(grad, problem(conv_prior(), "fast")[0].gradient(z, 0.7)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_auto_falls_back_later_too(conv_prior):
+    """Somebody else may take the memory between two steps."""
+    prior = conv_prior()
+    posterior, z = problem(prior)
+    expected = posterior.gradient(z, 0.7)[0]
+    assert posterior.plan == "fast"
+    out_of_memory_in(prior, "decode", 1)
+    torch.testing.assert_close(posterior.gradient(z, 0.7)[0], expected, rtol=1e-12, atol=1e-12)
+    assert posterior.plan == "lean"
 
 
 def test_the_last_plan_has_nothing_to_fall_back_to(conv_prior):

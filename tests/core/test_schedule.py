@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dmap_core.schedule import ancestral_step, check_sigmas, generators, paper_sigmas, randn_like
+from dmap_core.schedule import ancestral_step, check_sigmas, exponential_sigmas, generators, paper_sigmas, randn_like
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's "scaled linear"
 ABAR = torch.cumprod(1 - BETAS, 0)
@@ -204,3 +204,21 @@ def test_the_noise_is_unit_gaussian_in_the_latents_dtype(dtype):
 def test_the_number_of_generators_must_fit():
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         randn_like(torch.zeros(3, 1, 2, 2), generators(0, 2))
+
+
+def test_exponential_sigmas_fall_by_one_factor_between_the_ends_of_the_paper():
+    model_sigmas = torch.linspace(0.03, 14.6, 1000)
+    sigmas = exponential_sigmas(model_sigmas, 20, start=0.8, end=0.1)
+    paper = paper_sigmas(model_sigmas, 20, start=0.8, end=0.1)
+    torch.testing.assert_close(sigmas[[0, -2, -1]], paper[[0, -2, -1]])
+    ratios = sigmas[1:-1] / sigmas[:-2]
+    torch.testing.assert_close(ratios, ratios[:1].expand_as(ratios))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"steps": 0}, {"steps": 5, "start": 0.2, "end": 0.2}, {"steps": 5, "start": 1.2}, {"steps": 5, "end": -0.1}]
+)
+def test_exponential_sigmas_refuses_what_paper_sigmas_refuses(arguments):
+    for spacing in (paper_sigmas, exponential_sigmas):
+        with pytest.raises(ValueError, match="steps is|start is"):
+            spacing(torch.linspace(0.03, 14.6, 1000), **arguments)

@@ -163,7 +163,7 @@ def test_dps_through_the_guided_denoiser(problem, zeta):
 
 
 def test_guided_denoised_is_the_conditional_tweedie():
-    """In VP terms: s_DPS = s - sqrt(alpha_t) / beta_t * zeta_t * grad_x, from x = sqrt(abar) z, and z0 = (x + (1 - abar) s_DPS) / sqrt(abar)."""
+    """In VP terms, x = sqrt(abar) z: s_DPS = s - sqrt(alpha_t) / beta_t * zeta_t * grad_x and z0 = (x + (1 - abar) s_DPS) / sqrt(abar)."""
     sigma, sigma_next, zeta = 2.0, 1.5, 0.7
     abar, abar_prev = 1 / (1 + sigma**2), 1 / (1 + sigma_next**2)
     alpha = abar / abar_prev

@@ -26,10 +26,13 @@ class Worker:
     def __init__(self, config):
         from host import HostError, comfyui_path, comfyui_python
 
+        missing = None
         try:
             comfyui_path()
         except HostError as error:
-            pytest.fail(f"{error} `make test` installs all that the tests need.", pytrace=False)
+            missing = error
+        if missing:  # not in the handler: pytest would show the first error, too
+            pytest.fail(f"{missing} `make test` installs all that the tests need.", pytrace=False)
         self.log = tempfile.NamedTemporaryFile(prefix="dmap-nodes-", suffix=".log")  # noqa: SIM115 (closed in end)
         environment = {
             "OMP_NUM_THREADS": "1",  # the pictures are tiny: more threads only wait for each other
@@ -84,7 +87,8 @@ def _run(item, nextitem):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item, nextitem):
-    if IN_WORKER in os.environ:
+    # pytest asks for the tests of other folders, too
+    if IN_WORKER in os.environ or FOLDER not in item.path.parents:
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
     call = pytest.CallInfo.from_call(lambda: _run(item, nextitem), "call", reraise=(pytest.exit.Exception, KeyboardInterrupt))

@@ -48,6 +48,7 @@ core = SimpleNamespace(
 )
 NODES = {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())}
 folder_paths.add_model_folder_path("checkpoints", str(ROOT / "demo"))
+comfy.utils.set_progress_bar_enabled(False)  # bars of stock samplers would fill the output of tests that fail
 
 
 def call(node_id, **inputs):
@@ -83,7 +84,7 @@ def separate_vae(dtype=None):
 
 
 def with_lora(model, strength=1.0):
-    """A clone of the model with a random LoRA on every linear layer of its transformer blocks, from names as kohya's trainer writes them."""
+    """A clone of the model with a random LoRA on the linear layers of its transformer blocks, with the names of kohya's trainer."""
     generator = torch.Generator().manual_seed(0)
     lora = {}
     for name, weight in model.model.diffusion_model.state_dict().items():
@@ -181,11 +182,13 @@ def sample(guider, sampler, steps=3, seed=SEED, latent=None, schedule=None):
     return output["samples"]
 
 
-def watch(guider, sampler, callback, steps=3, schedule=None):
+def watch(guider, sampler, callback, steps=3, schedule=None, latent=None):
     """The latents of a run that calls back after every step, as SamplerCustomAdvanced makes it call back for the preview."""
-    noise = call("RandomNoise", noise_seed=SEED).generate_noise(empty())
+    latent = empty() if latent is None else latent
+    noise = call("RandomNoise", noise_seed=SEED).generate_noise(latent)
     schedule = sigmas(steps) if schedule is None else schedule
-    return guider.sample(noise, empty()["samples"], sampler, schedule, callback=callback, seed=SEED)
+    mask = latent.get("noise_mask")
+    return guider.sample(noise, latent["samples"], sampler, schedule, denoise_mask=mask, callback=callback, seed=SEED)
 
 
 def ksampler(model, seed=SEED, steps=2):

@@ -79,6 +79,17 @@ def test_cfg(lab):
     check_slopes(lab, negative=negative, cfg=2.0)
 
 
+def test_conditioning_for_regions(lab):
+    """Masks of the conditioning come from nodes, too, and stand in the graph."""
+    left = torch.zeros(1, 4, 4)
+    left[..., :2] = 1
+    positive = []
+    for seed, mask in ((5, left), (6, 1 - left)):
+        condition = [[5 * noise(1, 3, 1024, seed=seed), {}]]
+        positive += lab.call("ConditioningSetMask", conditioning=condition, mask=mask, set_cond_area="default", strength=0.7)
+    check_slopes(lab, positive=positive)
+
+
 def test_v_prediction(lab):
     """The demo prior predicts noise; read as a velocity, its output is still a function with a slope."""
     model = lab.call("ModelSamplingDiscrete", model=lab.shared()[0], sampling="v_prediction", zsnr=False)

@@ -27,10 +27,14 @@ def test_a_noise_mask_keeps_the_rest_of_the_latent(lab, sampler):
     mask = torch.zeros(1, lab.SIZE, lab.SIZE)
     mask[..., : lab.SIZE // 2] = 1
     given = encoded(lab, lab.picture(seed=3))
-    latents = lab.sample(lab.guider(), sampler, latent={**given, "noise_mask": mask})
+    inside = lab.shared()[0].model.process_latent_in(given["samples"])
+    seen = []
+    latents = lab.watch(lab.guider(), sampler, lambda *event: seen.append(event), latent={**given, "noise_mask": mask})
     half = latents.shape[-1] // 2
     torch.testing.assert_close(latents[..., half:], given["samples"][..., half:], rtol=0, atol=1e-4 * float(given["samples"].std()))
     assert float((latents - given["samples"])[..., :half].abs().min()) > 1e-3
+    for _, x0, _, _ in seen:  # the rest is known at every step, so that what is restored can join on to it
+        torch.testing.assert_close(x0[..., half:], inside[..., half:], rtol=0, atol=1e-4 * float(inside.std()))
 
 
 @pytest.mark.parametrize(("height", "width", "scale"), [(7, 9, 4), (5, 3, 8), (10, 10, 3)])

@@ -80,3 +80,11 @@ def test_an_interruption_in_a_lean_plan(lab, memory):
         lab.sample(lab.guider(model=model, memory=memory), lab.dps(), STEPS)
     assert len(calls) == (3 if memory == "lean" else 2)
     assert not management.processing_interrupted()
+
+
+def test_a_guider_still_guides_stock_samplers_after_a_failed_run(lab):
+    guider = lab.guider()
+    undisturbed = lab.sample(guider, lab.stock("ddpm"), STEPS)
+    with lab.diverging(lab.shared()[1], at=2), pytest.raises(lab.core.errors.Diverged):
+        lab.sample(guider, lab.dmap(), STEPS)
+    assert torch.equal(lab.sample(guider, lab.stock("ddpm"), STEPS), undisturbed)
