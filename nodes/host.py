@@ -66,8 +66,8 @@ def frozen(networks: list[nn.Module]) -> Iterator[None]:
         for module in network.modules():
             for name, p in module._parameters.items():
                 if p is not None and p.is_inference():
-                    module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=False)
-                elif p is not None and p.requires_grad:
+                    p = module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+                if p is not None and p.requires_grad:
                     p.requires_grad_(False)
                     flagged.append(p)
             for name, b in module._buffers.items():
@@ -230,6 +230,12 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
     def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
         check_sigmas(sigmas, to_zero=ours)
+        channels = self.model_patcher.get_model_object("latent_format").latent_channels
+        if noise.ndim != 4 or noise.shape[1] != channels:
+            raise ValueError(
+                f"latent_image: it has shape {tuple(noise.shape)}, but the model's latents are (batch, {channels} channels, height, width); "
+                "encode it with the model's own VAE"
+            )
         wanted, given = latent_size(self.vae, self.size), tuple(noise.shape[-2:])
         if wanted != given:
             factor = self.vae.downscale_ratio
@@ -242,6 +248,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             raise ValueError(
                 f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent"
             )
+        # what only the operator itself can find wrong, such as two masks for one picture
+        self.operator.distance(self.operator(torch.zeros(len(noise), 3, *self.size)), self.y)
 
     def _finish_report(self, seconds: float) -> None:
         self.report.seconds = seconds

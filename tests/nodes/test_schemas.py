@@ -24,7 +24,7 @@ NODES = {
 # The same holds for the order of inputs, by which saved widget values are matched, and of outputs.
 INPUTS = {
     "DMAP_DMAPSampler": "K zeta eta",
-    "DMAP_DMAPScheduler": "model steps start end",
+    "DMAP_DMAPScheduler": "model steps start end spacing",
     "DMAP_DMAPUnconditional": "model",
     "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory",
     "DMAP_DPSSampler": "zeta eta",
