@@ -1,6 +1,6 @@
 """Damage held-out pictures, restore them in a real ComfyUI with the demo prior, and say how well that went.
 
-    python demo/run.py                                       # what `make demo` does: 3 pictures, 4 kinds of damage, DPS and DMAP
+    python demo/run.py                                       # what `make demo` does: 2 pictures, 4 kinds of damage, DPS and DMAP
     python demo/run.py --n 32 --solvers DPS,DMAP,DMAP-full    # the table of the README
 
 Queues the demo workflows of workflows/ through ComfyUI's API. Writes below --out: the restored pictures, sheet.png (one comparison),
@@ -178,7 +178,7 @@ def names(text: str, known: tuple[str, ...], what: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--n", type=int, default=3, help="pictures per operator")
+    parser.add_argument("--n", type=int, default=2, help="pictures per operator")
     parser.add_argument("--operators", default=",".join(QUICK), help=f"of {', '.join(OPERATORS)}")
     parser.add_argument("--solvers", default="DPS,DMAP", help=f"of {', '.join(SOLVERS)}")
     parser.add_argument("--steps", type=int, help="steps of DPS and DMAP-full, half of it for DMAP (default: the workflow's)")

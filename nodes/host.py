@@ -265,7 +265,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         estimate = self.inner_model.memory_required(noise.shape) + self.vae.memory_used_decode(noise.shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
         for patcher in patchers:
-            if not comfy.model_management.is_device_cpu(patcher.load_device) and patcher.loaded_size() < 0.99 * patcher.model_size():
+            if getattr(patcher.model, "model_lowvram", False):
                 raise RuntimeError(
                     f"{type(patcher.model).__name__} does not fit into the GPU's memory as a whole, which gradients need. "
                     "Use a smaller picture or model, half precision weights, or unload other models first"
