@@ -174,7 +174,7 @@ def sampling(
     g.add("PreviewAny", column + 1, title=f"{name}: cost", size=(320, 160), source=report)
 
 
-# zeta of (DPS, DMAP) on the demo prior at 30 and 15 steps: the best of a coarse grid on three held-out pictures that no table uses
+# zeta of (DPS, DMAP) on the demo prior at 30 and 15 steps: from a coarse search on two or three held-out pictures that no table uses
 DEMO_ZETA = {
     "super-resolution-x8": (10.0, 20.0),
     "super-resolution-x4": (5.0, 10.0),
