@@ -8,6 +8,7 @@ summary.json (a list of rows) and table.md. A run that was cut goes on where it 
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -73,6 +74,7 @@ def prepare(workflow: dict, info: dict, picture: Path, solver: str, seed: int, s
     return Job(prompt, branch, picture, settings | {"prior": fingerprint(PRIOR_FILE), "original": fingerprint(picture)})
 
 
+@functools.cache  # every job asks for the prior's, 37 MB
 def fingerprint(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]
 
@@ -193,6 +195,7 @@ def main() -> None:
         raise SystemExit(f"--n: {args.n} pictures wanted, {args.pictures} holds {len(pictures)}")
     started = time.perf_counter()
     rows: dict[tuple[str, str], list[dict]] = {}
+    summary: list[dict] = []
     with Host() as host:
         info = host.object_info()
         version = host.get("/system_stats")["system"]["comfyui_version"]
@@ -214,12 +217,11 @@ def main() -> None:
                         figures[picture.stem] = restore(host, job, restored)
                         write_json(done, figures)
                 rows[operator, solver] = [figures[picture.stem] for picture in pictures]
-                summary = summarise(operator, solver, args.seed, rows[operator, solver])
+                summary.append(row := summarise(operator, solver, args.seed, rows[operator, solver]))
                 print(
-                    f"{operator:20} {solver:10} {summary['psnr']:6.2f} dB (baseline {summary['psnr_baseline']:.2f}) {summary['seconds']:6.1f} s per picture",
+                    f"{operator:20} {solver:10} {row['psnr']:6.2f} dB (baseline {row['psnr_baseline']:.2f}) {row['seconds']:6.1f} s per picture",
                     flush=True,
                 )
-    summary = [summarise(operator, solver, args.seed, figures) for (operator, solver), figures in rows.items()]
     write_json(args.out / "summary.json", summary)
     where = f"ComfyUI {version}, {platform.machine()}, {os.cpu_count()} cores, seed {args.seed}, {time.strftime('%Y-%m-%d')}"
     (args.out / "table.md").write_text(f"{table(summary)}\n\n{where}\n")
