@@ -248,8 +248,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             raise ValueError(
                 f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent"
             )
-        # what only the operator itself can find wrong, such as two masks for one picture
-        self.operator.distance(self.operator(torch.zeros(len(noise), 3, *self.size)), self.y)
+        self.operator.check(self.size, len(noise))
 
     def _finish_report(self, seconds: float) -> None:
         self.report.seconds = seconds

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from comfy_api.latest import io
 
@@ -234,10 +236,11 @@ class Degrade(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, operator: CoreOperator, noise_sigma, seed) -> io.NodeOutput:
-        y = operator(to_core(image, "Degrade: image"))
-        if noise_sigma > 0:
-            y = y + 2 * noise_sigma * randn_like(y, generators(seed, len(y)))
-        return io.NodeOutput(from_core(y))
+        y = operator.measure(to_core(image, "Degrade: image"))
+        noise = math.hypot(2 * noise_sigma, operator.noise)
+        if noise > 0:
+            y = y + noise * randn_like(y, generators(seed, len(y)))
+        return io.NodeOutput(from_core(operator.picture(y)))
 
 
 class EmptyMeasurementLatent(io.ComfyNode):

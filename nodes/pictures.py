@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..dmap_core.operators import Operator
-from ..dmap_core.operators.grayscale import Grayscale
 
 
 def check_picture(image: Tensor, name: str) -> None:
@@ -34,21 +33,14 @@ def to_core(image: Tensor, name: str) -> Tensor:
 
 
 def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
-    """A measurement picture -> y (B, c, h, w) in [-1, 1] with the operator's channels; RGB becomes luma where c is 1."""
+    """A measurement picture -> the y (B, c, h, w) that it shows; RGB becomes luma where c is 1."""
     check_picture(image, name)
-    wanted, given = operator.channels(), image.shape[-1]
-    y = image.movedim(-1, 1).float() * 2 - 1
-    if wanted == given:
-        return y
-    if wanted == 1 and given == 3:
-        return Grayscale()(y)
-    raise ValueError(
-        f"{name}: the picture has {given} channel(s), but {operator.describe()} measures {wanted}. "
-        "For a black-and-white picture put 'Operator: Grayscale' first in 'Operator: Compose'"
-    )
+    try:
+        return operator.read(image.movedim(-1, 1).float() * 2 - 1)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def from_core(image: Tensor) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1], not clamped; one channel is repeated."""
-    image = image.expand(-1, 3, -1, -1) if image.shape[1] == 1 else image
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1], not clamped."""
     return ((image + 1) / 2).movedim(1, -1)

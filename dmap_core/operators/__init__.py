@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Operator, Separable
+from .base import Find, Operator, Separable
 from .blur import GaussianBlur, KernelBlur, MotionBlur
 from .compose import Compose
 from .grayscale import Grayscale
@@ -15,16 +15,19 @@ OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls for cls in (SuperResolution, GaussianBlur, KernelBlur, MotionBlur, Inpainting, Grayscale, Compose)
 }
 
-__all__ = ["OPERATORS", "Operator", "Separable", "centred_box", "from_spec", *OPERATORS]
+__all__ = ["OPERATORS", "Find", "Operator", "Separable", "centred_box", "from_spec", *OPERATORS]
 
 
-def from_spec(spec: dict[str, Any]) -> Operator:
-    """The operator that `spec()` described. Raises ValueError for an unknown operator or settings that do not fit."""
+def from_spec(spec: dict[str, Any], find: Find | None = None) -> Operator:
+    """The operator that `spec()` described. `find(name)` is the path of a learned operator's weights file.
+
+    Raises ValueError for an unknown operator or settings that do not fit.
+    """
     settings = dict(spec)
     name = settings.pop("operator", None)
     if name not in OPERATORS:
         raise ValueError(f"unknown operator {name!r}; known are {', '.join(OPERATORS)}")
     try:
-        return OPERATORS[name].from_settings(settings)
+        return OPERATORS[name].from_settings(settings, find)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{name}: the settings {sorted(settings)} do not describe one: {error}") from error

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from .colour import luma
+
 Size = tuple[int, int]
+Find = Callable[[str], Path]  # the weights file of that name, from the folders where the caller keeps them
 
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -30,9 +35,14 @@ class Operator:
 
     linear: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...] | None] = None  # names of the fields in spec(); all of them unless said otherwise
+    noise: float = 0.0  # standard deviation of the measurement's noise, in the units of [-1, 1] images, if it is known
 
     def __call__(self, image: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def measure(self, image: Tensor) -> Tensor:
+        """The noiseless measurement of a clean image: f(x), unless f gives scores of what is measured."""
+        return self(image)
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
         """f^T(y), an image of `size` (H, W), in the channels of f's input. Linear operators only."""
@@ -41,6 +51,18 @@ class Operator:
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """||y_hat - y||, the plain l2 norm (not squared, not a mean) of every sample, (B,) float32 (Eq. 3)."""
         return torch.linalg.vector_norm((y_hat - y).float().flatten(1), dim=1)
+
+    def elements(self, y: Tensor) -> Tensor:
+        """How many values of every sample `distance` compares, (B,) float32."""
+        return torch.full((len(y),), float(y[0].numel()), device=y.device)
+
+    def check(self, size: Size, batch: int = 1) -> None:
+        """Raises ValueError for images that f cannot take, without computing anything."""
+        self.measurement_size(size)
+
+    def to(self, device: torch.device | str) -> Operator:
+        """This operator, with its network, if it has one, on `device`."""
+        return self
 
     def measurement_size(self, size: Size) -> Size:
         """(h, w) of the measurement of an image of `size`. Raises ValueError for an image that f cannot take."""
@@ -58,6 +80,22 @@ class Operator:
         """The measurement as a picture (B, 3, H, W) of the image's size, the input of a conditional score estimator (Sec. 4.3)."""
         return y
 
+    def picture(self, y: Tensor) -> Tensor:
+        """The measurement as people see it, (B, 3, h, w) in [-1, 1]."""
+        return y.expand(-1, 3, -1, -1) if y.shape[1] == 1 else y
+
+    def read(self, picture: Tensor) -> Tensor:
+        """The measurement y that a picture (B, 1 or 3, h, w) in [-1, 1] shows. Raises ValueError for a picture that shows none."""
+        wanted, given = self.channels(), picture.shape[1]
+        if wanted == given:
+            return picture
+        if wanted == 1 and given == 3:
+            return luma(picture)
+        raise ValueError(
+            f"the picture has {given} channel(s), but {self.describe()} measures {wanted}. "
+            "For a black-and-white picture put Grayscale first in a Compose"
+        )
+
     @property
     def name(self) -> str:
         return type(self).__name__
@@ -68,7 +106,8 @@ class Operator:
         return {"operator": self.name, **{name: getattr(self, name) for name in names}}
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Operator:
+    def from_settings(cls, settings: dict[str, Any], find: Find | None = None) -> Operator:
+        """The operator of a spec; `find` is asked for the weights of a learned one."""
         return cls(**settings)
 
     def describe(self) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .base import Operator, Size
+from .base import Find, Operator, Size
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class Compose(Operator):
         object.__setattr__(self, "operators", tuple(self.operators))
         if not self.operators:
             raise ValueError("Compose: needs at least one operator")
+        noisy = [f.name for f in self.operators if f.noise]
+        if noisy:
+            raise ValueError(f"Compose: {noisy[0]} cannot be a part; noise comes last, so put it around the Compose")
 
     @property
     def linear(self) -> bool:
@@ -28,6 +32,11 @@ class Compose(Operator):
     def __call__(self, image: Tensor) -> Tensor:
         for f in self.operators:
             image = f(image)
+        return image
+
+    def measure(self, image: Tensor) -> Tensor:
+        for f in self.operators:
+            image = f.measure(image)
         return image
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
@@ -40,6 +49,20 @@ class Compose(Operator):
 
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
         return self.operators[-1].distance(y_hat, y)
+
+    def elements(self, y: Tensor) -> Tensor:
+        return self.operators[-1].elements(y)
+
+    def check(self, size: Size, batch: int = 1) -> None:
+        for f in self.operators:
+            f.check(size, batch)
+            size = f.measurement_size(size)
+
+    def to(self, device: torch.device | str) -> Compose:
+        return Compose(tuple(f.to(device) for f in self.operators))
+
+    def picture(self, y: Tensor) -> Tensor:
+        return self.operators[-1].picture(y)
 
     def measurement_size(self, size: Size) -> Size:
         for f in self.operators:
@@ -66,10 +89,10 @@ class Compose(Operator):
         return {"operator": self.name, "operators": [f.spec() for f in self.operators]}
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Compose:
+    def from_settings(cls, settings: dict[str, Any], find: Find | None = None) -> Compose:
         from . import from_spec
 
-        return cls(tuple(from_spec(spec) for spec in settings["operators"]))
+        return cls(tuple(from_spec(spec, find) for spec in settings["operators"]))
 
     def describe(self) -> str:
         return f"Compose[{', '.join(f.describe() for f in self.operators)}]"

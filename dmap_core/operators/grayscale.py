@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .base import Operator, Size
-
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+from .colour import luma, luma_weights
 
 
 @dataclass(frozen=True)
@@ -19,14 +17,10 @@ class Grayscale(Operator):
     def __call__(self, image: Tensor) -> Tensor:
         if image.shape[1] != 3:
             raise ValueError(f"Grayscale: the picture has {image.shape[1]} channels; it must have 3 (put Grayscale first in a Compose)")
-        return (image * self._weights(image)).sum(1, keepdim=True)
+        return luma(image)
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
-        return y * self._weights(y)
-
-    @staticmethod
-    def _weights(like: Tensor) -> Tensor:
-        return torch.tensor(LUMA, dtype=torch.float64).to(like).view(1, 3, 1, 1)
+        return y * luma_weights(y)
 
     def channels(self, image_channels: int = 3) -> int:
         return 1

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Operator, Size
+from .base import Find, Operator, Size
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +41,13 @@ class Inpainting(Operator):
             raise ValueError("Inpainting: mask is full (everything is missing); leave some of the picture black, or invert the mask")
         object.__setattr__(self, "mask", mask)
 
+    def check(self, size: Size, batch: int = 1) -> None:
+        self.measurement_size(size)
+        if self.mask.shape[0] not in (1, batch):
+            raise ValueError(f"Inpainting: {self.mask.shape[0]} masks for a batch of {batch} pictures; give one mask or one per picture")
+
     def _known(self, x: Tensor) -> Tensor:
-        self.measurement_size(tuple(x.shape[-2:]))
-        if self.mask.shape[0] not in (1, x.shape[0]):
-            raise ValueError(
-                f"Inpainting: {self.mask.shape[0]} masks for a batch of {x.shape[0]} pictures; give one mask or one per picture"
-            )
+        self.check(tuple(x.shape[-2:]), len(x))
         return 1 - self.mask.to(x)
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -59,6 +60,9 @@ class Inpainting(Operator):
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """The norm over the known pixels: whatever a damaged picture shows in its holes does not count."""
         return super().distance(y_hat, y * self._known(y))
+
+    def elements(self, y: Tensor) -> Tensor:
+        return y.shape[1] * self._known(y).sum(dim=(1, 2, 3)).float().expand(len(y))
 
     def hint(self, y: Tensor) -> Tensor:
         return y * self._known(y)
@@ -78,7 +82,7 @@ class Inpainting(Operator):
         return {"operator": self.name, "shape": list(self.mask.shape), "mask": packed}
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any]) -> Inpainting:
+    def from_settings(cls, settings: dict[str, Any], find: Find | None = None) -> Inpainting:
         try:
             shape = tuple(int(n) for n in settings["shape"])
             count = math.prod(shape)
