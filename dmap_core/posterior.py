@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from .memory import PLANS, SHARE, Budget, ShortOfMemory, checkpointed
 from .operators import Operator
 from .prior import Prior
+
+Extra = Callable[[Tensor, Tensor], Tensor]
 
 
 class Posterior:
@@ -36,16 +39,27 @@ class Posterior:
     def residual(self, z: Tensor, sigma: float) -> Tensor:
         """||f(D(z0(z))) - y|| of every sample, (B,); sigma = 0 takes z itself for z0."""
         with torch.no_grad():
-            return self._distance(self._denoise(z, sigma) if sigma > 0 else z)
+            return self.distance(self.decode(self._denoise(z, sigma) if sigma > 0 else z))
 
-    def gradient(self, z: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    def decode(self, z0: Tensor) -> Tensor:
+        """D(z0), an image (B, 3, H, W), with the caller's graph."""
+        self.decoder_calls += 1
+        return self.prior.decode(z0)
+
+    def distance(self, image: Tensor) -> Tensor:
+        """||f(image) - y|| of every sample, (B,)."""
+        return self.operator.distance(self.operator(image), self.y)
+
+    def gradient(self, z: Tensor, sigma: float, extra: Extra | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(grad, denoised, residual) at z (B, C, h, w): d r / d z per sample, z0(z), and r (B,).
 
+        extra(z0, D(z0)) -> (B,) is added to r before the derivative is taken, but not to the residual that is returned.
         The residual of one sample does not depend on another's latent, so the gradient of their sum is every sample's own.
+        Raises ValueError for an operator through which no gradient flows.
         """
         while True:
             try:
-                result = self._gradient(z, sigma)
+                result = self._gradient(z, sigma, extra)
             except (ShortOfMemory, torch.OutOfMemoryError):
                 if not self._auto or self.plan == PLANS[-1]:
                     raise
@@ -54,7 +68,7 @@ class Posterior:
                 return result
             self.plan = PLANS[PLANS.index(self.plan) + 1]  # outside the handler, whose traceback keeps the activations alive
 
-    def _gradient(self, z: Tensor, sigma: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, z: Tensor, sigma: float, extra: Extra | None) -> tuple[Tensor, Tensor, Tensor]:
         lean = self.plan == "lean"
         counted = self._counted()
         with torch.enable_grad(), checkpointed(self.prior.networks()) if self.plan == "checkpoint" else nullcontext():
@@ -64,8 +78,13 @@ class Posterior:
             # stage one: the decoder alone. Its activations are gone before the denoiser's backward pass starts.
             leaf = z0.detach().requires_grad_()
             with counted():
-                residual = self._distance(leaf)
-            (cotangent,) = torch.autograd.grad(residual.sum(), leaf)
+                image = self.decode(leaf)
+                residual = self.distance(image)
+                loss = residual if extra is None else residual + extra(leaf, image)
+            if not residual.requires_grad:
+                raise ValueError(f"operator: {self.operator.describe()} is not differentiable, and no solver can do without its gradient")
+            del image
+            (cotangent,) = torch.autograd.grad(loss.sum(), leaf)
             # stage two: the denoiser's vector-Jacobian product
             if lean:
                 counted = self._counted()  # from zero: the decoder's activations are gone
@@ -83,7 +102,3 @@ class Posterior:
     def _denoise(self, z: Tensor, sigma: float) -> Tensor:
         self.denoiser_calls += 1
         return self.prior.denoise(z, sigma)
-
-    def _distance(self, z0: Tensor) -> Tensor:
-        self.decoder_calls += 1
-        return self.operator.distance(self.operator(self.prior.decode(z0)), self.y)

@@ -61,6 +61,18 @@ def exponential_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
 
 
+def karras_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: float = 0.0, rho: float = 7.0) -> Tensor:
+    """Noise levels evenly spaced in sigma^(1 / rho), between the same ends as `paper_sigmas`, then 0 (Karras et al. 2022, Eq. 5)."""
+    _check_range(steps, start, end)
+    last = len(model_sigmas) - 1
+    first, final = _sigma_at(model_sigmas, torch.tensor([start * last, end * last], dtype=torch.float64)) ** (1 / rho)
+    sigmas = torch.linspace(float(first), float(final), steps, dtype=torch.float64) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+SPACINGS = {"paper": paper_sigmas, "exponential": exponential_sigmas, "karras": karras_sigmas}
+
+
 def check_sigmas(sigmas: Tensor | Sequence[float], to_zero: bool = True) -> list[float]:
     """The schedule as floats. Raises ValueError unless it falls at every step, and ends at 0 if `to_zero`."""
     levels = [float(s) for s in sigmas]

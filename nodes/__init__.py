@@ -12,4 +12,5 @@ class DMAPExtension(ComfyExtension):
 
 async def comfy_entrypoint() -> DMAPExtension:
     host.offer_demo_prior()
+    host.offer_weights_folder()
     return DMAPExtension()

@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from ..dmap_core.memory import PLANS
 from ..dmap_core.solvers import check_settings
 from . import host
-from .operators import Operator
+from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
 
 CATEGORY = "DMAP/sampling"
@@ -36,7 +36,7 @@ class DPSGuider(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE. Its decoder is part of the gradient."),
                 Operator.Input("operator", tooltip="How a clean picture became the measurement."),
-                io.Image.Input("measurement", tooltip="The damaged picture, or a batch. One measurement serves a whole batch of latents."),
+                measurement_input("One measurement serves a whole batch of latents."),
                 io.Float.Input(
                     "zeta",
                     default=4.8,

@@ -8,6 +8,7 @@ Everything this pack knows about ComfyUI's internals is in this file. Facts it w
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -26,6 +27,7 @@ import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
 from comfy.ldm.modules.attention import attention_pytorch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..dmap_core.operators import Operator
 from ..dmap_core.posterior import Posterior
@@ -85,8 +87,56 @@ def offer_demo_prior() -> None:
     folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent.parent / "demo"))
 
 
+WEIGHTS_FOLDER = "dmap"  # below ComfyUI's models
+NO_WEIGHTS = "no file yet: see the help of this node"
+
+
+def offer_weights_folder() -> None:
+    """Make models/dmap known to ComfyUI, the place of the weights of learned operators."""
+    folder_paths.add_model_folder_path(WEIGHTS_FOLDER, str(Path(folder_paths.models_dir) / WEIGHTS_FOLDER))
+
+
+def weights_files() -> list[str]:
+    return folder_paths.filter_files_extensions(folder_paths.get_filename_list(WEIGHTS_FOLDER), folder_paths.supported_pt_extensions)
+
+
+def find_weights(name: str, example: str = "it") -> Path:
+    """The file of that name in models/dmap, nowhere else. Raises FileNotFoundError that says where to put it."""
+    path = folder_paths.get_full_path(WEIGHTS_FOLDER, name)
+    if path is None:
+        folder = folder_paths.get_folder_paths(WEIGHTS_FOLDER)[0]
+        wanted = example if name == NO_WEIGHTS else f"{name!r}"
+        raise FileNotFoundError(
+            f"weights: {wanted} is not there. Put {example} into {folder}, reload the page and choose it; the help page of the node says where to get it"
+        )
+    return Path(path)
+
+
+def measure(operator: Operator, image: Tensor) -> Tensor:
+    """The noiseless measurement of an image, computed where ComfyUI computes."""
+    device = comfy.model_management.get_torch_device()
+    try:
+        return operator.to(device).measure(image.to(device)).to(image.device)
+    finally:
+        operator.to("cpu")
+
+
 def _pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
+
+
+def _controls(conds: dict[str, list[dict]]) -> Iterator[Any]:
+    """The ControlNets, T2I adapters and control LoRAs of the conditioning, with those chained before them."""
+    for cond in itertools.chain(*conds.values()):
+        control = cond.get("control")
+        while control is not None:
+            yield control
+            control = control.previous_controlnet
+
+
+def _own_skip(h: Tensor, options: dict) -> Tensor:
+    """The next block works on a copy: ControlNets add to skip connections in place, which autograd still needs as that block's input."""
+    return h.clone() if h.requires_grad else h
 
 
 def static(patcher):
@@ -99,11 +149,12 @@ def check_model(model) -> None:
     """Raises ValueError for models outside the VE convention of the paper's algorithms."""
     sampling = model.get_model_object("model_sampling")
     name = type(model.model).__name__
-    flow = not isinstance(sampling, comfy.model_sampling.EPS) or isinstance(sampling, comfy.model_sampling.CONST)
-    if flow:
+    kinds = comfy.model_sampling
+    others = (kinds.CONST, kinds.IMG_TO_IMG, kinds.StableCascadeSampling)  # the last two are subclasses of EPS
+    if not isinstance(sampling, kinds.EPS) or isinstance(sampling, others):
         raise ValueError(
-            f"model: {name} does not follow the noise convention of the paper (z = z0 + sigma * noise): it is a flow or a cascade model. "
-            "Use an eps- or v-prediction model such as Stable Diffusion 1.5, 2.0, 2.1 or SDXL"
+            f"model: {name} does not follow the noise convention of the paper (z = z0 + sigma * noise): it is a flow, cascade or "
+            "image-to-image model. Use an eps- or v-prediction model such as Stable Diffusion 1.5, 2.0, 2.1 or SDXL"
         )
     video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2
     if video or model.model.model_config.unet_config.get("use_temporal_resblock"):
@@ -183,6 +234,8 @@ class HostPrior:
 
     def encode(self, image: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        h, w = (-n % self.vae.downscale_ratio for n in image.shape[-2:])  # what `decode` cropped
+        image = F.pad(image, (0, w, 0, h), mode="replicate")
         latent = self.autoencoder.encode(image.to(self.vae.device, self.vae.vae_dtype))
         return self.base_model.process_latent_in(latent.to(image.device, torch.float32))
 
@@ -215,6 +268,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def sample(self, noise, latent_image, sampler, sigmas, *args, seed=None, **kwargs):
         ours = isinstance(sampler, SolverSampler)
         self._check_run(noise, sigmas, ours)
+        if ours and sampler.check:
+            sampler.check(self.operator, len(sigmas) - 1)
         self.report = Report(sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler", self.operator.describe())
         original_conds = self.original_conds
         started = time.perf_counter()
@@ -269,11 +324,23 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                     f"{type(patcher.model).__name__} does not fit into the GPU's memory as a whole, which gradients need. "
                     "Use a smaller picture or model, half precision weights, or unload other models first"
                 )
-        prior = HostPrior(self.inner_model, self.vae, vae.model, [p.model for p in self.loaded_models], self.size)
+        controls = list(_controls(self.conds))
+        if controls:
+            patches = self.model_options["transformer_options"].setdefault("patches", {})  # of this run: the host works on a copy
+            patches["input_block_patch_after_skip"] = [_own_skip, *patches.get("input_block_patch_after_skip", [])]
+        for control in controls:
+            if hasattr(control, "control_weights"):  # of a control LoRA, whose network is made of them later
+                control.control_weights = normal(control.control_weights)
+        networks = [p.model for p in self.loaded_models]
+        networks += [m for control in controls for m in vars(control).values() if isinstance(m, nn.Module) and m not in networks]
+        prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size)
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
-        self._posterior = Posterior(prior, self.operator, y, self.memory)
-        with frozen(prior.networks()):
-            return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+        try:
+            self._posterior = Posterior(prior, self.operator.to(device), y, self.memory)
+            with frozen(prior.networks()):
+                return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+        finally:
+            self.operator.to("cpu")
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         def plain(z, sigma):
@@ -316,10 +383,13 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
 
 class SolverSampler(comfy.samplers.Sampler):
-    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings."""
+    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings.
 
-    def __init__(self, name: str, solver: Callable[..., Tensor], **settings):
-        self.name, self.solver, self.settings = name, solver, settings
+    check(operator, steps) raises ValueError for runs that the solver cannot do; it is called before models are loaded.
+    """
+
+    def __init__(self, name: str, solver: Callable[..., Tensor], check: Callable[[Operator, int], None] | None = None, **settings):
+        self.name, self.solver, self.check, self.settings = name, solver, check, settings
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         if not isinstance(model_wrap, PosteriorGuider):

@@ -7,8 +7,23 @@ import math
 import torch
 from comfy_api.latest import io
 
-from ..dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, KernelBlur, MotionBlur, SuperResolution
+from ..dmap_core.operators import (
+    Compose,
+    GaussianBlur,
+    Grayscale,
+    Inpainting,
+    Jpeg,
+    KernelBlur,
+    MotionBlur,
+    Noisy,
+    NonlinearBlur,
+    Segmentation,
+    SuperResolution,
+)
 from ..dmap_core.operators import Operator as CoreOperator
+from ..dmap_core.operators.jpeg import ROUNDINGS, SUBSAMPLINGS
+from ..dmap_core.operators.nonlinear_blur import load_kernel_wizard
+from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from . import host
 from .pictures import check_picture, from_core, measurement_to_core, to_core
@@ -20,6 +35,14 @@ CATEGORY = "DMAP/operators"
 def operator_output():
     return Operator.Output(
         display_name="operator", tooltip="How a clean picture becomes the measurement. Goes to DPSGuider, Degrade, Compose."
+    )
+
+
+def measurement_input(more: str = ""):
+    return io.MultiType.Input(
+        "measurement",
+        types=[io.Image, io.Mask],
+        tooltip=f"The damaged picture, or a batch. For 'Operator: Segmentation' the picture of labels, or five masks per picture. {more}".strip(),
     )
 
 
@@ -184,6 +207,130 @@ class OperatorGrayscale(io.ComfyNode):
         return io.NodeOutput(Grayscale())
 
 
+class OperatorJpeg(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorJpeg",
+            display_name="Operator: JPEG",
+            category=CATEGORY,
+            description="The picture was saved as a JPEG of low quality: blocks, rings at edges, smeared colours. Restoring it is artifact removal.",
+            inputs=[
+                io.Int.Input(
+                    "quality",
+                    default=20,
+                    min=1,
+                    max=100,
+                    tooltip="The quality that the picture was saved with, as most programs count it (libjpeg). If you do not know it, try: too high leaves blocks, too low washes detail out.",
+                ),
+                io.Combo.Input(
+                    "subsampling",
+                    options=list(SUBSAMPLINGS),
+                    default="4:2:0",
+                    tooltip="How colours were stored: 4:2:0 at half the width and height (usual), 4:2:2 at half the width, 4:4:4 in full.",
+                ),
+                io.Combo.Input(
+                    "rounding",
+                    options=list(ROUNDINGS),
+                    default="straight-through",
+                    optional=True,
+                    tooltip="What the gradient sees of the rounding in a JPEG, which has none of its own. straight-through ignores it and compares with the very JPEG; "
+                    "cubic compares with a smoothed one.",
+                ),
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, quality, subsampling, rounding="straight-through") -> io.NodeOutput:
+        return io.NodeOutput(Jpeg(quality, subsampling, rounding))
+
+
+def weights_input(example: str):
+    return io.Combo.Input(
+        "weights",
+        options=host.weights_files() or [host.NO_WEIGHTS],
+        tooltip=f"File with the network's weights in models/{host.WEIGHTS_FOLDER}, such as {example}; .safetensors, or a .pth that holds nothing but tensors. "
+        "The help page says where to get it.",
+    )
+
+
+class OperatorNonlinearBlur(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorNonlinearBlur",
+            display_name="Operator: Nonlinear Blur",
+            category=CATEGORY,
+            description="The camera shook and things moved, each in its own way: the blur of a network that was trained on such photos (GoPro). The paper's nonlinear deblurring.",
+            inputs=[
+                weights_input("GOPRO_wVAE.pth"),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Which blur, out of those that the network knows. It must be the same where the picture is damaged and where it is restored.",
+                ),
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, weights, seed) -> io.NodeOutput:
+        path = host.find_weights(weights, "GOPRO_wVAE.pth")
+        return io.NodeOutput(NonlinearBlur(load_kernel_wizard(path), seed, weights))
+
+
+class OperatorSegmentation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorSegmentation",
+            display_name="Operator: Segmentation",
+            category=CATEGORY,
+            description="All that is known of a room is where its walls, floor and ceiling are (LSUN room layout). The measurement is a picture of labels or five masks; "
+            "restoring is making a room that looks like that.",
+            inputs=[weights_input("the room layout checkpoint")],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, weights) -> io.NodeOutput:
+        return io.NodeOutput(Segmentation(load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights))
+
+
+class OperatorNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_OperatorNoise",
+            display_name="Operator: Known Noise",
+            category=CATEGORY,
+            description="The measurement is noisy as well, by a known amount. The restoration then stops where only the noise is left to explain, instead of painting it in.",
+            inputs=[
+                Operator.Input(
+                    "operator", tooltip="The damage without the noise. For several kinds of damage put this node after Compose."
+                ),
+                io.Float.Input(
+                    "sigma",
+                    default=0.02,
+                    min=0.001,
+                    max=1.0,
+                    step=0.005,
+                    round=0.0001,
+                    tooltip="Standard deviation of the noise in picture values 0..1: 0.02 is about 5 of 255. Too high leaves the picture blurry, too low keeps the noise.",
+                ),
+            ],
+            outputs=[operator_output()],
+        )
+
+    @classmethod
+    def execute(cls, operator, sigma) -> io.NodeOutput:
+        return io.NodeOutput(Noisy(operator, sigma))
+
+
 class OperatorCompose(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -236,9 +383,10 @@ class Degrade(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, operator: CoreOperator, noise_sigma, seed) -> io.NodeOutput:
-        y = operator.measure(to_core(image, "Degrade: image"))
+        y = host.measure(operator, to_core(image, "Degrade: image"))
         noise = math.hypot(2 * noise_sigma, operator.noise)
         if noise > 0:
+            operator.elements(y)  # raises for measurements that no noise can be added to
             y = y + noise * randn_like(y, generators(seed, len(y)))
         return io.NodeOutput(from_core(operator.picture(y)))
 
@@ -253,7 +401,7 @@ class EmptyMeasurementLatent(io.ComfyNode):
             description="An empty latent of the size that the restored picture will have. Where that size is no multiple of the VAE's factor (8), the latent is "
             "rounded up: crop the decoded picture at the right and the bottom to width and height (node ImageCrop at 0, 0).",
             inputs=[
-                io.Image.Input("measurement", tooltip="The damaged picture."),
+                measurement_input(),
                 Operator.Input("operator", tooltip="The damage."),
                 io.Vae.Input("vae", tooltip="The model's VAE: it says how many pixels a latent stands for, and how many channels it has."),
                 io.Int.Input(
@@ -290,6 +438,10 @@ NODES = [
     OperatorKernelBlur,
     OperatorInpainting,
     OperatorGrayscale,
+    OperatorJpeg,
+    OperatorNonlinearBlur,
+    OperatorSegmentation,
+    OperatorNoise,
     OperatorCompose,
     Degrade,
     EmptyMeasurementLatent,

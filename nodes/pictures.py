@@ -33,10 +33,11 @@ def to_core(image: Tensor, name: str) -> Tensor:
 
 
 def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
-    """A measurement picture -> the y (B, c, h, w) that it shows; RGB becomes luma where c is 1."""
-    check_picture(image, name)
+    """A measurement picture, or masks (N, H, W) -> the y (B, c, h, w) that it shows; RGB becomes luma where c is 1."""
+    masks = image.ndim == 3
+    check_picture(image.unsqueeze(-1) if masks else image, name)
     try:
-        return operator.read(image.movedim(-1, 1).float() * 2 - 1)
+        return operator.read_masks(image.float()) if masks else operator.read(image.movedim(-1, 1).float() * 2 - 1)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

@@ -9,10 +9,27 @@ from .blur import GaussianBlur, KernelBlur, MotionBlur
 from .compose import Compose
 from .grayscale import Grayscale
 from .inpainting import Inpainting, centred_box
+from .jpeg import Jpeg
+from .noisy import Noisy
+from .nonlinear_blur import NonlinearBlur
+from .segmentation import Segmentation
 from .super_resolution import SuperResolution
 
 OPERATORS: dict[str, type[Operator]] = {
-    cls.__name__: cls for cls in (SuperResolution, GaussianBlur, KernelBlur, MotionBlur, Inpainting, Grayscale, Compose)
+    cls.__name__: cls
+    for cls in (
+        SuperResolution,
+        GaussianBlur,
+        KernelBlur,
+        MotionBlur,
+        NonlinearBlur,
+        Inpainting,
+        Grayscale,
+        Jpeg,
+        Segmentation,
+        Compose,
+        Noisy,
+    )
 }
 
 __all__ = ["OPERATORS", "Find", "Operator", "Separable", "centred_box", "from_spec", *OPERATORS]

@@ -84,17 +84,24 @@ class Operator:
         """The measurement as people see it, (B, 3, h, w) in [-1, 1]."""
         return y.expand(-1, 3, -1, -1) if y.shape[1] == 1 else y
 
-    def read(self, picture: Tensor) -> Tensor:
-        """The measurement y that a picture (B, 1 or 3, h, w) in [-1, 1] shows. Raises ValueError for a picture that shows none."""
-        wanted, given = self.channels(), picture.shape[1]
+    def read(self, picture: Tensor, channels: int | None = None) -> Tensor:
+        """The measurement y that a picture (B, 1 or 3, h, w) in [-1, 1] shows. Raises ValueError for a picture that shows none.
+
+        channels: those of y where f is not alone, the last part of a Compose.
+        """
+        wanted, given = channels or self.channels(), picture.shape[1]
         if wanted == given:
             return picture
         if wanted == 1 and given == 3:
             return luma(picture)
         raise ValueError(
-            f"the picture has {given} channel(s), but {self.describe()} measures {wanted}. "
+            f"the picture has {given} channel(s), but {self.describe()} measures {wanted} here. "
             "For a black-and-white picture put Grayscale first in a Compose"
         )
+
+    def read_masks(self, masks: Tensor) -> Tensor:
+        """The measurement that masks (N, h, w) in [0, 1] show, for operators that measure classes."""
+        raise ValueError(f"{self.describe()} measures a picture, and a mask was given; connect the damaged picture")
 
     @property
     def name(self) -> str:

@@ -64,6 +64,12 @@ class Compose(Operator):
     def picture(self, y: Tensor) -> Tensor:
         return self.operators[-1].picture(y)
 
+    def read(self, picture: Tensor, channels: int | None = None) -> Tensor:
+        return self.operators[-1].read(picture, channels or self.channels())
+
+    def read_masks(self, masks: Tensor) -> Tensor:
+        return self.operators[-1].read_masks(masks)
+
     def measurement_size(self, size: Size) -> Size:
         for f in self.operators:
             size = f.measurement_size(size)

@@ -62,7 +62,7 @@ class Inpainting(Operator):
         return super().distance(y_hat, y * self._known(y))
 
     def elements(self, y: Tensor) -> Tensor:
-        return y.shape[1] * self._known(y).sum(dim=(1, 2, 3)).float().expand(len(y))
+        return y.shape[1] * self._known(y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
 
     def hint(self, y: Tensor) -> Tensor:
         return y * self._known(y)

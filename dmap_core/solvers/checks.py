@@ -29,3 +29,11 @@ def check_finite(step: int, steps: int, zeta: float, z: Tensor, residual: Tensor
             f"step {step + 1} of {steps}: NaN or infinity in sample {i} of the batch, residual {float(residual[i]):.4g}; "
             f"lower zeta (now {zeta:g}), or run the model and the VAE in fp32 if the very first steps fail"
         )
+
+
+def check_window(first: int, last: int, steps: int | None = None) -> None:
+    """Raises ValueError unless the steps first..last, counted from 0, lie within a schedule of `steps`, if that is known."""
+    if whole("first", first, 0) > whole("last", last, 0):
+        raise ValueError(f"first is {first} and last {last}; the window of steps must not end before it begins")
+    if steps is not None and last >= steps:
+        raise ValueError(f"last is {last}, but the schedule has the steps 0 to {steps - 1}; move the window there, or take more steps")

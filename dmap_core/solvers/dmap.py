@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..posterior import Posterior
 from ..schedule import ancestral_step, check_sigmas, randn_like
+from .adam import direction
 from .checks import check_finite, check_settings
 
 
@@ -24,11 +25,20 @@ def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
 
 
 def sample_dmap(
-    posterior: Posterior, z: Tensor, sigmas, *, zeta: float, K: int = 2, eta: float = 1.0, generator=None, callback=None
+    posterior: Posterior,
+    z: Tensor,
+    sigmas,
+    *,
+    zeta: float,
+    K: int = 2,
+    optimizer: str = "gradient",
+    eta: float = 1.0,
+    generator=None,
+    callback=None,
 ) -> Tensor:
     """One ancestral step without gradient, then K times: a gradient step at the *new* noise level, and back onto the sphere.
 
-    z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta > 0 as in `sample_dps`. K >= 1: the paper's "same" has
+    z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta > 0 and optimizer as in `sample_dps`. K >= 1: the paper's "same" has
     K = 2, half the steps and twice the zeta of DPS; its "full" has K = 3 and all steps. eta in (0, 1]: at 0 the sphere is a point.
     generator: one torch.Generator, or one per sample. callback(step, denoised, z, residual) after every step. Returns z0.
     The last step has sigma_up = 0, where the projection undoes every gradient step: it is the denoised latent. So T steps cost T + (T - 1) K
@@ -37,6 +47,7 @@ def sample_dmap(
     check_settings(zeta, eta, K)
     if eta == 0:
         raise ValueError("eta is 0, where DMAP's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
+    step = direction(optimizer)
     levels = check_sigmas(sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = posterior.denoise(z, sigma)
@@ -46,7 +57,7 @@ def sample_dmap(
             for _ in range(int(K)):
                 grad, denoised, residual = posterior.gradient(z, sigma_next)
                 check_finite(i, len(levels) - 1, zeta, grad, residual)
-                z = project(z - zeta * grad, mu, sigma_up)
+                z = project(z - zeta * step(grad), mu, sigma_up)
         else:
             z = mu
             residual = posterior.residual(z, 0.0)

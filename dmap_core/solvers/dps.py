@@ -8,23 +8,28 @@ from torch import Tensor
 
 from ..posterior import Posterior
 from ..schedule import ancestral_step, check_sigmas, randn_like
+from .adam import direction
 from .checks import check_finite, check_settings
 
 
-def sample_dps(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: float = 1.0, generator=None, callback=None) -> Tensor:
+def sample_dps(
+    posterior: Posterior, z: Tensor, sigmas, *, zeta: float, optimizer: str = "gradient", eta: float = 1.0, generator=None, callback=None
+) -> Tensor:
     """z_{t-1} = mu + sigma_up eps - zeta grad_{z_t} ||f(D(z0(z_t))) - y||   (Eq. 19)
 
     z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta > 0 in VE latent units per unit of the residual's
-    gradient (4.8 for SR x8 of 512x512 pictures at 500 steps). eta: 1 ancestral, 0 PF-ODE. generator: one torch.Generator, or one per sample.
+    gradient (4.8 for SR x8 of 512x512 pictures at 500 steps). optimizer: "adam" steps along Adam's direction instead of the gradient (C.1);
+    zeta is then the step of every latent element. eta: 1 ancestral (DDPM), 0 PF-ODE (DDIM). generator: one torch.Generator, or one per sample.
     callback(step, denoised, z, residual) after every step. Returns z0. len(sigmas) - 1 denoiser calls, each with gradient.
     Raises ValueError for settings or sigmas without meaning and errors.Diverged for NaN.
     """
     check_settings(zeta, eta)
+    step = direction(optimizer)
     levels = check_sigmas(sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         grad, denoised, residual = posterior.gradient(z, sigma)
         mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        z = mu - zeta * grad
+        z = mu - zeta * step(grad)
         if sigma_up > 0:
             z = z + sigma_up * randn_like(z, generator)
         check_finite(i, len(levels) - 1, zeta, z, residual)

@@ -1,0 +1,215 @@
+"""Every solver on every operator with the demo prior: figures for a table, and the search for the settings in dmap_core/presets.py.
+
+    python demo/compare.py --n 32                                     # the table, hours on a small machine; goes on where it was cut
+    python demo/compare.py --search --solvers DPS --sweep zeta=0.5,1,2   # zeta of the preset times these, on other held-out pictures
+    python demo/compare.py --table                                    # only print what there is
+
+Runs the pack's own nodes in ComfyUI, in this process, one picture at a time. Figures are written to --out after every picture, one file
+per operator, solver and settings. The table takes the first held-out pictures, the search the last ones.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT / "tests")]
+
+import numpy as np  # noqa: E402
+from host import import_comfy  # noqa: E402
+from PIL import Image  # noqa: E402
+
+PRIOR = "dmap-demo-prior.safetensors"
+OPERATORS = ("super-resolution-x4", "super-resolution-x8", "gaussian-deblur", "motion-deblur", "inpainting", "nonlinear-deblur")
+MODEL = "demo prior, 128 pixels"
+
+
+def import_pack():
+    """The pack as ComfyUI imports it."""
+    spec = importlib.util.spec_from_file_location("dmap_pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    pack = importlib.util.module_from_spec(spec)
+    sys.modules["dmap_pack"] = pack
+    spec.loader.exec_module(pack)
+
+
+def make_operator(name: str):
+    """The damage of the demo workflows; nonlinear-deblur has random weights (seed 0), as the published ones are not shipped."""
+    from dmap_pack.dmap_core import operators
+    from dmap_pack.dmap_core.operators.nonlinear_blur import random_kernel_wizard
+
+    return {
+        "super-resolution-x4": lambda: operators.SuperResolution(4),
+        "super-resolution-x8": lambda: operators.SuperResolution(8),
+        "gaussian-deblur": lambda: operators.GaussianBlur(61, 3.0),
+        "motion-deblur": lambda: operators.MotionBlur(21.0, 30.0),
+        "inpainting": lambda: operators.Inpainting(operators.centred_box((128, 128), (48, 48))),
+        "nonlinear-deblur": lambda: operators.NonlinearBlur(random_kernel_wizard(seed=0), seed=0),
+    }[name]()
+
+
+class Bench:
+    """The demo prior in ComfyUI, and pictures through it."""
+
+    def __init__(self):
+        import torch
+
+        import_comfy()
+        from comfy.cli_args import args
+
+        args.cpu = not torch.cuda.is_available()
+        import comfy.sd
+
+        import_pack()
+        from dmap_pack.nodes import guiders, operators, samplers
+
+        self.nodes = {cls.__name__: cls for module in (guiders, operators, samplers) for cls in module.NODES}
+        self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(str(HERE / PRIOR), output_clip=False)[:3]
+        if args.cpu:  # a sixth faster there
+            for network in (self.model.model.diffusion_model, self.vae.first_stage_model):
+                network.to(memory_format=torch.channels_last)
+        self.conditioning = self.call("DMAPUnconditional", model=self.model)[0]
+
+    def call(self, name: str, **inputs):
+        return self.nodes[name].execute(**inputs).result
+
+    def restore(self, image, operator, preset, seed: int):
+        """(restored picture (1, H, W, 3) in [0, 1], report) of a picture that is damaged first."""
+        from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
+        from dmap_pack.dmap_core.solvers import SOLVERS
+        from dmap_pack.nodes.host import SolverSampler
+
+        measurement = self.call("Degrade", image=image, operator=operator, noise_sigma=0.0, seed=seed)[0]
+        latent = self.call("EmptyMeasurementLatent", measurement=measurement, operator=operator, vae=self.vae, batch_size=1)[0]
+        sigmas = self.call("DMAPScheduler", model=self.model, steps=preset.steps, spacing=preset.spacing)[0]
+        problem = {"positive": self.conditioning, "vae": self.vae, "operator": operator, "measurement": measurement, "zeta": 1.0}
+        guider = self.call("DPSGuider", model=self.model, **problem)[0]
+        sampler = SolverSampler(preset.solver, SOLVERS[preset.solver], **preset.settings)
+        noise = Noise_RandomNoise(seed).generate_noise(latent)
+        samples = guider.sample(noise, latent["samples"], sampler, sigmas, seed=seed)
+        return self.vae.decode(samples), guider.report
+
+
+def measure(bench: Bench, file: Path, operator, preset, seed: int) -> dict:
+    import torch
+    from perceptual import feature_distance
+
+    def tensor(picture: Image.Image):
+        return torch.from_numpy(np.asarray(picture.convert("RGB"))).float()[None] / 255
+
+    original = tensor(Image.open(file))
+    with torch.inference_mode():
+        restored, report = bench.restore(original, operator, preset, seed)
+        restored = (restored * 255).round().clamp(0, 255) / 255  # what a saved picture holds
+        error = (restored - original).double().square().mean()
+        return {
+            "psnr": float(-10 * error.log10()),
+            "features": float(feature_distance(restored.movedim(-1, 1), original.movedim(-1, 1))),
+            "residual": report.residuals[-1][0],
+            "seconds": report.seconds,
+            "denoiser_calls": report.denoiser_calls,
+            "decoder_calls": report.decoder_calls,
+        }
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(value, indent=1))
+    os.replace(temporary, path)
+
+
+def mean(rows: list[dict], key: str) -> float:
+    return float(np.mean([row[key] for row in rows]))
+
+
+def line(entry: dict) -> str:
+    rows = list(entry["pictures"].values())
+    error = np.std([row["psnr"] for row in rows], ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else float("nan")
+    settings = " ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry["settings"].items())
+    return (
+        f"| {entry['operator']} | {entry['solver']} | {entry['steps']} | {settings} | {len(rows)} | {mean(rows, 'psnr'):.2f} +- {error:.2f} "
+        f"| {mean(rows, 'features'):.4f} | {mean(rows, 'residual'):.2f} | {mean(rows, 'denoiser_calls'):.0f} | {mean(rows, 'seconds'):.1f} |"
+    )
+
+
+def table(out: Path, pictures: str) -> str:
+    entries = [json.loads(path.read_text()) for path in sorted(out.glob("*.json"))]
+    head = "| operator | solver | steps | settings | n | PSNR (standard error) | feature distance | residual | denoiser calls | seconds |"
+    order = {name: i for i, name in enumerate(OPERATORS)}
+    chosen = sorted((e for e in entries if e["set"] == pictures), key=lambda e: (order[e["operator"]], e["solver"]))
+    return "\n".join([head, "|---" * 10 + "|", *map(line, chosen)])
+
+
+def chosen(text: str, known, what: str) -> list[str]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SystemExit(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
+    return names
+
+
+def variants(preset, sweep: str | None) -> list:
+    """The preset, or one for every factor of a sweep such as zeta=0.5,1,2."""
+    if not sweep:
+        return [preset]
+    key, _, factors = sweep.partition("=")
+    if key not in preset.settings:
+        raise SystemExit(f"--sweep: {preset.solver} has no setting {key!r}; it has {', '.join(preset.settings)}")
+    return [replace(preset, settings=preset.settings | {key: preset.settings[key] * float(f)}) for f in factors.split(",")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, help="pictures (32 for the table, 4 for a search)")
+    parser.add_argument("--operators", default=",".join(OPERATORS))
+    parser.add_argument("--solvers", default="DPS,PSLD,FreeDoM,ReSample,DSG,DMAP,DMAP full")
+    parser.add_argument("--steps", type=int, help="instead of the preset's")
+    parser.add_argument("--search", action="store_true", help="use the last held-out pictures, which no table does")
+    parser.add_argument("--sweep", help="factors on a setting of the presets, such as zeta=0.5,1,2")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "compare")
+    parser.add_argument("--table", action="store_true", help="compute nothing, print the figures that there are")
+    args = parser.parse_args()
+    which = "search" if args.search else "table"
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.table:
+        print(table(args.out, which))
+        return
+    files = sorted((HERE / "held-out").glob("*.png"))
+    n = args.n or (4 if args.search else 32)
+    if not 0 < n <= len(files) // 2:
+        raise SystemExit(f"--n: {n} pictures wanted; there are {len(files) // 2} for the table and as many for a search")
+    files = files[-n:] if args.search else files[:n]
+    bench = Bench()
+    from dmap_pack.dmap_core.presets import SOLVERS, preset
+
+    names = chosen(args.solvers, SOLVERS, "--solvers")
+    prior = hashlib.sha256((HERE / PRIOR).read_bytes()).hexdigest()[:12]
+    for operator_name in chosen(args.operators, OPERATORS, "--operators"):
+        operator = make_operator(operator_name)
+        for solver in names:
+            base = preset(operator, solver, MODEL)
+            if base.solver == "PSLD" and not operator.linear:
+                continue
+            for p in variants(replace(base, steps=args.steps or base.steps), args.sweep):
+                entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "settings": p.settings, "set": which}
+                entry |= {"steps": p.steps, "spacing": p.spacing, "seed": args.seed, "prior": prior}
+                key = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
+                file = args.out / f"{operator_name}-{solver.replace(' ', '-')}-{which}-{key}.json"
+                done = json.loads(file.read_text())["pictures"] if file.exists() else {}
+                for picture in files:
+                    if picture.stem not in done:
+                        done[picture.stem] = measure(bench, picture, operator, p, args.seed)
+                        write_json(file, entry | {"pictures": done})
+                shown = {picture.stem: done[picture.stem] for picture in files}
+                print(time.strftime("%H:%M:%S"), line(entry | {"pictures": shown}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""What JPEG compression leaves of a picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Operator, whole
+from .colour import LUMA
+
+# ITU-T T.81 Annex K.1, rows of rising vertical frequency: luma (Table K.1) and chroma (Table K.2)
+LUMA_TABLE = """
+    16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
+    18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
+"""
+CHROMA_TABLE = """
+    17 18 24 47 99 99 99 99  18 21 26 66 99 99 99 99  24 26 56 99 99 99 99 99  47 66 99 99 99 99 99 99
+    99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99  99 99 99 99 99 99 99 99
+"""
+SUBSAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}  # luma samples for one of chroma: down, across
+ROUNDINGS = ("straight-through", "cubic")
+LEAN = 0.03  # less than half a step of what chroma's averages and triangles give (1/4, 1/16), so that it decides ties alone
+TIE = 2e-4  # above the float32 errors of what is rounded, so that they do not decide which way a tie goes
+
+
+def quantisation_tables(quality: int) -> Tensor:
+    """(2, 8, 8) float64: the steps of luma and chroma coefficients, T.81's examples scaled by libjpeg's rule (jpeg_set_quality)."""
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    tables = torch.tensor([[int(step) for step in table.split()] for table in (LUMA_TABLE, CHROMA_TABLE)])
+    return ((tables * percent + 50) // 100).clamp(1, 255).double().view(2, 8, 8)
+
+
+def dct_matrix() -> Tensor:
+    """(8, 8) float64, orthonormal: DCT-II coefficients of a column are this times it (T.81 A.3.3)."""
+    n = torch.arange(8, dtype=torch.float64)
+    matrix = torch.cos((2 * n + 1) * n[:, None] * torch.pi / 16) / 2
+    matrix[0] /= 2**0.5
+    return matrix
+
+
+def ycbcr_matrix() -> Tensor:
+    """(3, 3) float64: R, G, B -> Y, Cb - 128, Cr - 128 of full range (JFIF, from BT.601)."""
+    weights = torch.tensor(LUMA, dtype=torch.float64)
+    red, _, blue = torch.eye(3, dtype=torch.float64)
+    return torch.stack([weights, (blue - weights) / (2 - 2 * LUMA[2]), (red - weights) / (2 - 2 * LUMA[0])])
+
+
+def nearest(x: Tensor) -> Tensor:
+    """x rounded, halves away from zero as in libjpeg. Its derivative is zero almost everywhere."""
+    return x.sign() * (x.abs() + (0.5 + TIE)).floor()
+
+
+def straight_through(x: Tensor, value: Tensor) -> Tensor:
+    """`value`, to the bit, with the gradient of x."""
+    return value.detach() + (x - x.detach())
+
+
+def edge(x: Tensor, down: int, across: int) -> Tensor:
+    """The last row and column repeated until the height is a multiple of `down` and the width of `across`."""
+    return F.pad(x, (0, -x.shape[-1] % across, 0, -x.shape[-2] % down), mode="replicate")
+
+
+def triangle(x: Tensor, dim: int) -> Tensor:
+    """Twice the samples along `dim`: 3/4 of the nearest and 1/4 of the next nearest, the edge repeated (libjpeg's "fancy upsampling")."""
+    dim, n = dim % x.ndim, x.shape[dim]
+    index = torch.arange(n, device=x.device)
+    before, after = (x.index_select(dim, i.clamp(0, n - 1)) for i in (index - 1, index + 1))
+    return torch.stack([(3 * x + before) / 4, (3 * x + after) / 4], dim + 1).flatten(dim, dim + 1)
+
+
+@dataclass(frozen=True)
+class Jpeg(Operator):
+    """Baseline JPEG (ITU-T T.81, JFIF) and back, (B, 3, H, W) -> (B, 3, H, W) of any size; (B, 1, H, W) is compressed as luma alone.
+
+    quality: 1 .. 100 of libjpeg's scale. subsampling: "4:4:4", "4:2:2" or "4:2:0", colour at full, half or quarter resolution.
+    rounding: "straight-through" is what encoder and decoder do, with every value they round to 8 bits rounded and clamped, but the gradient
+    is that of the same steps without rounding and clamping. It is not the derivative of f, which is zero almost everywhere.
+    "cubic" rounds coefficients to round(x) + (x - round(x))^3 (Shin & Song 2017) and neither rounds nor clamps anything else: the gradient is
+    f's derivative, and f only resembles JPEG. It still jumps, by 3/4 of a step, where a coefficient is half-way between two steps.
+    Raises ValueError for other settings, and for pictures of other than one or three channels.
+    """
+
+    quality: int
+    subsampling: str = "4:2:0"
+    rounding: str = "straight-through"
+
+    linear = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "quality", whole("Jpeg: quality", self.quality, 1))
+        if self.quality > 100:
+            raise ValueError(f"Jpeg: quality is {self.quality}; it must be a whole number of at most 100")
+        for name, known in (("subsampling", SUBSAMPLINGS), ("rounding", ROUNDINGS)):
+            if getattr(self, name) not in tuple(known):
+                raise ValueError(f"Jpeg: {name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        if image.shape[1] not in (1, 3):
+            raise ValueError(f"Jpeg: the picture has {image.shape[1]} channels; it must have 1 or 3")
+        x = image.to(torch.promote_types(image.dtype, torch.float32))  # half cannot tell all steps of 0 .. 255 apart
+        luma, chroma = quantisation_tables(self.quality).to(x)
+        x = self._bytes((x + 1) * 127.5)
+        if x.shape[1] == 1:
+            x = self._compressed(x, luma)
+        else:
+            offset = x.new_tensor([0.0, 128.0, 128.0]).view(3, 1, 1)
+            x = self._bytes(torch.einsum("oc,bchw->bohw", ycbcr_matrix().to(x), x) + offset)
+            x = torch.cat([self._compressed(x[:, :1], luma), self._subsampled(x[:, 1:], chroma)], 1) - offset
+            x = self._bytes(torch.einsum("oc,bchw->bohw", ycbcr_matrix().inverse().to(x), x))
+        return (x / 127.5 - 1).to(image.dtype)
+
+    def _bytes(self, x: Tensor, lean: float = 0.0) -> Tensor:
+        """x as 8-bit samples, 0 .. 255. Halves of odd columns go up and those of even ones down if `lean` > 0, the reverse if it is < 0."""
+        if self.rounding == "cubic":
+            return x
+        sides = 2 * (torch.arange(x.shape[-1], device=x.device) % 2) - 1
+        return straight_through(x, nearest(x + lean * sides).clamp(0, 255))
+
+    def _digits(self, x: Tensor, steps: float) -> Tensor:
+        """x in whole steps of 1 / `steps`."""
+        return x if self.rounding == "cubic" else straight_through(x, nearest(x * steps) / steps)
+
+    def _compressed(self, plane: Tensor, table: Tensor) -> Tensor:
+        """The plane (B, c, h, w) in 0 .. 255 after its blocks' DCT coefficients were rounded to multiples of `table` (8, 8)."""
+        dct = dct_matrix().to(plane)
+        padded = edge(plane, 8, 8) - 128
+        blocks = padded.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2)
+        # the digits of libjpeg's integer DCT: with more, a coefficient near the middle of two steps is often rounded to the other one
+        x = self._digits(dct @ self._digits(blocks @ dct.mT, 4 * 8**0.5), 8) / table
+        whole_steps = nearest(x.detach())
+        x = whole_steps + (x - whole_steps) ** 3 if self.rounding == "cubic" else straight_through(x, whole_steps)
+        decoded = (dct.mT @ (x * table) @ dct).transpose(-3, -2).reshape(padded.shape) + 128
+        return self._bytes(decoded[..., : plane.shape[-2], : plane.shape[-1]])
+
+    def _subsampled(self, colour: Tensor, table: Tensor) -> Tensor:
+        """Cb and Cr (B, 2, H, W) compressed at their lower resolution, and enlarged as libjpeg does by default."""
+        (down, across), (height, width) = SUBSAMPLINGS[self.subsampling], colour.shape[-2:]
+        # libjpeg fills the columns of the last block before it averages, and its rows afterwards
+        x = self._bytes(F.avg_pool2d(edge(colour, down, 8 * across), (down, across)), LEAN)
+        x = self._compressed(x, table)[..., : -(-width // across)]  # without what filled the block: triangles end at what is seen
+        for dim, times in ((-2, down), (-1, across)):
+            if x.shape[-1] <= 2:  # too narrow for libjpeg's triangles
+                x = x.repeat_interleave(times, dim)
+            elif times == 2:
+                x = triangle(x, dim)
+        return self._bytes(x, LEAN if down == 1 else -LEAN)[..., :height, :width]

@@ -1,0 +1,119 @@
+"""Settings that are known to work, per operator and model, and where each number comes from.
+
+Paper and authors: the paper's text and Table 8 as read in the authors' public development code (512x512, 500 steps, Stable Diffusion 2.0
+base). Searched: `demo/compare.py --search` on the demo prior. Carried over: the paper's value for super-resolution x8, times the ratio that
+the search found between the two operators on the demo prior; nobody has checked those on Stable Diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .operators import Compose, Noisy, Operator, SuperResolution
+
+MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
+SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
+
+PAPER_ZETA = {"SuperResolution x8": 4.8, "GaussianBlur": 0.6}
+
+# Found on the demo prior: zeta of DPS at 20 steps, of DMAP at 10 steps with K 2, and the mix rate of DSG at 20 steps.
+DEMO = {
+    "SuperResolution x8": (15.0, 30.0, 0.3),
+    "SuperResolution x4": (7.5, 15.0, 0.3),
+    "GaussianBlur": (1.8, 4.5, 0.3),
+    "MotionBlur": (1.8, 4.5, 0.3),
+    "Inpainting": (1.8, 10.0, 0.3),
+    "NonlinearBlur": (1.8, 4.5, 0.3),
+}
+# Operators that nobody searched for, and what they are treated as.
+LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Jpeg": "GaussianBlur", "Segmentation": "Inpainting"}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`settings` are the keyword arguments of `solvers.SOLVERS[solver]`; spacing is a key of `schedule.SPACINGS`."""
+
+    solver: str
+    settings: dict[str, Any]
+    steps: int
+    spacing: str
+    source: str
+
+    def with_steps(self, steps: int) -> Preset:
+        """The same with another number of steps: zeta grows as they get fewer (B.3: "double zeta to compensate"), windows move along."""
+        if steps == self.steps:
+            return self
+        ratio = steps / self.steps
+        settings = {k: max(1, round(v * ratio)) if k in ("first", "last", "every") else v for k, v in self.settings.items()}
+        settings |= {k: round(v / ratio, 4) for k, v in settings.items() if k in ("zeta", "gamma")}
+        if self.solver == "DSG":
+            settings["zeta"] = min(1.0, settings["zeta"])
+        settings |= {k: min(v, steps - 1) for k, v in settings.items() if k in ("first", "last")}
+        spacing = self.spacing if steps > 100 else "exponential"
+        return replace(
+            self, settings=settings, steps=steps, spacing=spacing, source=f"{self.source}; scaled from {self.steps} to {steps} steps"
+        )
+
+    def text(self) -> str:
+        """One line for people: solver, settings and where they come from."""
+        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.settings.items())
+        return f"{self.solver}: {settings}, {self.steps} steps, {self.spacing} spacing ({self.source})"
+
+
+def kind(operator: Operator) -> str:
+    """The key of the tables above that stands for an operator: for a Compose the part that loses most, for a scale the nearest one."""
+    if isinstance(operator, Noisy):
+        return kind(operator.operator)
+    if isinstance(operator, Compose):
+        return max((kind(f) for f in operator.operators), key=lambda k: DEMO[k][0])
+    if isinstance(operator, SuperResolution):
+        return "SuperResolution x4" if math.log2(operator.scale) < 2.5 else "SuperResolution x8"
+    return LIKE.get(operator.name, operator.name)
+
+
+def preset(operator: Operator, solver: str, model: str) -> Preset:
+    """The settings of `solver` for an operator on a model. Raises ValueError for unknown names."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
+    if model not in MODELS:
+        raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
+    return (_paper if model == MODELS[0] else _demo)(kind(operator), solver)
+
+
+def _paper(key: str, solver: str) -> Preset:
+    known = key in PAPER_ZETA
+    zeta = PAPER_ZETA[key] if known else round(PAPER_ZETA["SuperResolution x8"] * DEMO[key][0] / DEMO["SuperResolution x8"][0], 2)
+    source = "paper and authors" if known else f"carried over from the demo prior (treated as {key})"
+    settings, steps = {
+        "DPS": ({"zeta": zeta}, 500),
+        "PSLD": ({"zeta": zeta, "gamma": 0.002 * zeta}, 500),
+        "FreeDoM": ({"zeta": zeta, "K": 2, "first": 25, "last": 50}, 500),
+        "ReSample": (
+            {"zeta": zeta, "first": 50, "last": 100, "every": 50, "iterations": 200, "learning_rate": 5e-3, "factor": 40.0},
+            500,
+        ),
+        "DSG": ({"zeta": 0.08}, 500),
+        "DMAP": ({"zeta": 2 * zeta, "K": 2}, 250),
+        "DMAP full": ({"zeta": zeta, "K": 3}, 500),
+    }[solver]
+    if solver == "DSG" and not known:
+        source = "paper's mix rate for super-resolution and Gaussian blur"
+    if solver in ("PSLD", "FreeDoM", "ReSample") and key == "GaussianBlur":
+        source = "paper and authors for zeta; the rest is theirs for super-resolution x8"
+    return Preset(solver.removesuffix(" full"), settings, steps, "paper", source)
+
+
+def _demo(key: str, solver: str) -> Preset:
+    zeta, dmap_zeta, mix = DEMO[key]
+    settings, steps = {
+        "DPS": ({"zeta": zeta}, 20),
+        "PSLD": ({"zeta": zeta, "gamma": 0.002 * zeta}, 20),
+        "FreeDoM": ({"zeta": zeta, "K": 2, "first": 4, "last": 7}, 16),
+        "ReSample": ({"zeta": zeta, "first": 8, "last": 16, "every": 8, "iterations": 20, "learning_rate": 0.02, "factor": 40.0}, 20),
+        "DSG": ({"zeta": mix}, 20),
+        "DMAP": ({"zeta": dmap_zeta, "K": 2}, 10),
+        "DMAP full": ({"zeta": zeta, "K": 3}, 20),
+    }[solver]
+    return Preset(solver.removesuffix(" full"), settings, steps, "exponential", f"searched on the demo prior ({key})")

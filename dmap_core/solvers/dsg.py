@@ -1,0 +1,52 @@
+"""Diffusion with spherical Gaussian constraint: Yang et al. 2024, Eq. 40 and 41 of the paper."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..posterior import Posterior
+from ..schedule import ancestral_step, check_sigmas, randn_like
+from .checks import check_finite, check_settings
+from .dmap import project
+
+
+def sample_dsg(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: float = 1.0, generator=None, callback=None) -> Tensor:
+    """u* = -sqrt(d) sigma_up g / ||g||, u = eps + zeta (u* - eps), z_{t-1} = mu + sqrt(d) sigma_up u / ||u||, g = grad_{z_t} ||f(D(z0)) - y||
+
+    z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta in (0, 1] is a mix rate, not a step size: 0.08 in the
+    paper, 1 is steepest descent on the sphere. d and both norms are every sample's own. eta in (0, 1]: at 0 the sphere is a point.
+    generator: one torch.Generator, or one per sample. callback(step, denoised, z, residual) after every step. Returns z0.
+    len(sigmas) - 1 denoiser calls, each with gradient; at the last step sigma_up = 0 and z0 is the denoised latent, unguided.
+    Raises ValueError for settings or sigmas without meaning and errors.Diverged for NaN.
+    """
+    check_settings(zeta, eta)
+    if zeta > 1:
+        raise ValueError(f"zeta is {zeta:g}; DSG's is a mix rate between 0 (no guidance) and 1 (no noise), 0.08 in the paper")
+    if eta == 0:
+        raise ValueError("eta is 0, where DSG's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
+    levels = check_sigmas(sigmas)
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        grad, denoised, residual = posterior.gradient(z, sigma)
+        check_finite(i, len(levels) - 1, zeta, grad, residual)
+        mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
+        if sigma_up > 0:
+            radius = math.sqrt(z[0].numel()) * sigma_up
+            steepest = -radius * unit(grad)
+            noise = sigma_up * randn_like(z, generator)
+            z = project(mu + noise + zeta * (steepest - noise), mu, sigma_up)
+        else:
+            z = mu
+        check_finite(i, len(levels) - 1, zeta, z, residual)
+        if callback:
+            callback(i, denoised, z, residual)
+    return z
+
+
+def unit(g: Tensor) -> Tensor:
+    """g / ||g|| of every sample; 0 where g is 0, so that a sample without anything left to gain keeps its noise."""
+    norm = torch.linalg.vector_norm(g.flatten(1).float(), dim=1).to(g)
+    return g / torch.where(norm > 0, norm, 1).view(-1, *[1] * (g.ndim - 1))
