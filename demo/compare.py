@@ -101,7 +101,7 @@ def measure(bench: Bench, file: Path, operator, preset, seed: int) -> dict:
     from perceptual import feature_distance
 
     def tensor(picture: Image.Image):
-        return torch.from_numpy(np.asarray(picture.convert("RGB"))).float()[None] / 255
+        return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
 
     original = tensor(Image.open(file))
     with torch.inference_mode():
@@ -154,6 +154,17 @@ def chosen(text: str, known, what: str) -> list[str]:
     return names
 
 
+def vertex(factors: list[float], psnrs: list[float]) -> str:
+    """Where a parabola through the figures has its top, the factors taken by their logarithm."""
+    if len(factors) < 3:
+        return "three factors or more are needed to see where the best lies"
+    curve, slope, _ = np.polyfit(np.log(factors), psnrs, 2)
+    top = float(np.exp(-slope / (2 * curve))) if curve < 0 else None
+    if top is None or not min(factors) <= top <= max(factors):
+        return f"the best lies outside of the factors {min(factors):g} to {max(factors):g}: sweep further"
+    return f"the best factor is about {top:.2f}"
+
+
 def variants(preset, sweep: str | None) -> list:
     """The preset, or one for every factor of a sweep such as zeta=0.5,1,2."""
     if not sweep:
@@ -197,6 +208,7 @@ def main() -> None:
             base = preset(operator, solver, MODEL)
             if base.solver == "PSLD" and not operator.linear:
                 continue
+            psnrs = []
             for p in variants(replace(base, steps=args.steps or base.steps), args.sweep):
                 entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "settings": p.settings, "set": which}
                 entry |= {"steps": p.steps, "spacing": p.spacing, "seed": args.seed, "prior": prior}
@@ -209,6 +221,9 @@ def main() -> None:
                         write_json(file, entry | {"pictures": done})
                 shown = {picture.stem: done[picture.stem] for picture in files}
                 print(time.strftime("%H:%M:%S"), line(entry | {"pictures": shown}), flush=True)
+                psnrs.append(mean(list(shown.values()), "psnr"))
+            if args.sweep:
+                print(f"{operator_name} {solver}: {vertex([float(f) for f in args.sweep.partition('=')[2].split(',')], psnrs)}", flush=True)
 
 
 if __name__ == "__main__":

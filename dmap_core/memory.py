@@ -41,17 +41,24 @@ class Budget:
         self.saved = 0
         self._seen = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
 
-    def _pack(self, tensor: Tensor) -> Tensor:
+    def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.saved += storage.nbytes()
             if self.saved > self.limit:
                 raise ShortOfMemory(f"activations of more than {self.limit / 2**30:.1f} GiB")
-        return tensor.detach()  # the tensor itself would keep a graph alive that is given up
+        return tensor.detach(), tensor._version  # the tensor itself would keep a graph alive that is given up
+
+    @staticmethod
+    def _unpack(packed: tuple[Tensor, int]) -> Tensor:
+        tensor, version = packed
+        if tensor._version != version:  # autograd checks this only where there are no hooks
+            raise RuntimeError(f"a tensor {tuple(tensor.shape)} that the gradient needs was changed in place after it was saved")
+        return tensor
 
     def counted(self):
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
 
 @contextmanager

@@ -18,14 +18,14 @@ SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
 
 PAPER_ZETA = {"SuperResolution x8": 4.8, "GaussianBlur": 0.6}
 
-# Found on the demo prior: zeta of DPS at 20 steps, of DMAP at 10 steps with K 2, and the mix rate of DSG at 20 steps.
+# Found on the demo prior: zeta of DPS at 20 steps, of DMAP at 10 steps with K 2, the mix rate of DSG at 20 steps, and gamma / zeta of PSLD.
 DEMO = {
-    "SuperResolution x8": (15.0, 30.0, 0.3),
-    "SuperResolution x4": (7.5, 15.0, 0.3),
-    "GaussianBlur": (1.8, 4.5, 0.3),
-    "MotionBlur": (1.8, 4.5, 0.3),
-    "Inpainting": (1.8, 10.0, 0.3),
-    "NonlinearBlur": (1.8, 4.5, 0.3),
+    "SuperResolution x8": (15.0, 38.0, 0.45, 0.02),
+    "SuperResolution x4": (7.5, 20.0, 0.6, 0.02),
+    "GaussianBlur": (2.0, 5.4, 0.5, 0.2),
+    "MotionBlur": (2.0, 6.0, 0.5, 0.2),
+    "Inpainting": (1.8, 10.0, 0.5, 0.02),
+    "NonlinearBlur": (1.8, 4.5, 0.5, 0.2),
 }
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Jpeg": "GaussianBlur", "Segmentation": "Inpainting"}
@@ -88,7 +88,7 @@ def _paper(key: str, solver: str) -> Preset:
     source = "paper and authors" if known else f"carried over from the demo prior (treated as {key})"
     settings, steps = {
         "DPS": ({"zeta": zeta}, 500),
-        "PSLD": ({"zeta": zeta, "gamma": 0.002 * zeta}, 500),
+        "PSLD": ({"zeta": zeta, "gamma": round(0.002 * zeta, 6)}, 500),
         "FreeDoM": ({"zeta": zeta, "K": 2, "first": 25, "last": 50}, 500),
         "ReSample": (
             {"zeta": zeta, "first": 50, "last": 100, "every": 50, "iterations": 200, "learning_rate": 5e-3, "factor": 40.0},
@@ -106,10 +106,10 @@ def _paper(key: str, solver: str) -> Preset:
 
 
 def _demo(key: str, solver: str) -> Preset:
-    zeta, dmap_zeta, mix = DEMO[key]
+    zeta, dmap_zeta, mix, glue = DEMO[key]
     settings, steps = {
         "DPS": ({"zeta": zeta}, 20),
-        "PSLD": ({"zeta": zeta, "gamma": 0.002 * zeta}, 20),
+        "PSLD": ({"zeta": zeta, "gamma": round(glue * zeta, 4)}, 20),
         "FreeDoM": ({"zeta": zeta, "K": 2, "first": 4, "last": 7}, 16),
         "ReSample": ({"zeta": zeta, "first": 8, "last": 16, "every": 8, "iterations": 20, "learning_rate": 0.02, "factor": 40.0}, 20),
         "DSG": ({"zeta": mix}, 20),

@@ -2,12 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import guiders, host, operators, samplers
+from . import guiders, host, operators, samplers, sheets
 
 
 class DMAPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*operators.NODES, *guiders.NODES, *samplers.NODES]
+        return [*operators.NODES, *guiders.NODES, *samplers.NODES, *sheets.NODES]
 
 
 async def comfy_entrypoint() -> DMAPExtension:

@@ -331,6 +331,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         for control in controls:
             if hasattr(control, "control_weights"):  # of a control LoRA, whose network is made of them later
                 control.control_weights = normal(control.control_weights)
+        latent_format = vars(self.inner_model.latent_format)
+        latent_format.update(normal(latent_format))  # some have a mean and a deviation per channel
         networks = [p.model for p in self.loaded_models]
         networks += [m for control in controls for m in vars(control).values() if isinstance(m, nn.Module) and m not in networks]
         prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size)

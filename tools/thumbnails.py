@@ -3,17 +3,19 @@
     python demo/run.py --n 1 --solvers DMAP --operators super-resolution-x8,super-resolution-x4,gaussian-deblur,inpainting,old-photo
     python tools/thumbnails.py
 
-The pictures are those that demo/run.py restored with DMAP. Stable Diffusion 2.0 has not run for them: the thumbnails of sd2-*.json show the
-demo prior on the same kind of damage, and say so.
+The pictures are those that demo/run.py restored with DMAP; workflows that compare solvers show docs/all-solvers.png, which
+demo-all-solvers.json makes. Stable Diffusion 2.0 has not run for them: the thumbnails of sd2-*.json show the demo prior on the same kind of
+damage, and say so.
 """
 
 import argparse
 import io
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
+SHEET = ROOT / "docs" / "all-solvers.png"
 SIDE = 384  # three times the demo's 128 pixels, and a multiple of every degraded size: nearest neighbours stay even squares
 QUALITY = 85
 MAX_BYTES = 40_000
@@ -31,7 +33,15 @@ def find_pair(folder: Path, picture: str | None) -> tuple[Path, Path]:
     )
 
 
-def thumbnail(degraded: Image.Image, restored: Image.Image, caption: str | None) -> Image.Image:
+def label(page: Image.Image, caption: str) -> None:
+    """Write into the lower right corner."""
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=18)
+    width = draw.textlength(caption, font=font)
+    draw.rectangle((SIDE - width - 16, SIDE - 30, SIDE, SIDE), fill=(40, 40, 40))
+    draw.text((SIDE - 8, SIDE - 15), caption, fill="white", font=font, anchor="rm")
+
+
+def thumbnail(degraded: Image.Image, restored: Image.Image) -> Image.Image:
     """Left half of the one and right half of the other. Both are enlarged without smoothing, so that neither looks better than it is."""
     page, right = (picture.convert("RGB").resize((SIDE, SIDE), Image.NEAREST) for picture in (degraded, restored))
     middle = SIDE // 2
@@ -39,11 +49,6 @@ def thumbnail(degraded: Image.Image, restored: Image.Image, caption: str | None)
     draw = ImageDraw.Draw(page)
     draw.rectangle((middle - 3, 0, middle + 2, SIDE), fill=(150, 150, 150))  # the demo pictures are white where this line is
     draw.rectangle((middle - 2, 0, middle + 1, SIDE), fill="white")
-    if caption:
-        font = ImageFont.load_default(size=18)
-        width = draw.textlength(caption, font=font)
-        draw.rectangle((SIDE - width - 16, SIDE - 30, SIDE, SIDE), fill=(40, 40, 40))
-        draw.text((SIDE - 8, SIDE - 15), caption, fill="white", font=font, anchor="rm")
     return page
 
 
@@ -54,20 +59,24 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "workflows")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    workflows = sorted((ROOT / "workflows").glob("*.json"))
+    everything = sorted((ROOT / "workflows").glob("*.json"))
+    workflows = [path for path in everything if not path.stem.endswith("-all-solvers")]
     # all are found before the first is written: the thumbnails are of one run
     pairs = [find_pair(args.results / path.stem.partition("-")[2], args.picture) for path in workflows]
-    for workflow, (degraded, restored) in zip(workflows, pairs, strict=True):
-        caption = "demo prior" if workflow.stem.startswith("sd2-") else None
+    pages = {w: thumbnail(Image.open(degraded), Image.open(restored)) for w, (degraded, restored) in zip(workflows, pairs, strict=True)}
+    pages |= {w: ImageOps.pad(Image.open(SHEET).convert("RGB"), (SIDE, SIDE), color="white") for w in everything if w not in pages}
+    for workflow, page in pages.items():
+        if workflow.stem.startswith("sd2-"):
+            label(page, "demo prior")
         content = io.BytesIO()
-        thumbnail(Image.open(degraded), Image.open(restored), caption).save(content, "JPEG", quality=QUALITY, optimize=True)
+        page.save(content, "JPEG", quality=QUALITY, optimize=True)
         if len(content.getvalue()) > MAX_BYTES:
             raise SystemExit(
                 f"{workflow.stem}: the thumbnail takes {len(content.getvalue())} bytes, more than {MAX_BYTES}; choose another --picture"
             )
         path = args.out / f"{workflow.stem}.jpg"
         path.write_bytes(content.getvalue())
-        print(f"{path}  {len(content.getvalue())} bytes  from {restored.name}")
+        print(f"{path}  {len(content.getvalue())} bytes")
 
 
 if __name__ == "__main__":

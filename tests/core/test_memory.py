@@ -328,3 +328,13 @@ def test_a_network_that_is_listed_twice(conv_prior):
 def test_no_networks_no_blocks():
     with checkpointed(()) as n:
         assert n == 0
+
+
+def test_a_budget_does_not_hide_that_something_was_changed_in_place():
+    x = torch.rand(3, requires_grad=True)
+    with Budget(1e9, ()).counted():
+        y = x.exp()  # saves its result
+        z = (2 * y).sum()
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match=r"\(3,\).*changed in place"):
+        z.backward()

@@ -184,7 +184,6 @@ def sd3_weights(seed=0):
         patch_size=2,
         in_channels=16,
         depth=1,
-        num_blocks=2,
         adm_in_channels=2048,
         context_embedder_config={"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 64}},
         num_patches=36,
@@ -263,20 +262,22 @@ class Loaded:
         return self._controlnet
 
 
+def denoised(z, sigma, cfg=1.0, **problem):
+    """What ComfyUI's own guider says to z (B, 4, h, w)."""
+    return lab.probe(lab.stock_guider(cfg=cfg, **problem), z, sigma)
+
+
 def guided(z, sigma, **problem):
-    """(denoised, gradient) at z (B, 4, h, w): what DPSGuider gives a sampler for the last step is denoised - zeta * gradient."""
-    one, two = (lab.probe(lab.guider(**{**problem, "zeta": zeta}), z, sigma) for zeta in (1.0, 2.0))
-    return 2 * one - two, one - two
+    """What DPSGuider says to z, for the last step of a stock sampler: denoised - zeta * gradient, with a zeta of 1."""
+    return lab.probe(lab.guider(**problem), z, sigma)
 
 
-def slopes(z, sigma, directions, step, **problem):
-    """Central differences of the residual along unit directions, from ComfyUI's own guider and the VAE's network."""
-    problem = dict(problem)
-    cfg = problem.pop("cfg", 1.0)
-    stock = lab.stock_guider(cfg=cfg, **problem)
+def slope(z, sigma, direction, step, **problem):
+    """Central difference of the residual along a unit direction, from ComfyUI's own guider and the VAE's network."""
     latent_format = problem["model"].get_model_object("latent_format")
+    measured = {k: v for k, v in problem.items() if k != "cfg"}
 
     def residual(z):
-        return lab.residual(latent_format.process_out(lab.probe(stock, z, sigma)), **problem)
+        return lab.residual(latent_format.process_out(denoised(z, sigma, **problem)), **measured)
 
-    return [(residual(z + step * d) - residual(z - step * d)) / (2 * step) for d in directions]
+    return (residual(z + step * direction) - residual(z - step * direction)) / (2 * step)

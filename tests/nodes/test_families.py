@@ -33,11 +33,7 @@ def loaded(request, families, tmp_path_factory):
         yield families.Loaded(request.param, files.folder)
 
 
-@pytest.fixture(scope="module")
-def small(families, tmp_path_factory):
-    """The family with the smallest network, for what does not depend on the family."""
-    with families.Files(tmp_path_factory.mktemp("models")) as files, torch.inference_mode():
-        yield families.Loaded("SD1.5", files.folder)
+small = pytest.mark.parametrize("loaded", ["SD1.5"], indirect=True)  # the smallest network, for what does not depend on the family
 
 
 @pytest.fixture
@@ -45,20 +41,16 @@ def z(families):
     return SIGMA * families.noise(1, 4, 4, 4, seed=1)
 
 
-def stock_denoised(lab, z, sigma=SIGMA, cfg=1.0, **problem):
-    return lab.probe(lab.stock_guider(cfg=cfg, **problem), z, sigma)
-
-
-def check_step(lab, families, z, sigma=SIGMA, **problem):
-    """(denoised, gradient) of DPSGuider: the one is ComfyUI's own, the other the slope of the residual."""
-    denoised, gradient = families.guided(z, sigma, **problem)
-    stock = {k: v for k, v in problem.items() if k != "memory"}
-    torch.testing.assert_close(denoised, stock_denoised(lab, z, sigma, **stock), rtol=0, atol=1e-4)
+def step_and_slope(families, z, sigma=SIGMA, memory="auto", **problem):
+    """(denoised, gradient): the one by ComfyUI's own guider, the other by DPSGuider, and by the residual's differences the same."""
+    denoised = families.denoised(z, sigma, **problem)
+    gradient = denoised - families.guided(z, sigma, memory=memory, **problem)
     norm = float(gradient.norm())
     assert norm > 0.05, "a gradient this small hides in the rounding errors"
-    directions = [d / d.norm() for d in (gradient, families.noise(*z.shape, seed=2))]
-    for direction, slope in zip(directions, families.slopes(z, sigma, directions, STEP, **stock), strict=True):
-        assert slope == pytest.approx(float((gradient * direction).sum()), rel=0, abs=TOLERANCE * norm)
+    along, across = (d / d.norm() for d in (gradient, families.noise(*z.shape, seed=2)))
+    direction = (along + across) / (along + across).norm()
+    slope = families.slope(z, sigma, direction, STEP, **problem)
+    assert slope == pytest.approx(float((gradient * direction).sum()), rel=0, abs=TOLERANCE * norm)
     return denoised, gradient
 
 
@@ -119,63 +111,71 @@ def denoised_by_formula(loaded, z, timestep, abar):
     return math.sqrt(abar) * x - math.sqrt(1 - abar) * output
 
 
-@pytest.mark.parametrize("timestep", [150, 700])
-def test_denoised_is_what_the_formula_says(families, loaded, timestep):
+def test_denoised_is_what_the_formula_says(families, loaded):
+    """Inside DPSGuider as well: two step sizes tell its denoised latent from its gradient."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    abar = float((1 - betas).cumprod(0)[timestep])
-    sigma = math.sqrt((1 - abar) / abar)
-    z = sigma * families.noise(1, 4, 4, 4, seed=1)
-    denoised, _ = families.guided(z, sigma, **loaded.problem())
-    torch.testing.assert_close(denoised, denoised_by_formula(loaded, z, timestep, abar), rtol=0, atol=1e-3)
+    for timestep in (700, 150):
+        abar = float((1 - betas).cumprod(0)[timestep])
+        sigma = math.sqrt((1 - abar) / abar)
+        z = sigma * families.noise(1, 4, 4, 4, seed=1)
+        expected = denoised_by_formula(loaded, z, timestep, abar)
+        torch.testing.assert_close(families.denoised(z, sigma, **loaded.problem()), expected, rtol=0, atol=1e-3)
+    once, twice = (families.guided(z, sigma, **loaded.problem(zeta=zeta)) for zeta in (1.0, 2.0))
+    assert differs(once, expected)
+    torch.testing.assert_close(2 * once - twice, expected, rtol=0, atol=1e-3)
 
 
-def test_the_gradient(lab, families, loaded, z):
-    check_step(lab, families, z, **loaded.problem())
+def test_the_gradient(families, loaded, z):
+    step_and_slope(families, z, **loaded.problem())
 
 
-def test_negative_prompt_and_cfg(lab, families, loaded, z):
-    positive, negative = loaded.condition(11), loaded.condition(12)
-    conditional, plain = families.guided(z, SIGMA, **loaded.problem())
-    unconditional = stock_denoised(lab, z, **loaded.problem(positive=negative))
+def test_negative_prompt_and_cfg(families, loaded, z):
+    problem, negative = loaded.problem(), loaded.condition(12)
+    conditional, plain = families.denoised(z, SIGMA, **problem), families.guided(z, SIGMA, **problem)
+    unconditional = families.denoised(z, SIGMA, **loaded.problem(positive=negative))
     assert differs(unconditional, conditional), "this negative changes nothing"
+    assert torch.equal(families.guided(z, SIGMA, **problem, negative=negative, cfg=1.0), plain)
 
-    without, gradient = families.guided(z, SIGMA, **loaded.problem(positive=positive, negative=negative, cfg=1.0))
-    assert torch.equal(without, conditional) and torch.equal(gradient, plain)
-
-    with_cfg, gradient = check_step(lab, families, z, **loaded.problem(positive=positive, negative=negative, cfg=3.0))
-    torch.testing.assert_close(with_cfg, unconditional + 3 * (conditional - unconditional), rtol=0, atol=1e-4)
-    assert differs(gradient, plain)
+    denoised, gradient = step_and_slope(families, z, **problem, negative=negative, cfg=3.0)
+    torch.testing.assert_close(denoised, unconditional + 3 * (conditional - unconditional), rtol=0, atol=1e-4)
+    assert differs(gradient, conditional - plain)
 
 
 def test_pooled_conditioning_of_sdxl(families, loaded, z):
-    """Only SDXL reads it; the others do not mind it."""
+    """Only SDXL reads it, and the sizes; the others do not mind them."""
     context, extra = loaded.condition(11)[0]
-    _, plain = families.guided(z, SIGMA, **loaded.problem())
-    for change in ({"pooled_output": families.noise(1, 1280, seed=13)}, {"width": 512, "height": 512}):
-        _, changed = families.guided(z, SIGMA, **loaded.problem(positive=[[context, extra | change]]))
-        assert differs(changed, plain) if loaded.name == "SDXL" else torch.equal(changed, plain)
+    denoised, plain = families.denoised(z, SIGMA, **loaded.problem()), families.guided(z, SIGMA, **loaded.problem())
+    pooled, sizes = {"pooled_output": families.noise(1, 1280, seed=13)}, {"width": 512, "height": 512}
+    if loaded.name != "SDXL":
+        positive = [[context, extra | pooled | sizes]]
+        assert torch.equal(families.guided(z, SIGMA, **loaded.problem(positive=positive)), plain)
+        return
+    changed, gradient = step_and_slope(families, z, **loaded.problem(positive=[[context, extra | pooled]]))
+    assert differs(changed, denoised) and differs(gradient, denoised - plain)
+    assert differs(families.denoised(z, SIGMA, **loaded.problem(positive=[[context, extra | sizes]])), denoised)
 
 
 def test_unconditional(lab, families, loaded, z):
     positive = lab.call("DMAP_DMAPUnconditional", model=loaded.model)
-    check_step(lab, families, z, **loaded.problem(positive=positive))
+    zeros = [[torch.zeros(1, 1, loaded.family.context), {"pooled_output": torch.zeros(1, 1280)}]]
+    guided = families.guided(z, SIGMA, **loaded.problem(positive=positive))
+    assert guided.isfinite().all() and torch.equal(guided, families.guided(z, SIGMA, **loaded.problem(positive=zeros)))
 
 
 # LoRA
 
 
-def test_a_lora(lab, families, loaded, z):
-    plain, slope = families.guided(z, SIGMA, **loaded.problem())
+def test_a_lora(families, loaded, z):
     before = {k: v.clone() for k, v in loaded.model.model.state_dict().items()}
-    patched = loaded.with_lora()
-    assert len(patched.patches) == len(families.ATTENTIONS) * len(loaded.family.lora), "ComfyUI did not apply all of the LoRA"
-    denoised, gradient = check_step(lab, families, z, **loaded.problem(model=patched))
-    assert differs(denoised, plain) and differs(gradient, slope)
-    changed = [k for k, v in patched.model.state_dict().items() if not torch.equal(v, before[k])]
-    assert sorted(changed) == sorted(patched.patches), "the LoRA should be on while its model is loaded"
+    denoised, plain = families.denoised(z, SIGMA, **loaded.problem()), families.guided(z, SIGMA, **loaded.problem())
+    model = loaded.with_lora()
+    assert len(model.patches) == len(families.ATTENTIONS) * len(loaded.family.lora), "ComfyUI did not apply all of the LoRA"
+    changed, gradient = step_and_slope(families, z, **loaded.problem(model=model))
+    assert differs(changed, denoised) and differs(gradient, denoised - plain)
+    patched = [k for k, v in model.model.state_dict().items() if not torch.equal(v, before[k])]
+    assert sorted(patched) == sorted(model.patches), "the LoRA should be on as long as its model is loaded"
 
-    again, slope_again = families.guided(z, SIGMA, **loaded.problem())
-    assert torch.equal(again, plain) and torch.equal(slope_again, slope)
+    assert torch.equal(families.guided(z, SIGMA, **loaded.problem()), plain)
     after = loaded.model.model.state_dict()
     assert [k for k, v in before.items() if not torch.equal(v, after[k])] == []
 
@@ -183,38 +183,33 @@ def test_a_lora(lab, families, loaded, z):
 # ControlNet
 
 
-def test_a_controlnet(lab, families, loaded, z):
-    plain, slope = families.guided(z, SIGMA, **loaded.problem())
-    positive, negative = loaded.controlled(strength=3.0)
-    denoised, gradient = check_step(lab, families, z, **loaded.problem(positive=positive, memory="fast"))
-    assert differs(denoised, plain) and differs(gradient, slope)
+def test_a_controlnet(families, loaded, z):
+    denoised, plain = families.denoised(z, SIGMA, **loaded.problem()), families.guided(z, SIGMA, **loaded.problem())
+    positive, _ = loaded.controlled(strength=3.0)
+    changed, gradient = step_and_slope(families, z, **loaded.problem(positive=positive), memory="fast")
+    assert differs(changed, denoised) and differs(gradient, denoised - plain)
     other, _ = loaded.controlled(strength=3.0, hint=1)
-    assert differs(families.guided(z, SIGMA, **loaded.problem(positive=other))[0], denoised, share=1e-3), "the hint is not read"
-    check_step(lab, families, z, **loaded.problem(positive=positive, negative=negative, cfg=3.0))
+    assert differs(families.denoised(z, SIGMA, **loaded.problem(positive=other)), changed, share=1e-3), "the hint is not read"
 
 
-@pytest.mark.parametrize("off", ["strength", "convolutions"])
-def test_a_controlnet_without_effect(families, loaded, z, off):
+def test_a_controlnet_without_effect(families, loaded, z):
     """Of strength 0, and as it is before any training: with convolutions of zeros to the UNet."""
-    plain, slope = families.guided(z, SIGMA, **loaded.problem())
-    if off == "strength":
-        positive, _ = loaded.controlled(strength=0.0)
-        changed, gradient = families.guided(z, SIGMA, **loaded.problem(positive=positive))
-        assert torch.equal(changed, plain) and torch.equal(gradient, slope)
-        return
+    plain = families.guided(z, SIGMA, **loaded.problem())
+    positive, _ = loaded.controlled(strength=0.0)
+    assert torch.equal(families.guided(z, SIGMA, **loaded.problem(positive=positive)), plain)
+
     network = loaded.controlnet().control_model
     weights = [p for part in (network.zero_convs, network.middle_block_out) for p in part.parameters()]
     before = [p.clone() for p in weights]
+    positive, _ = loaded.controlled()
     try:
         for p in weights:
             p.data.zero_()
-        positive, _ = loaded.controlled()
-        changed, gradient = families.guided(z, SIGMA, **loaded.problem(positive=positive))
+        changed = families.guided(z, SIGMA, **loaded.problem(positive=positive))
     finally:
         for p, value in zip(weights, before, strict=True):
             p.data.copy_(value)
     torch.testing.assert_close(changed, plain, rtol=0, atol=1e-4)
-    torch.testing.assert_close(gradient, slope, rtol=0, atol=1e-3 * float(slope.norm()))
 
 
 def control_lora(families, loaded, dtype):
@@ -247,29 +242,29 @@ def test_other_kinds_of_control(lab, families, loaded, kind):
     positive, _ = loaded.controlled(strength=2.0, controlnet=controlnet)
     z = families.noise(1, 4, 8, 8, seed=1)
     measurement = lab.picture(height=8, width=8)
-    plain, _ = families.guided(z, SIGMA, **loaded.problem(measurement=measurement))
-    denoised, _ = check_step(lab, families, z, **loaded.problem(positive=positive, measurement=measurement))
+    plain = families.denoised(z, SIGMA, **loaded.problem(measurement=measurement))
+    denoised, _ = step_and_slope(families, z, **loaded.problem(positive=positive, measurement=measurement))
     assert differs(denoised, plain)
 
 
-@pytest.mark.parametrize("memory", ["fast", "lean", "checkpoint", "auto"])
-def test_memory_plans_with_a_controlnet(families, small, z, memory):
+@small
+def test_memory_plans_with_a_controlnet(families, loaded, z):
     """It adds to the UNet's skip connections in place, where autograd and checkpoints still need them."""
-    positive, negative = small.controlled(strength=3.0)
-    problem = small.problem(positive=positive, negative=negative, cfg=3.0, model=small.with_lora())
-    _, gradient = families.guided(z, SIGMA, **problem, memory=memory)
-    if not hasattr(small, "reference"):
-        small.reference = gradient
-    torch.testing.assert_close(gradient, small.reference, rtol=0, atol=1e-4 * float(gradient.norm()))
+    positive, negative = loaded.controlled(strength=3.0)
+    problem = loaded.problem(positive=positive, negative=negative, cfg=3.0, model=loaded.with_lora())
+    denoised, gradient = step_and_slope(families, z, **problem, memory="fast")
+    for memory in ("lean", "checkpoint", "auto"):
+        torch.testing.assert_close(families.guided(z, SIGMA, **problem, memory=memory), denoised - gradient, rtol=0, atol=1e-5)
 
 
-def test_a_chain_of_controlnets(lab, families, small, z):
+@small
+def test_a_chain_of_controlnets(families, loaded, z):
     """Of two hints; a patch of the user's at the same place of the UNet is called, too."""
-    positive, negative = small.controlled(strength=2.0)
-    positive, _ = small.controlled(strength=2.0, hint=1, positive=positive, negative=negative)
-    model, calls = small.model.clone(), []
+    positive, negative = loaded.controlled(strength=2.0)
+    positive, _ = loaded.controlled(strength=2.0, hint=1, positive=positive, negative=negative)
+    model, calls = loaded.model.clone(), []
     model.set_model_patch(lambda h, options: calls.append(options["block"]) or 0.9 * h, "input_block_patch_after_skip")
-    check_step(lab, families, z, **small.problem(positive=positive, model=model))
+    step_and_slope(families, z, **loaded.problem(positive=positive, model=model))
     assert len(set(calls)) == 4, "one call per input block"
     assert len(model.model_options["transformer_options"]["patches"]["input_block_patch_after_skip"]) == 1
 
@@ -277,17 +272,17 @@ def test_a_chain_of_controlnets(lab, families, small, z):
 # whole runs
 
 
-@pytest.mark.parametrize("sampler", ["dmap", "dps", "ddpm"])
+@pytest.mark.parametrize("sampler", ["dmap", "dps"])
 def test_a_run(lab, loaded, sampler):
-    """With all at once: LoRA, ControlNet, negative prompt and cfg. The same seed gives the same picture, another one another."""
-    positive, negative = loaded.controlled()
-    problem = loaded.problem(positive=positive, negative=negative, cfg=2.0, model=loaded.with_lora())
-    sampler = {"dmap": lab.dmap, "dps": lab.dps, "ddpm": lambda: lab.stock("ddpm")}[sampler]()
+    """The same seed gives the same picture. DPS gets all at once: LoRA, ControlNet, negative prompt and cfg."""
+    problem = loaded.problem()
+    if sampler == "dps":
+        positive, negative = loaded.controlled()
+        problem = loaded.problem(positive=positive, negative=negative, cfg=2.0, model=loaded.with_lora())
     schedule = lab.call("DMAP_DMAPScheduler", model=loaded.model, steps=2, start=0.5)
-    guider = lab.guider(**problem)
-    first, again, other = (lab.sample(guider, sampler, schedule=schedule, seed=seed) for seed in (3, 3, 4))
-    assert first.isfinite().all() and float(first.std()) > 0
-    assert torch.equal(first, again) and not torch.equal(first, other)
+    guider, sampler = lab.guider(**problem), getattr(lab, sampler)()
+    first, again = (lab.sample(guider, sampler, schedule=schedule) for _ in range(2))
+    assert first.isfinite().all() and float(first.std()) > 0 and torch.equal(first, again)
     picture = lab.call("VAEDecode", vae=loaded.vae, samples={"samples": first})
     assert picture.shape == (1, lab.SIZE, lab.SIZE, 3) and picture.isfinite().all()
 
@@ -308,16 +303,17 @@ SAMPLINGS = {
 }
 
 
+@small
 @pytest.mark.parametrize("kind", SAMPLINGS)
-def test_sampling_nodes(lab, families, small, z, kind):
+def test_sampling_nodes(lab, families, loaded, z, kind):
     """Whatever the network's output is taken for, and whatever the latents are scaled by: denoised and gradient belong together."""
     node, settings = SAMPLINGS[kind]
-    model = lab.call(node, model=small.model, **settings)
-    check_step(lab, families, z, **small.problem(model=model))
+    model = lab.call(node, model=loaded.model, **settings)
+    step_and_slope(families, z, **loaded.problem(model=model))
     schedule = lab.call("DMAP_DMAPScheduler", model=model, steps=3)
     low, high = (float(getattr(model.get_model_object("model_sampling"), name)) for name in ("sigma_min", "sigma_max"))
     assert schedule[0] == pytest.approx(high) and schedule[-2] == pytest.approx(low) and schedule[-1] == 0
-    latents = lab.sample(lab.guider(**small.problem(model=model)), lab.dps(), schedule=schedule)
+    latents = lab.sample(lab.guider(**loaded.problem(model=model)), lab.dps(), schedule=schedule)
     assert latents.isfinite().all()
 
 
@@ -364,34 +360,35 @@ KINDS = {
 }
 
 
-def test_every_kind_of_model_that_comfyui_knows(lab, small):
+@small
+def test_every_kind_of_model_that_comfyui_knows(lab, loaded):
     """By ComfyUI's own table of kinds: whoever adds one there is asked what the pack should do with it."""
     from comfy.model_base import ModelType, model_sampling
 
     kinds = {kind.name: kind for kind in ModelType}
     for name, accepted in KINDS.items():
-        model = small.model.clone()
-        model.add_object_patch("model_sampling", model_sampling(small.model.model.model_config, kinds[name]))
+        model = loaded.model.clone()
+        model.add_object_patch("model_sampling", model_sampling(loaded.model.model.model_config, kinds[name]))
         if accepted:
-            lab.guider(**small.problem(model=model))
+            lab.guider(**loaded.problem(model=model))
             assert lab.call("DMAP_DMAPScheduler", model=model, steps=3).shape == (4,)
         else:
-            for reason in refused(lab, model, small.vae, small.condition(11)):
+            for reason in refused(lab, model, loaded.vae, loaded.condition(11)):
                 assert "does not follow the noise convention" in reason and "Stable Diffusion 1.5, 2.0, 2.1 or SDXL" in reason
 
 
+@small
 @pytest.mark.parametrize(
     ("node", "settings"),
     [
         ("ModelSamplingSD3", {"shift": 3.0}),
         ("ModelSamplingAuraFlow", {"shift": 1.73}),
         ("ModelSamplingFlux", {"max_shift": 1.15, "base_shift": 0.5, "width": 1024, "height": 1024}),
-        ("ModelSamplingStableCascade", {"shift": 2.0}),
         ("ModelSamplingContinuousEDM", {"sampling": "cosmos_rflow", "sigma_max": 80.0, "sigma_min": 0.002}),
         ("ModelSamplingDiscrete", {"sampling": "img_to_img", "zsnr": False}),
     ],
 )
-def test_nodes_that_make_another_kind_of_a_model(lab, small, node, settings):
-    model = lab.call(node, model=small.model, **settings)
-    for reason in refused(lab, model, small.vae, small.condition(11)):
+def test_nodes_that_make_another_kind_of_a_model(lab, loaded, node, settings):
+    model = lab.call(node, model=loaded.model, **settings)
+    for reason in refused(lab, model, loaded.vae, loaded.condition(11)):
         assert "does not follow the noise convention" in reason

@@ -21,7 +21,8 @@ def close(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def test_degraded_on_the_left_and_restored_on_the_right(tmp_path: Path):
-    for kind in {name.partition("-")[2] for name in NAMES}:
+    pairs = [name for name in NAMES if not name.endswith("-all-solvers")]
+    for kind in {name.partition("-")[2] for name in pairs}:
         folder = tmp_path / "results" / kind
         folder.mkdir(parents=True)
         Image.new("RGB", (16, 16), RED).save(folder / "some-degraded.png")
@@ -29,7 +30,7 @@ def test_degraded_on_the_left_and_restored_on_the_right(tmp_path: Path):
     done = thumbnails("--results", tmp_path / "results", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}.jpg" for name in NAMES]
-    for name in NAMES:
+    for name in pairs:
         picture = Image.open(tmp_path / "out" / f"{name}.jpg")
         width, height = picture.size
         assert width == height

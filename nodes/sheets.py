@@ -1,0 +1,115 @@
+"""Pictures side by side, with what each of them cost."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image, ImageDraw, ImageFont
+
+from .pictures import check_picture
+
+PLACES = 8
+MARGIN = 8
+
+
+class ComparisonSheet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        places = range(1, PLACES + 1)
+        return io.Schema(
+            node_id="DMAP_ComparisonSheet",
+            display_name="DMAP Comparison Sheet",
+            category="DMAP/sampling",
+            description="Several restorations of one measurement side by side, each with its solver, residual, denoiser calls and seconds, and PSNR if the original is known.",
+            inputs=[
+                io.Image.Input("measurement", optional=True, tooltip="The damaged picture, shown first, enlarged without smoothing."),
+                io.Image.Input(
+                    "original",
+                    optional=True,
+                    tooltip="The undamaged picture, shown last, if there is one. Every restoration is then given its PSNR.",
+                ),
+                *(
+                    io.Image.Input(f"image_{i}", optional=True, tooltip="A restored picture; of a batch the first is shown.")
+                    for i in places
+                ),
+                *(
+                    io.String.Input(
+                        f"report_{i}",
+                        optional=True,
+                        force_input=True,
+                        tooltip=f"The json output of the DMAP Sampling Report of image_{i}: what its caption says.",
+                    )
+                    for i in places
+                ),
+                io.Int.Input(
+                    "width", default=256, min=64, max=2048, optional=True, tooltip="Width of every picture on the sheet, in pixels."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="sheet")],
+        )
+
+    @classmethod
+    def execute(cls, measurement=None, original=None, width=256, **given) -> io.NodeOutput:
+        tiles = []
+        for name, picture in (("damaged", measurement), *((f"image_{i}", given.get(f"image_{i}")) for i in range(1, PLACES + 1))):
+            if picture is None:
+                continue
+            check_picture(picture, f"ComparisonSheet: {name}")
+            captions = [f"{picture.shape[2]}x{picture.shape[1]}"]
+            if picture is not measurement:
+                name, captions = cls._captions(name, given.get(name.replace("image", "report")), picture, original)
+            tiles.append((name, captions, picture[0]))
+        if not tiles:
+            raise ValueError("ComparisonSheet: nothing is connected; connect image_1")
+        if original is not None:
+            check_picture(original, "ComparisonSheet: original")
+            tiles.append(("original", [], original[0]))
+        return io.NodeOutput(sheet(tiles, width))
+
+    @staticmethod
+    def _captions(name: str, report: str | None, picture, original) -> tuple[str, list[str]]:
+        lines = []
+        if report:
+            try:
+                cost = json.loads(report)
+                name = cost["solver"].split(" (")[0]
+                residual = f"residual {cost['residuals'][-1][0]:.4g}" if cost["residuals"] else "no residual"
+                lines = [residual, f"{cost['denoiser_calls']} calls, {cost['seconds']:.1f} s"]
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise ValueError(
+                    f"ComparisonSheet: {name.replace('image', 'report')} is no report; connect the json output of DMAP Sampling Report"
+                ) from error
+        if original is not None:
+            if original.shape[1:] != picture.shape[1:]:
+                raise ValueError(
+                    f"ComparisonSheet: {name} has the shape {tuple(picture.shape[1:])} and original {tuple(original.shape[1:])}; crop or resize one"
+                )
+            error = (picture[0].clamp(0, 1) - original[0].clamp(0, 1)).double().square().mean()
+            lines.append(f"{float(-10 * error.log10()):.2f} dB")
+        return name, lines
+
+
+def sheet(tiles: list[tuple[str, list[str], torch.Tensor]], width: int) -> torch.Tensor:
+    """(1, H, W, 3) in [0, 1]: (name, lines below it, picture (h, w, C)) from left to right, at most four in a row."""
+    text = max(12, width // 16)
+    font = ImageFont.load_default(size=text)
+    heights = [round(width * picture.shape[0] / picture.shape[1]) for _, _, picture in tiles]
+    cell = (width + MARGIN, max(heights) + round(1.3 * text) * (1 + max(len(lines) for _, lines, _ in tiles)) + 2 * MARGIN)
+    columns = min(4, len(tiles)) if len(tiles) > 5 else len(tiles)
+    page = Image.new("RGB", (columns * cell[0] + MARGIN, -(-len(tiles) // columns) * cell[1] + MARGIN), "white")
+    draw = ImageDraw.Draw(page)
+    for i, ((name, lines, picture), height) in enumerate(zip(tiles, heights, strict=True)):
+        left, top = MARGIN + i % columns * cell[0], MARGIN + i // columns * cell[1]
+        pixels = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
+        enlarged = height > picture.shape[0]
+        tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+        page.paste(tile.convert("RGB"), (left, top))
+        for row, line in enumerate([name, *lines]):
+            draw.text((left, top + height + 2 + row * round(1.3 * text)), line, fill="black", font=font)
+    return torch.from_numpy(np.array(page, dtype=np.float32)).unsqueeze(0) / 255
+
+
+NODES = [ComparisonSheet]
