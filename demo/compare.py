@@ -28,6 +28,7 @@ from PIL import Image  # noqa: E402
 
 PRIOR = "dmap-demo-prior.safetensors"
 OPERATORS = ("super-resolution-x4", "super-resolution-x8", "gaussian-deblur", "motion-deblur", "inpainting", "nonlinear-deblur")
+SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
 MODEL = "demo prior, 128 pixels"
 
 
@@ -179,8 +180,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, help="pictures (32 for the table, 4 for a search)")
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    parser.add_argument("--solvers", default="DPS,PSLD,FreeDoM,ReSample,DSG,DMAP,DMAP full")
-    parser.add_argument("--steps", type=int, help="instead of the preset's")
+    parser.add_argument("--solvers", default=",".join(SOLVERS))
+    parser.add_argument("--steps", type=int, help="instead of the preset's; zeta and windows are scaled with it")
     parser.add_argument("--search", action="store_true", help="use the last held-out pictures, which no table does")
     parser.add_argument("--sweep", help="factors on a setting of the presets, such as zeta=0.5,1,2")
     parser.add_argument("--seed", type=int, default=0)
@@ -197,19 +198,19 @@ def main() -> None:
     if not 0 < n <= len(files) // 2:
         raise SystemExit(f"--n: {n} pictures wanted; there are {len(files) // 2} for the table and as many for a search")
     files = files[-n:] if args.search else files[:n]
+    names, operator_names = chosen(args.solvers, SOLVERS, "--solvers"), chosen(args.operators, OPERATORS, "--operators")
     bench = Bench()
-    from dmap_pack.dmap_core.presets import SOLVERS, preset
+    from dmap_pack.dmap_core.presets import preset
 
-    names = chosen(args.solvers, SOLVERS, "--solvers")
     prior = hashlib.sha256((HERE / PRIOR).read_bytes()).hexdigest()[:12]
-    for operator_name in chosen(args.operators, OPERATORS, "--operators"):
+    for operator_name in operator_names:
         operator = make_operator(operator_name)
         for solver in names:
             base = preset(operator, solver, MODEL)
             if base.solver == "PSLD" and not operator.linear:
                 continue
             psnrs = []
-            for p in variants(replace(base, steps=args.steps or base.steps), args.sweep):
+            for p in variants(base.with_steps(args.steps) if args.steps else base, args.sweep):
                 entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "settings": p.settings, "set": which}
                 entry |= {"steps": p.steps, "spacing": p.spacing, "seed": args.seed, "prior": prior}
                 key = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]

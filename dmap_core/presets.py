@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .operators import Compose, Noisy, Operator, SuperResolution
+from .operators.base import whole
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
 SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
@@ -24,11 +25,21 @@ DEMO = {
     "SuperResolution x4": (7.5, 20.0, 0.6, 0.02),
     "GaussianBlur": (2.0, 5.4, 0.5, 0.2),
     "MotionBlur": (2.0, 6.0, 0.5, 0.2),
-    "Inpainting": (1.8, 10.0, 0.5, 0.02),
-    "NonlinearBlur": (1.8, 4.5, 0.5, 0.2),
+    "Inpainting": (2.1, 10.0, 0.5, 0.02),
+    "NonlinearBlur": (2.1, 5.4, 0.5, 0.2),  # of DPS; the others are those of GaussianBlur
+}
+# What was searched: the rest follows the paper's rules (same zeta as DPS) or a choice that fits the few steps.
+SEARCHED = {
+    "DPS": "zeta searched",
+    "PSLD": "zeta that was searched for DPS, and gamma searched,",
+    "FreeDoM": "zeta that was searched for DPS, and a window in the paper's place of the schedule,",
+    "ReSample": "zeta that was searched for DPS, and fewer iterations than the paper's,",
+    "DSG": "mix rate searched",
+    "DMAP": "zeta searched",
+    "DMAP full": "zeta that was searched for DPS, as in the paper,",
 }
 # Operators that nobody searched for, and what they are treated as.
-LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Jpeg": "GaussianBlur", "Segmentation": "Inpainting"}
+LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Jpeg": "Inpainting", "Segmentation": "Inpainting"}
 
 
 @dataclass(frozen=True)
@@ -43,11 +54,12 @@ class Preset:
 
     def with_steps(self, steps: int) -> Preset:
         """The same with another number of steps: zeta grows as they get fewer (B.3: "double zeta to compensate"), windows move along."""
+        steps = whole("steps", steps, 1)
         if steps == self.steps:
             return self
         ratio = steps / self.steps
         settings = {k: max(1, round(v * ratio)) if k in ("first", "last", "every") else v for k, v in self.settings.items()}
-        settings |= {k: round(v / ratio, 4) for k, v in settings.items() if k in ("zeta", "gamma")}
+        settings |= {k: float(f"{v / ratio:.4g}") for k, v in settings.items() if k in ("zeta", "gamma")}
         if self.solver == "DSG":
             settings["zeta"] = min(1.0, settings["zeta"])
         settings |= {k: min(v, steps - 1) for k, v in settings.items() if k in ("first", "last")}
@@ -62,23 +74,35 @@ class Preset:
         return f"{self.solver}: {settings}, {self.steps} steps, {self.spacing} spacing ({self.source})"
 
 
+def parts(operator: Operator) -> list[Operator]:
+    """The operators that an operator is made of."""
+    if isinstance(operator, Noisy):
+        return parts(operator.operator)
+    return [g for f in operator.operators for g in parts(f)] if isinstance(operator, Compose) else [operator]
+
+
 def kind(operator: Operator) -> str:
     """The key of the tables above that stands for an operator: for a Compose the part that loses most, for a scale the nearest one."""
-    if isinstance(operator, Noisy):
-        return kind(operator.operator)
-    if isinstance(operator, Compose):
-        return max((kind(f) for f in operator.operators), key=lambda k: DEMO[k][0])
+    return max((_kind(f) for f in parts(operator)), key=lambda key: DEMO[key][0])
+
+
+def _kind(operator: Operator) -> str:
     if isinstance(operator, SuperResolution):
         return "SuperResolution x4" if math.log2(operator.scale) < 2.5 else "SuperResolution x8"
     return LIKE.get(operator.name, operator.name)
 
 
 def preset(operator: Operator, solver: str, model: str) -> Preset:
-    """The settings of `solver` for an operator on a model. Raises ValueError for unknown names."""
+    """The settings of `solver` for an operator on a model. Raises ValueError for unknown names, and where no settings are known."""
     if solver not in SOLVERS:
         raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
+    if any(f.name == "Segmentation" for f in parts(operator)) and solver != "DSG":
+        raise ValueError(
+            f"solver: no settings of {solver} are known for {operator.describe()}, whose distance is a cross-entropy with other units of zeta; "
+            "take DSG here, whose mix rate has no units, or the solver's own node"
+        )
     return (_paper if model == MODELS[0] else _demo)(kind(operator), solver)
 
 
@@ -116,4 +140,5 @@ def _demo(key: str, solver: str) -> Preset:
         "DMAP": ({"zeta": dmap_zeta, "K": 2}, 10),
         "DMAP full": ({"zeta": zeta, "K": 3}, 20),
     }[solver]
-    return Preset(solver.removesuffix(" full"), settings, steps, "exponential", f"searched on the demo prior ({key})")
+    source = f"{SEARCHED[solver]} on the demo prior for {key}"
+    return Preset(solver.removesuffix(" full"), settings, steps, "exponential", source)

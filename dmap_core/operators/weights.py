@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 PICKLES = (".pth", ".pt", ".ckpt", ".tar", ".bin")
 WRAPPERS = ("state_dict", "params", "model")  # what training programs call the weights in a checkpoint that holds more
+# PyTorch Lightning of 2021 wrote this class itself, as a key, beside the weights (the room layout checkpoint does). An empty class in its place
+# lets such files be read; nothing of Lightning is imported or run.
+LIGHTNING = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
 SHOWN = 3  # missing or misshaped tensors named in an error message
 
 
@@ -56,7 +59,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([LIGHTNING]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:
         raise
     except Exception as error:  # a damaged pickle raises whatever the opcodes that it happens to contain raise

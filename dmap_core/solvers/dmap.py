@@ -24,6 +24,7 @@ def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
     return mu + (offset * (radius / torch.linalg.vector_norm(offset, dim=1, keepdim=True))).view_as(z)
 
 
+@torch.no_grad()
 def sample_dmap(
     posterior: Posterior,
     z: Tensor,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..posterior import Posterior
@@ -12,6 +13,7 @@ from .adam import direction
 from .checks import check_finite, check_settings
 
 
+@torch.no_grad()
 def sample_dps(
     posterior: Posterior, z: Tensor, sigmas, *, zeta: float, optimizer: str = "gradient", eta: float = 1.0, generator=None, callback=None
 ) -> Tensor:

@@ -14,6 +14,7 @@ from .checks import check_finite, check_settings
 from .dmap import project
 
 
+@torch.no_grad()
 def sample_dsg(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: float = 1.0, generator=None, callback=None) -> Tensor:
     """u* = -sqrt(d) sigma_up g / ||g||, u = eps + zeta (u* - eps), z_{t-1} = mu + sqrt(d) sigma_up u / ||u||, g = grad_{z_t} ||f(D(z0)) - y||
 
@@ -35,8 +36,8 @@ def sample_dsg(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: flo
         mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
         if sigma_up > 0:
             radius = math.sqrt(z[0].numel()) * sigma_up
-            steepest = -radius * unit(grad)
             noise = sigma_up * randn_like(z, generator)
+            steepest = -radius * unit(grad, instead=-noise)
             z = project(mu + noise + zeta * (steepest - noise), mu, sigma_up)
         else:
             z = mu
@@ -46,7 +47,11 @@ def sample_dsg(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: flo
     return z
 
 
-def unit(g: Tensor) -> Tensor:
-    """g / ||g|| of every sample; 0 where g is 0, so that a sample without anything left to gain keeps its noise."""
-    norm = torch.linalg.vector_norm(g.flatten(1).float(), dim=1).to(g)
-    return g / torch.where(norm > 0, norm, 1).view(-1, *[1] * (g.ndim - 1))
+def unit(g: Tensor, instead: Tensor) -> Tensor:
+    """g / ||g|| of every sample; of `instead` where g is 0, so that a sample with nothing left to gain keeps its noise."""
+
+    def norm(x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x.flatten(1).float(), dim=1).to(x).view(-1, *[1] * (x.ndim - 1))
+
+    g = torch.where(norm(g) > 0, g, instead)
+    return g / norm(g)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from ..posterior import Posterior
@@ -14,6 +15,7 @@ from .checks import check_finite, check_settings, check_window
 TRAVELS = ("forward", "published")
 
 
+@torch.no_grad()
 def sample_freedom(
     posterior: Posterior,
     z: Tensor,

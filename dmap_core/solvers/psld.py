@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,7 @@ from .checks import check_finite, check_settings
 TRANSPOSES = ("adjoint", "published")
 
 
+@torch.no_grad()
 def sample_psld(
     posterior: Posterior,
     z: Tensor,
@@ -39,8 +41,8 @@ def sample_psld(
     encoder. Raises ValueError for nonlinear operators, settings or sigmas without meaning, and errors.Diverged for NaN.
     """
     check_settings(zeta, eta)
-    if not gamma >= 0:
-        raise ValueError(f"gamma is {gamma}; the weight of the gluing term must be at least 0")
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"gamma is {gamma}; the weight of the gluing term must be a number of at least 0")
     levels = check_sigmas(sigmas)
     f, y, encode = posterior.operator, posterior.y, posterior.prior.encode
     back = transposed(f, f.image_size(y), y, transpose)
@@ -78,10 +80,13 @@ def transposed(f: Operator, size: Size, y: Tensor, kind: str = "adjoint"):
     return lambda y: scale * f.adjoint(y, size)
 
 
-def squared_norm(f: Operator, size: Size, y: Tensor, iterations: int = 30) -> float:
-    """Largest eigenvalue of f^T f, by power iteration from a fixed start, to about 1 %. y (B, c, h, w) is an example of a measurement."""
+def squared_norm(f: Operator, size: Size, y: Tensor, iterations: int = 30) -> Tensor:
+    """Largest eigenvalue of f^T f for every sample, (B, 1, 1, 1), by power iteration from a fixed start, to a few per cent from below.
+
+    y (B, c, h, w) is an example of a measurement. The start is positive, as the pictures that blurs and averages shrink least are.
+    """
     with torch.no_grad():
-        x = torch.randn(len(y), 3, *size, generator=torch.Generator().manual_seed(0)).to(y)
+        x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(y).expand(len(y), -1, -1, -1)
         for _ in range(iterations):
-            x = f.adjoint(f(x / torch.linalg.vector_norm(x)), size)
-        return float(torch.linalg.vector_norm(x))
+            x = f.adjoint(f(x / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)), size)
+        return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)

@@ -17,6 +17,7 @@ SPACES = ("both", "latent", "pixel")
 TWEEDIES = ("correct", "published")
 
 
+@torch.no_grad()
 def sample_resample(
     posterior: Posterior,
     z: Tensor,
@@ -50,8 +51,8 @@ def sample_resample(
     for name, value, known in (("space", space, SPACES), ("tweedie", tweedie, TWEEDIES)):
         if value not in known:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
-    if not (learning_rate > 0 and factor > 0):
-        raise ValueError(f"learning_rate is {learning_rate} and factor {factor}; both must be above 0")
+    if not (0 < learning_rate < math.inf and 0 < factor < math.inf):
+        raise ValueError(f"learning_rate is {learning_rate} and factor {factor}; both must be numbers above 0")
     every, iterations = whole("every", every, 1), whole("iterations", iterations, 1)
     levels = check_sigmas(sigmas)
     steps = len(levels) - 1

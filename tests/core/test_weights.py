@@ -2,6 +2,8 @@
 
 import argparse
 import pickle
+import sys
+import types
 from collections import OrderedDict
 from pathlib import Path
 
@@ -243,3 +245,21 @@ def test_fingerprint_is_of_names_and_numbers():
         same[0].bias[1] += 1e-3
     assert fingerprint(one) != fingerprint(same)
     assert fingerprint(one) != fingerprint(nn.Sequential(one))
+
+
+def test_a_lightning_checkpoint_of_2021_is_read_and_nothing_else_of_its_kind(tmp_path, monkeypatch):
+    for module, readable in (("pytorch_lightning.callbacks.model_checkpoint", True), ("pytorch_lightning.callbacks.other", False)):
+        cls = type("ModelCheckpoint", (), {"__module__": module})
+        path = tmp_path / f"{module}.ckpt"
+        with monkeypatch.context() as patch:
+            for depth in range(1, len(module.split(".")) + 1):
+                name = ".".join(module.split(".")[:depth])
+                patch.setitem(sys.modules, name, types.ModuleType(name))
+            sys.modules[module].ModelCheckpoint = cls
+            torch.save({"callbacks": {cls: {"best": 1.0}}, "state_dict": {"model.w": torch.ones(2)}}, path)
+        assert "pytorch_lightning" not in sys.modules
+        if readable:
+            assert torch.equal(read_tensors(path)["model.w"], torch.ones(2))
+        else:
+            with pytest.raises(ValueError, match="more than tensors"):
+                read_tensors(path)

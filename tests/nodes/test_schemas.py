@@ -4,53 +4,91 @@ import pytest
 
 # Workflows refer to nodes by these: an id that is published does not change.
 NODES = {
+    "DMAP_ComparisonSheet": "DMAP Comparison Sheet",
+    "DMAP_DMAPPreset": "DMAPPreset",
     "DMAP_DMAPSampler": "DMAPSampler",
     "DMAP_DMAPScheduler": "DMAPScheduler",
     "DMAP_DMAPUnconditional": "DMAPUnconditional",
     "DMAP_DPSGuider": "DPSGuider",
     "DMAP_DPSSampler": "DPSSampler",
+    "DMAP_DSGSampler": "DSGSampler",
     "DMAP_Degrade": "Degrade",
     "DMAP_EmptyMeasurementLatent": "Empty Measurement Latent",
+    "DMAP_FreeDoMSampler": "FreeDoMSampler",
     "DMAP_OperatorCompose": "Operator: Compose",
     "DMAP_OperatorGaussianBlur": "Operator: Gaussian Blur",
     "DMAP_OperatorGrayscale": "Operator: Grayscale",
     "DMAP_OperatorInpainting": "Operator: Inpainting",
+    "DMAP_OperatorJpeg": "Operator: JPEG",
     "DMAP_OperatorKernelBlur": "Operator: Kernel Blur",
     "DMAP_OperatorMotionBlur": "Operator: Motion Blur",
+    "DMAP_OperatorNoise": "Operator: Known Noise",
+    "DMAP_OperatorNonlinearBlur": "Operator: Nonlinear Blur",
+    "DMAP_OperatorSegmentation": "Operator: Segmentation",
     "DMAP_OperatorSuperResolution": "Operator: Super-Resolution",
+    "DMAP_PSLDSampler": "PSLDSampler",
+    "DMAP_ReSampleSampler": "ReSampleSampler",
     "DMAP_SamplingReport": "DMAP Sampling Report",
 }
 
 # The same holds for the order of inputs, by which saved widget values are matched, and of outputs.
+PLACES = range(1, 9)
 INPUTS = {
-    "DMAP_DMAPSampler": "K zeta eta",
+    "DMAP_ComparisonSheet": " ".join(["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width"]),
+    "DMAP_DMAPPreset": "model operator solver settings_for steps",
+    "DMAP_DMAPSampler": "K zeta eta optimizer",
     "DMAP_DMAPScheduler": "model steps start end spacing",
     "DMAP_DMAPUnconditional": "model",
     "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory",
-    "DMAP_DPSSampler": "zeta eta",
+    "DMAP_DPSSampler": "zeta eta optimizer",
+    "DMAP_DSGSampler": "zeta eta",
     "DMAP_Degrade": "image operator noise_sigma seed",
     "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size",
+    "DMAP_FreeDoMSampler": "zeta K first last travel eta",
     "DMAP_OperatorCompose": "first second third fourth",
     "DMAP_OperatorGaussianBlur": "sigma kernel_size",
     "DMAP_OperatorGrayscale": "",
     "DMAP_OperatorInpainting": "mask",
+    "DMAP_OperatorJpeg": "quality subsampling rounding",
     "DMAP_OperatorKernelBlur": "kernel",
     "DMAP_OperatorMotionBlur": "length angle",
+    "DMAP_OperatorNoise": "operator sigma",
+    "DMAP_OperatorNonlinearBlur": "weights seed",
+    "DMAP_OperatorSegmentation": "weights",
     "DMAP_OperatorSuperResolution": "scale",
+    "DMAP_PSLDSampler": "zeta gamma transpose eta",
+    "DMAP_ReSampleSampler": "zeta first last every iterations learning_rate factor space tweedie eta",
     "DMAP_SamplingReport": "guider latent",
 }
 OUTPUTS = {
-    "DMAP_DMAPSampler": ["SAMPLER"],
+    **{node_id: ["SAMPLER"] for node_id in NODES if node_id.endswith("Sampler")},
+    "DMAP_ComparisonSheet": ["IMAGE"],
+    "DMAP_DMAPPreset": ["SAMPLER", "SIGMAS", "STRING"],
     "DMAP_DMAPScheduler": ["SIGMAS"],
     "DMAP_DMAPUnconditional": ["CONDITIONING"],
     "DMAP_DPSGuider": ["GUIDER"],
-    "DMAP_DPSSampler": ["SAMPLER"],
     "DMAP_Degrade": ["IMAGE"],
     "DMAP_EmptyMeasurementLatent": ["LATENT", "INT", "INT"],
     **{node_id: ["OPERATOR"] for node_id in NODES if node_id.startswith("DMAP_Operator")},
     "DMAP_SamplingReport": ["STRING", "STRING"],
 }
-CONNECTIONS = {"model", "positive", "negative", "vae", "operator", "measurement", "image", "mask", "kernel", "guider", "latent"}
+# The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
+OPTIONS = {
+    "optimizer": "gradient adam",
+    "transpose": "adjoint published",
+    "travel": "forward published",
+    "space": "both latent pixel",
+    "tweedie": "correct published",
+    "spacing": "paper exponential karras",
+    "memory": "auto fast lean checkpoint",
+    "subsampling": "4:4:4 4:2:2 4:2:0",
+    "rounding": "straight-through cubic",
+    "solver": "DPS|PSLD|FreeDoM|ReSample|DSG|DMAP|DMAP full",
+    "settings_for": "Stable Diffusion, 512 pixels|demo prior, 128 pixels",
+}
+# Everything else is a widget. A measurement is a picture, or masks of classes.
+CONNECTIONS = {"model", "positive", "negative", "vae", "operator", "measurement", "image", "mask", "kernel", "guider", "latent", "original"}
+CONNECTIONS |= {f"{name}_{i}" for name in ("image", "report") for i in PLACES}
 
 
 def test_node_ids_and_names(lab):
@@ -80,12 +118,34 @@ def test_what_the_interface_is_told(lab, node_id):
 
 
 @pytest.mark.parametrize("node_id", NODES)
+def test_words_of_combos(lab, node_id):
+    for i in lab.NODES[node_id].GET_SCHEMA().inputs:
+        if i.io_type != "COMBO" or i.id == "weights":  # which lists files
+            continue
+        words = OPTIONS[i.id].split("|" if "|" in OPTIONS[i.id] else None)
+        assert i.options[: len(words)] == words
+
+
+@pytest.mark.parametrize("node_id", ["DMAP_DPSGuider", "DMAP_EmptyMeasurementLatent"])
+def test_a_measurement_is_a_picture_or_masks(lab, node_id):
+    kinds = {i.id: i.get_io_type() for i in lab.NODES[node_id].GET_SCHEMA().inputs}
+    assert kinds["measurement"] == lab.NODES[node_id].GET_NODE_INFO_V1()["input"]["required"]["measurement"][0] == "IMAGE,MASK"
+    assert lab.NODES[node_id].INPUT_TYPES()["required"]["measurement"][0] == "IMAGE,MASK"
+
+
+@pytest.mark.parametrize("node_id", NODES)
 def test_defaults(lab, node_id):
-    """Every widget has a default within its limits, and the node takes the defaults of its optional inputs itself, as from the API."""
+    """Every widget has a default within its limits, and the node takes the defaults of its optional inputs itself, as from the API.
+
+    Only a list of files has none: its first is taken, or what stands there if there is no file.
+    """
     for i in lab.NODES[node_id].GET_SCHEMA().inputs:
         default = getattr(i, "default", None)
         if i.id in CONNECTIONS or i.io_type == "OPERATOR":
             assert default is None
+            continue
+        if i.id == "weights":
+            assert default is None and len(i.options) > 0
             continue
         assert default is not None, i.id
         for limit in ("min", "max"):

@@ -1,0 +1,250 @@
+"""Presets: the paper's numbers, settings that the solvers take, and what changes with the number of steps."""
+
+import inspect
+
+import pytest
+import torch
+
+from dmap_core.operators import (
+    OPERATORS,
+    Compose,
+    GaussianBlur,
+    Grayscale,
+    Inpainting,
+    Jpeg,
+    KernelBlur,
+    MotionBlur,
+    Noisy,
+    NonlinearBlur,
+    Segmentation,
+    SuperResolution,
+    centred_box,
+)
+from dmap_core.operators.nonlinear_blur import random_kernel_wizard
+from dmap_core.operators.segmentation import random_room_layout
+from dmap_core.posterior import Posterior
+from dmap_core.presets import DEMO, LIKE, MODELS, PAPER_ZETA, SOLVERS, kind, preset
+from dmap_core.priors.mixture import GaussianMixture
+from dmap_core.schedule import SPACINGS, check_sigmas
+from dmap_core.solvers import SOLVERS as FUNCTIONS
+
+SD, DEMO_PRIOR = MODELS
+every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_model = pytest.mark.parametrize("model", MODELS)
+BOX = Inpainting(centred_box((16, 16), (8, 8)))
+EXAMPLES = [
+    SuperResolution(8),
+    SuperResolution(4),
+    GaussianBlur(),
+    KernelBlur(((1.0,),)),
+    MotionBlur(),
+    NonlinearBlur(random_kernel_wizard(0, 4, 1, 2)),
+    BOX,
+    Grayscale(),
+    Jpeg(30),
+    Segmentation(random_room_layout(0, (1, 1, 1, 1), 4, 3)),
+    Compose([Grayscale(), GaussianBlur(), SuperResolution(4)]),
+    Noisy(SuperResolution(8), 0.05),
+]
+every_operator = pytest.mark.parametrize("f", EXAMPLES, ids=lambda f: f.describe().split("(")[0])
+
+
+def test_there_is_an_example_of_every_operator_and_a_preset_of_every_solver():
+    assert {f.name for f in EXAMPLES} == set(OPERATORS)
+    assert {name.removesuffix(" full") for name in SOLVERS} == set(FUNCTIONS)
+    assert set(LIKE.values()) <= DEMO.keys()
+    assert PAPER_ZETA.keys() <= DEMO.keys()
+
+
+def takes(solver, settings):
+    """The solver's signature has every setting as a keyword, and nothing that it requires is missing."""
+    parameters = inspect.signature(FUNCTIONS[solver]).parameters
+    required = {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
+    return required <= settings.keys() and all(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in settings)
+
+
+@every_operator
+@every_solver
+@every_model
+def test_every_preset_fits_its_solver(f, solver, model):
+    if f.name == "Segmentation" and solver != "DSG":
+        with pytest.raises(ValueError, match=f"no settings of {solver} are known for Segmentation.*take DSG"):
+            preset(f, solver, model)
+        return
+    found = preset(f, solver, model)
+    assert found.solver == solver.removesuffix(" full")
+    assert takes(found.solver, found.settings)
+    assert found.spacing in SPACINGS
+    assert found.source
+    assert str(found.steps) in found.text()
+    assert found.text().isascii()
+    for steps in (1, 2, 3, 7, found.steps, 100, 101, 1000):
+        assert_is_valid(found.with_steps(steps), steps)
+
+
+def assert_is_valid(found, steps):
+    settings = found.settings
+    assert found.steps == steps
+    assert settings["zeta"] > 0
+    assert settings.get("gamma", 1) > 0
+    if found.solver == "DSG":
+        assert settings["zeta"] <= 1
+    assert {"first", "last"} <= settings.keys() or found.solver not in ("FreeDoM", "ReSample")
+    if "first" in settings:
+        assert 0 <= settings["first"] <= settings["last"] < steps
+    for name in ("K", "every", "iterations"):
+        assert isinstance(settings.get(name, 1), int)
+        assert settings.get(name, 1) >= 1
+
+
+@every_solver
+@every_model
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 20])
+def test_the_solvers_take_them(solver, model, steps):
+    """A whole run on a Gaussian prior, whatever comes out: nothing is refused."""
+    found = preset(BOX, solver, model).with_steps(steps)
+    settings = {**found.settings, "iterations": 2} if "iterations" in found.settings else found.settings
+    y = BOX(torch.ones(1, 3, 16, 16))
+    posterior = Posterior(GaussianMixture(torch.zeros(1, 3, 16, 16), 0.5), BOX, y)
+    sigmas = SPACINGS[found.spacing](torch.linspace(0.03, 14.6, 1000), found.steps)
+    assert len(check_sigmas(sigmas)) == steps + 1
+    z = 14.6 * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    out = FUNCTIONS[found.solver](posterior, z, sigmas, **settings, generator=torch.Generator().manual_seed(1))
+    assert torch.isfinite(out).all()
+
+
+# The numbers of the paper and its authors at 512 pixels and 500 steps.
+SR, BLUR = SuperResolution(8), GaussianBlur()
+PAPER = [
+    (SR, "DPS", {"zeta": 4.8}, 500),
+    (SR, "DMAP", {"zeta": 9.6, "K": 2}, 250),  # "same": K 2, half the steps, twice the zeta
+    (SR, "DMAP full", {"zeta": 4.8, "K": 3}, 500),
+    (SR, "DSG", {"zeta": 0.08}, 500),
+    (SR, "PSLD", {"zeta": 4.8, "gamma": 0.0096}, 500),
+    (SR, "FreeDoM", {"zeta": 4.8, "K": 2, "first": 25, "last": 50}, 500),
+    (
+        SR,
+        "ReSample",
+        {"zeta": 4.8, "first": 50, "last": 100, "every": 50, "iterations": 200, "learning_rate": 0.005, "factor": 40.0},
+        500,
+    ),
+    (BLUR, "DPS", {"zeta": 0.6}, 500),
+    (BLUR, "DMAP", {"zeta": 1.2, "K": 2}, 250),
+    (BLUR, "DMAP full", {"zeta": 0.6, "K": 3}, 500),
+    (BLUR, "DSG", {"zeta": 0.08}, 500),
+    (BLUR, "PSLD", {"zeta": 0.6, "gamma": 0.0012}, 500),
+]
+
+
+@pytest.mark.parametrize("f, solver, settings, steps", PAPER, ids=lambda v: getattr(v, "name", v if isinstance(v, str) else ""))
+def test_the_papers_numbers(f, solver, settings, steps):
+    found = preset(f, solver, SD)
+    assert found.settings == pytest.approx(settings)
+    assert (found.steps, found.spacing) == (steps, "paper")
+    assert "paper" in found.source
+    assert "carried over" not in found.source
+
+
+@every_solver
+def test_numbers_that_are_not_the_papers_say_so(solver):
+    for f in (BOX, MotionBlur(), SuperResolution(4), Grayscale(), Jpeg(30)):
+        source = preset(f, solver, SD).source
+        assert source != "paper and authors"
+        assert "carried over" in source or "for super-resolution and Gaussian blur" in source
+
+
+@pytest.mark.parametrize("f", [BOX, MotionBlur(), SuperResolution(4), Grayscale()], ids=lambda f: f.name)
+def test_others_are_carried_over_by_the_demos_ratio(f):
+    dps = {model: {g: preset(g, "DPS", model).settings["zeta"] for g in (f, SR)} for model in MODELS}
+    assert dps[SD][f] == pytest.approx(4.8 * dps[DEMO_PRIOR][f] / dps[DEMO_PRIOR][SR], abs=0.005)
+    assert dps[SD][f] < 4.8
+
+
+def test_the_demos_spacing_is_for_few_steps():
+    for solver in SOLVERS:
+        assert preset(SR, solver, DEMO_PRIOR).spacing == "exponential"
+        assert preset(SR, solver, DEMO_PRIOR).steps <= 20
+
+
+# Another number of steps
+
+
+def test_the_same_number_of_steps_is_the_same_preset():
+    for solver in SOLVERS:
+        found = preset(SR, solver, SD)
+        assert found.with_steps(found.steps) is found
+
+
+def test_half_the_steps_double_zeta_and_halve_windows():
+    found = preset(SR, "FreeDoM", SD).with_steps(250)
+    assert found.settings == {"zeta": 9.6, "K": 2, "first": 12, "last": 25}
+    found = preset(SR, "ReSample", SD).with_steps(250)
+    expected = {"zeta": 9.6, "first": 25, "last": 50, "every": 25, "iterations": 200, "learning_rate": 0.005, "factor": 40.0}
+    assert found.settings == expected
+    assert preset(SR, "PSLD", SD).with_steps(250).settings == pytest.approx({"zeta": 9.6, "gamma": 0.0192})
+    assert preset(SR, "DMAP", SD).with_steps(500).settings == {"zeta": 4.8, "K": 2}
+
+
+def test_the_preset_itself_does_not_change():
+    found = preset(SR, "FreeDoM", SD)
+    before = dict(found.settings)
+    found.with_steps(20)
+    assert found.settings == before
+    assert preset(SR, "FreeDoM", SD).settings == before
+
+
+def test_dsgs_rate_stays_a_rate():
+    assert preset(SR, "DSG", SD).with_steps(250).settings["zeta"] == pytest.approx(0.16)
+    assert preset(SR, "DSG", SD).with_steps(20).settings["zeta"] == 1.0
+
+
+@every_solver
+@every_model
+def test_few_steps_are_spaced_exponentially_and_the_source_says_how_it_came_about(solver, model):
+    found = preset(SR, solver, model)
+    few, many = found.with_steps(30), found.with_steps(400)
+    assert few.spacing == "exponential"
+    assert many.spacing == found.spacing
+    assert few.source == f"{found.source}; scaled from {found.steps} to 30 steps"
+
+
+# Which operator is treated as which
+
+
+@pytest.mark.parametrize(
+    "f, expected",
+    [
+        *((SuperResolution(scale), "SuperResolution x4") for scale in (2, 4, 5)),
+        *((SuperResolution(scale), "SuperResolution x8") for scale in (6, 8, 16)),
+        *((f, f.name) for f in (GaussianBlur(), MotionBlur(), BOX, EXAMPLES[5])),
+        *((f, LIKE[f.name]) for f in (KernelBlur(((1.0,),)), Grayscale(), Jpeg(30), EXAMPLES[9])),
+        (Noisy(SuperResolution(4), 0.1), "SuperResolution x4"),
+        (Compose([Grayscale(), GaussianBlur(), SuperResolution(8)]), "SuperResolution x8"),
+        (Compose([SuperResolution(2), Compose([GaussianBlur(), SuperResolution(2)])]), "SuperResolution x4"),
+        (Noisy(Compose([SuperResolution(8), GaussianBlur()]), 0.1), "SuperResolution x8"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.name,
+)
+def test_kind(f, expected):
+    assert kind(f) == expected
+
+
+def test_segmentation_is_found_within_others():
+    for f in (Compose([GaussianBlur(), EXAMPLES[9]]), Compose([Compose([EXAMPLES[9]])])):
+        with pytest.raises(ValueError, match="no settings of DPS are known for"):
+            preset(f, "DPS", SD)
+
+
+def test_noise_and_company_do_not_change_the_settings():
+    for solver in SOLVERS:
+        for model in MODELS:
+            alone = preset(SR, solver, model)
+            assert preset(Noisy(SR, 0.1), solver, model) == alone
+            assert preset(Compose([GaussianBlur(), SR]), solver, model) == alone
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="solver is 'Dps'; it must be one of DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, DMAP full$"):
+        preset(SR, "Dps", SD)
+    with pytest.raises(ValueError, match=f"model is 'SDXL'; it must be one of {SD}, {DEMO_PRIOR}$"):
+        preset(SR, "DPS", "SDXL")

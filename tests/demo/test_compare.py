@@ -1,0 +1,89 @@
+"""demo/compare.py: the comparison of all solvers, and the search for their settings."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from host import ROOT
+from torch.nn import functional as F
+
+sys.path.insert(0, str(ROOT / "demo"))
+
+from compare import table, variants, vertex  # noqa: E402
+from perceptual import feature_distance  # noqa: E402
+
+from dmap_core.operators import SuperResolution  # noqa: E402
+from dmap_core.presets import MODELS, preset  # noqa: E402
+
+DPS = preset(SuperResolution(8), "DPS", MODELS[1])
+
+
+def compare(*arguments: str | Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "demo" / "compare.py", *arguments]
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+
+
+def test_vertex_finds_the_top_of_a_parabola_in_the_logarithm():
+    factors = [0.4, 1.0, 2.5]
+    psnrs = [25 - 3 * float(torch.tensor(f / 1.3).log()) ** 2 for f in factors]
+    assert vertex(factors, psnrs) == "the best factor is about 1.30"
+    assert "outside" in vertex(factors, [20.0, 21.0, 23.0])
+    assert "outside" in vertex(factors, [23.0, 20.0, 23.0])  # a valley has no top
+    assert "three" in vertex([1.0, 2.0], [20.0, 21.0])
+
+
+def test_sweeps_multiply_the_presets_setting():
+    assert variants(DPS, None) == [DPS]
+    half, same = variants(DPS, "zeta=0.5,1")
+    assert half.settings["zeta"] == DPS.settings["zeta"] / 2 and same.settings == DPS.settings
+    with pytest.raises(SystemExit, match="no setting 'K'.*zeta"):
+        variants(DPS, "K=1,2")
+
+
+def test_feature_distance_is_zero_for_equal_pictures_and_grows_with_blur():
+    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    soft, softer = (F.interpolate(F.avg_pool2d(picture, k), (64, 64)) for k in (2, 4))
+    assert feature_distance(picture, picture).abs().max() < 1e-6
+    near, far = feature_distance(picture, soft), feature_distance(picture, softer)
+    assert (near > 0.01).all() and (far > near).all()
+    alone = torch.stack([feature_distance(picture[i : i + 1], soft[i : i + 1])[0] for i in range(2)])
+    assert torch.allclose(alone, near, atol=1e-5)
+
+
+def test_a_run_is_kept_and_not_computed_again(tmp_path):
+    arguments = ("--n", 1, "--operators", "super-resolution-x8", "--solvers", "DMAP,DSG", "--steps", 3, "--out", tmp_path)
+    first = compare(*arguments)
+    assert first.returncode == 0, first.stderr
+    files = sorted(tmp_path.glob("*.json"))
+    entries = [json.loads(file.read_text()) for file in files]
+    assert [(e["operator"], e["solver"], e["steps"], e["set"], len(e["pictures"])) for e in entries] == [
+        ("super-resolution-x8", "DMAP", 3, "table", 1),
+        ("super-resolution-x8", "DSG", 3, "table", 1),
+    ]
+    rows = [next(iter(e["pictures"].values())) for e in entries]
+    assert [row["denoiser_calls"] for row in rows] == [3 + 2 * 2, 3]
+    assert all(5 < row["psnr"] < 40 and row["features"] > 0 and row["residual"] > 0 and row["seconds"] > 0 for row in rows)
+    printed = table(tmp_path, "table").splitlines()
+    assert len(printed) == 4 and f"{rows[0]['psnr']:.2f}" in printed[2]
+    assert printed[2] in first.stdout
+
+    written = {file: file.stat().st_mtime_ns for file in files}
+    second = compare(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()} == written
+    only = compare("--table", "--out", tmp_path)
+    assert printed[3] in only.stdout
+
+
+def test_what_it_cannot_do_is_said_before_anything_is_loaded(tmp_path):
+    for arguments, message in (
+        (("--solvers", "DMAPP"), "unknown DMAPP; known are DPS"),
+        (("--operators", "blur"), "unknown blur"),
+        (("--n", 1000), "--n: 1000"),
+    ):
+        refused = compare(*arguments, "--out", tmp_path)
+        assert refused.returncode != 0 and message in refused.stderr, refused.stderr
+    assert not list(tmp_path.glob("*.json"))
