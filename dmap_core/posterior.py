@@ -46,6 +46,10 @@ class Posterior:
         self.decoder_calls += 1
         return self.prior.decode(z0)
 
+    def economy(self):
+        """A context for gradients through the networks, under which they recompute their activations if the memory plan says so."""
+        return checkpointed(self.prior.networks()) if self.plan == "checkpoint" else nullcontext()
+
     def distance(self, image: Tensor) -> Tensor:
         """||f(image) - y|| of every sample, (B,)."""
         return self.operator.distance(self.operator(image), self.y)
@@ -71,7 +75,7 @@ class Posterior:
     def _gradient(self, z: Tensor, sigma: float, extra: Extra | None) -> tuple[Tensor, Tensor, Tensor]:
         lean = self.plan == "lean"
         counted = self._counted()
-        with torch.enable_grad(), checkpointed(self.prior.networks()) if self.plan == "checkpoint" else nullcontext():
+        with torch.enable_grad(), self.economy():
             z = z.detach().requires_grad_()
             with torch.no_grad() if lean else counted():
                 z0 = self._denoise(z, sigma)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..dmap_core.operators import Operator
+from ..dmap_core.operators.weights import SUFFIXES
 from ..dmap_core.posterior import Posterior
 from ..dmap_core.schedule import check_sigmas, generators
 from ..dmap_core.solvers import check_finite, guided_denoised
@@ -97,7 +98,7 @@ def offer_weights_folder() -> None:
 
 
 def weights_files() -> list[str]:
-    return folder_paths.filter_files_extensions(folder_paths.get_filename_list(WEIGHTS_FOLDER), folder_paths.supported_pt_extensions)
+    return [name for name in folder_paths.get_filename_list(WEIGHTS_FOLDER) if name.lower().endswith(SUFFIXES)]
 
 
 def find_weights(name: str, example: str = "it") -> Path:
@@ -246,6 +247,14 @@ class HostPrior:
         return comfy.model_management.get_free_memory(self.vae.device)
 
 
+class HostPosterior(Posterior):
+    """A Posterior that the host can interrupt in optimisations of the picture, too, which call no network of the prior."""
+
+    def distance(self, image: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return super().distance(image)
+
+
 class PosteriorGuider(comfy.samplers.CFGGuider):
     """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
 
@@ -338,7 +347,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size)
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         try:
-            self._posterior = Posterior(prior, self.operator.to(device), y, self.memory)
+            self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
             with frozen(prior.networks()):
                 return super().inner_sample(noise, latent_image, device, *args, **kwargs)
         finally:

@@ -103,6 +103,7 @@ def sheet(tiles: list[tuple[str, list[str], torch.Tensor]], width: int) -> torch
     draw = ImageDraw.Draw(page)
     for i, ((name, lines, picture), height) in enumerate(zip(tiles, heights, strict=True)):
         left, top = MARGIN + i % columns * cell[0], MARGIN + i // columns * cell[1]
+        picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture
         pixels = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
         enlarged = height > picture.shape[0]
         tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)

@@ -15,14 +15,15 @@ class Grayscale(Operator):
     """Luma (BT.601) of an RGB image: (B, 3, H, W) -> (B, 1, H, W)."""
 
     def __call__(self, image: Tensor) -> Tensor:
-        if image.shape[1] != 3:
-            raise ValueError(f"Grayscale: the picture has {image.shape[1]} channels; it must have 3 (put Grayscale first in a Compose)")
+        self.channels(image.shape[1])
         return luma(image)
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
         return y * luma_weights(y)
 
     def channels(self, image_channels: int = 3) -> int:
+        if image_channels != 3:
+            raise ValueError(f"Grayscale: the picture has {image_channels} channels; it must have 3 (put Grayscale first in a Compose)")
         return 1
 
     def hint(self, y: Tensor) -> Tensor:

@@ -91,6 +91,9 @@ class Noisy(Operator):
     def read(self, picture: Tensor, channels: int | None = None) -> Tensor:
         return self.operator.read(picture, channels)
 
+    def read_masks(self, masks: Tensor) -> Tensor:
+        return self.operator.read_masks(masks)
+
     def spec(self) -> dict[str, Any]:
         return {"operator": self.name, "of": self.operator.spec(), "sigma": self.sigma}
 

@@ -197,8 +197,7 @@ class Segmentation(Operator):
     def __call__(self, image: Tensor) -> Tensor:
         """Logits (B, 5, H, W), in the dtype of the network, whatever that of the image."""
         self.measurement_size(tuple(image.shape[-2:]))
-        if image.shape[1] != 3:
-            raise ValueError(f"Segmentation: the picture has {image.shape[1]} channel(s); it must have 3 (RGB)")
+        self.channels(image.shape[1])
         return self.network(image.to(next(self.network.parameters()).dtype))
 
     def measure(self, image: Tensor) -> Tensor:
@@ -235,6 +234,8 @@ class Segmentation(Operator):
         return self.measurement_size(tuple(y.shape[-2:]))
 
     def channels(self, image_channels: int = 3) -> int:
+        if image_channels != 3:
+            raise ValueError(f"Segmentation: the picture has {image_channels} channel(s); it must have 3 (RGB)")
         return 1
 
     def to(self, device: torch.device | str) -> Segmentation:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 PICKLES = (".pth", ".pt", ".ckpt", ".tar", ".bin")
+SUFFIXES = (".safetensors", *PICKLES)
 WRAPPERS = ("state_dict", "params", "model")  # what training programs call the weights in a checkpoint that holds more
 # PyTorch Lightning of 2021 wrote this class itself, as a key, beside the weights (the room layout checkpoint does). An empty class in its place
 # lets such files be read; nothing of Lightning is imported or run.

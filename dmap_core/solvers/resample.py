@@ -78,7 +78,8 @@ def sample_resample(
 
 def consistent_latent(posterior: Posterior, z0: Tensor, iterations: int, learning_rate: float) -> Tensor:
     """argmin_Z ||y - f(D(Z))||^2 / 2 from z0 (Eq. 37, below)."""
-    return _minimise(lambda z: posterior.distance(posterior.decode(z)), z0, iterations, learning_rate)
+    with posterior.economy():
+        return _minimise(lambda z: posterior.distance(posterior.decode(z)), z0, iterations, learning_rate)
 
 
 def consistent_picture(posterior: Posterior, z0: Tensor, iterations: int, learning_rate: float) -> Tensor:

@@ -15,6 +15,7 @@ from dmap_core.operators import (
     Inpainting,
     Noisy,
     Operator,
+    Segmentation,
     SuperResolution,
     from_spec,
 )
@@ -296,3 +297,11 @@ def test_bad_settings_are_named(settings, message):
 def test_something_that_is_no_operator_is_refused():
     with pytest.raises(ValueError, match="Noisy: operator is 'SuperResolution'; it must be the operator"):
         Noisy("SuperResolution", SIGMA)
+
+
+def test_masks_are_read_by_the_operator_within():
+    masks = torch.zeros(5, 2, 3)
+    masks[3] = 1
+    assert torch.equal(Noisy(Segmentation(None), SIGMA).read_masks(masks), torch.full((1, 1, 2, 3), 3.0))
+    with pytest.raises(ValueError, match="measures a picture, and a mask was given"):
+        Noisy(SuperResolution(2), SIGMA).read_masks(masks)

@@ -321,3 +321,17 @@ def test_a_window_that_ends_the_schedule_returns_the_consistent_latent(autoencod
     out = sample_resample(posterior, z, SIGMAS, **settings, callback=lambda i, d, z, r: latents.append(z))
     denoised = posterior.denoise(latents[-2], SIGMAS[-2])
     torch.testing.assert_close(out, consistent_latent(posterior, denoised, 3, 0.05), rtol=0, atol=1e-12)
+
+
+def test_the_optimisation_of_a_latent_keeps_to_the_memory_plan(conv_prior, rng):
+    """Under "checkpoint" the decoder's blocks recompute, so that they run twice per iteration; the result is the same."""
+    found = {}
+    for plan in ("fast", "checkpoint"):
+        prior = conv_prior()
+        runs = []
+        prior.decoder.blocks[0].norm.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+        posterior = Posterior(prior, SuperResolution(2), torch.zeros(1, 3, 4, 4, dtype=torch.float64), memory=plan)
+        z0 = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found[plan] = consistent_latent(posterior, z0, 3, 0.1), len(runs)
+    assert found["fast"][1] == 3 and found["checkpoint"][1] == 6
+    torch.testing.assert_close(found["fast"][0], found["checkpoint"][0], rtol=1e-12, atol=1e-12)
