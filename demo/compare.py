@@ -27,7 +27,15 @@ from host import import_comfy  # noqa: E402
 from PIL import Image  # noqa: E402
 
 PRIOR = "dmap-demo-prior.safetensors"
-OPERATORS = ("super-resolution-x4", "super-resolution-x8", "gaussian-deblur", "motion-deblur", "inpainting", "nonlinear-deblur")
+OPERATORS = (
+    "super-resolution-x4",
+    "super-resolution-x8",
+    "gaussian-deblur",
+    "motion-deblur",
+    "inpainting",
+    "nonlinear-deblur",
+    "jpeg-cleanup",
+)
 SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
 MODEL = "demo prior, 128 pixels"
 
@@ -51,6 +59,7 @@ def make_operator(name: str):
         "gaussian-deblur": lambda: operators.GaussianBlur(61, 3.0),
         "motion-deblur": lambda: operators.MotionBlur(21.0, 30.0),
         "inpainting": lambda: operators.Inpainting(operators.centred_box((128, 128), (48, 48))),
+        "jpeg-cleanup": lambda: operators.Jpeg(10),
         "nonlinear-deblur": lambda: operators.NonlinearBlur(random_kernel_wizard(seed=0), seed=0),
     }[name]()
 

@@ -26,6 +26,7 @@ DEMO = {
     "GaussianBlur": (2.0, 5.4, 0.5, 0.2),
     "MotionBlur": (2.0, 6.0, 0.5, 0.2),
     "Inpainting": (2.1, 10.0, 0.5, 0.02),
+    "Jpeg": (1.75, 5.5, 0.5, 0.2),  # mix rate: that of GaussianBlur
     "NonlinearBlur": (2.1, 5.4, 0.5, 0.2),  # of DPS; the others are those of GaussianBlur
 }
 # What was searched: the rest follows the paper's rules (same zeta as DPS) or a choice that fits the few steps.
@@ -39,7 +40,7 @@ SEARCHED = {
     "DMAP full": "zeta that was searched for DPS, as in the paper,",
 }
 # Operators that nobody searched for, and what they are treated as.
-LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Jpeg": "Inpainting", "Segmentation": "Inpainting"}
+LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
 
 
 @dataclass(frozen=True)
