@@ -36,7 +36,8 @@ OPERATORS = (
     "nonlinear-deblur",
     "jpeg-cleanup",
 )
-SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
+AS_GIVEN = "as given"
+SOLVERS = (AS_GIVEN, "DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
 MODEL = "demo prior, 128 pixels"
 
 
@@ -107,25 +108,26 @@ class Bench:
 
 
 def measure(bench: Bench, file: Path, operator, preset, seed: int) -> dict:
+    """Figures of one restoration, or, without a preset, of the measurement itself, enlarged if it is smaller."""
     import torch
     from perceptual import feature_distance
 
-    def tensor(picture: Image.Image):
-        return torch.from_numpy(np.array(picture.convert("RGB"))).float()[None] / 255
-
-    original = tensor(Image.open(file))
+    original = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).float()[None] / 255
     with torch.inference_mode():
-        restored, report = bench.restore(original, operator, preset, seed)
+        if preset is None:
+            x = original.movedim(-1, 1) * 2 - 1
+            y = operator.measure(x)
+            hint = operator.hint(y)
+            restored = ((hint + 1) / 2).movedim(1, -1)
+            cost = {"residual": float(operator.distance(operator(hint), y)), "seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}
+        else:
+            restored, report = bench.restore(original, operator, preset, seed)
+            cost = {"residual": report.residuals[-1][0], "seconds": report.seconds}
+            cost |= {"denoiser_calls": report.denoiser_calls, "decoder_calls": report.decoder_calls}
         restored = (restored * 255).round().clamp(0, 255) / 255  # what a saved picture holds
         error = (restored - original).double().square().mean()
-        return {
-            "psnr": float(-10 * error.log10()),
-            "features": float(feature_distance(restored.movedim(-1, 1), original.movedim(-1, 1))),
-            "residual": report.residuals[-1][0],
-            "seconds": report.seconds,
-            "denoiser_calls": report.denoiser_calls,
-            "decoder_calls": report.decoder_calls,
-        }
+        distance = feature_distance(restored.movedim(-1, 1), original.movedim(-1, 1))
+        return {"psnr": float(-10 * error.log10()), "features": float(distance)} | cost
 
 
 def write_json(path: Path, value) -> None:
@@ -185,6 +187,16 @@ def variants(preset, sweep: str | None) -> list:
     return [replace(preset, settings=preset.settings | {key: preset.settings[key] * float(f)}) for f in factors.split(",")]
 
 
+def presets_of(operator, solver: str, steps: int | None, sweep: str | None) -> list:
+    """What to run: presets, or None for the measurement as it is."""
+    if solver == AS_GIVEN:
+        return [None]
+    from dmap_pack.dmap_core.presets import preset
+
+    base = preset(operator, solver, MODEL)
+    return variants(base.with_steps(steps) if steps else base, sweep)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, help="pictures (32 for the table, 4 for a search)")
@@ -209,19 +221,17 @@ def main() -> None:
     files = files[-n:] if args.search else files[:n]
     names, operator_names = chosen(args.solvers, SOLVERS, "--solvers"), chosen(args.operators, OPERATORS, "--operators")
     bench = Bench()
-    from dmap_pack.dmap_core.presets import preset
-
     prior = hashlib.sha256((HERE / PRIOR).read_bytes()).hexdigest()[:12]
     for operator_name in operator_names:
         operator = make_operator(operator_name)
         for solver in names:
-            base = preset(operator, solver, MODEL)
-            if base.solver == "PSLD" and not operator.linear:
+            if solver == "PSLD" and not operator.linear:
                 continue
             psnrs = []
-            for p in variants(base.with_steps(args.steps) if args.steps else base, args.sweep):
-                entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "settings": p.settings, "set": which}
-                entry |= {"steps": p.steps, "spacing": p.spacing, "seed": args.seed, "prior": prior}
+            for p in presets_of(operator, solver, args.steps, args.sweep):
+                entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "set": which, "prior": prior}
+                entry |= {"settings": p.settings if p else {}, "steps": p.steps if p else 0, "spacing": p.spacing if p else ""}
+                entry |= {"seed": args.seed if p else 0}
                 key = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
                 file = args.out / f"{operator_name}-{solver.replace(' ', '-')}-{which}-{key}.json"
                 done = json.loads(file.read_text())["pictures"] if file.exists() else {}
@@ -232,7 +242,7 @@ def main() -> None:
                 shown = {picture.stem: done[picture.stem] for picture in files}
                 print(time.strftime("%H:%M:%S"), line(entry | {"pictures": shown}), flush=True)
                 psnrs.append(mean(list(shown.values()), "psnr"))
-            if args.sweep:
+            if args.sweep and solver != AS_GIVEN:
                 print(f"{operator_name} {solver}: {vertex([float(f) for f in args.sweep.partition('=')[2].split(',')], psnrs)}", flush=True)
 
 

@@ -54,7 +54,7 @@ def test_feature_distance_is_zero_for_equal_pictures_and_grows_with_blur():
 
 
 def test_a_run_is_kept_and_not_computed_again(tmp_path):
-    arguments = ("--n", 1, "--operators", "super-resolution-x8", "--solvers", "DMAP,DSG", "--steps", 3, "--out", tmp_path)
+    arguments = ("--n", 1, "--operators", "super-resolution-x8", "--solvers", "as given,DMAP,DSG", "--steps", 3, "--out", tmp_path)
     first = compare(*arguments)
     assert first.returncode == 0, first.stderr
     files = sorted(tmp_path.glob("*.json"))
@@ -62,12 +62,14 @@ def test_a_run_is_kept_and_not_computed_again(tmp_path):
     assert [(e["operator"], e["solver"], e["steps"], e["set"], len(e["pictures"])) for e in entries] == [
         ("super-resolution-x8", "DMAP", 3, "table", 1),
         ("super-resolution-x8", "DSG", 3, "table", 1),
+        ("super-resolution-x8", "as given", 0, "table", 1),
     ]
     rows = [next(iter(e["pictures"].values())) for e in entries]
-    assert [row["denoiser_calls"] for row in rows] == [3 + 2 * 2, 3]
-    assert all(5 < row["psnr"] < 40 and row["features"] > 0 and row["residual"] > 0 and row["seconds"] > 0 for row in rows)
+    assert [row["denoiser_calls"] for row in rows] == [3 + 2 * 2, 3, 0]
+    assert all(5 < row["psnr"] < 40 and row["features"] > 0 and row["residual"] > 0 for row in rows)
+    assert all(row["seconds"] > 0 for row in rows[:2])
     printed = table(tmp_path, "table").splitlines()
-    assert len(printed) == 4 and f"{rows[0]['psnr']:.2f}" in printed[2]
+    assert len(printed) == 5 and f"{rows[0]['psnr']:.2f}" in printed[2]
     assert printed[2] in first.stdout
 
     written = {file: file.stat().st_mtime_ns for file in files}
@@ -80,7 +82,7 @@ def test_a_run_is_kept_and_not_computed_again(tmp_path):
 
 def test_what_it_cannot_do_is_said_before_anything_is_loaded(tmp_path):
     for arguments, message in (
-        (("--solvers", "DMAPP"), "unknown DMAPP; known are DPS"),
+        (("--solvers", "DMAPP"), "unknown DMAPP; known are as given, DPS"),
         (("--operators", "blur"), "unknown blur"),
         (("--n", 1000), "--n: 1000"),
     ):
