@@ -12,21 +12,15 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(ROOT / "tests")]
+import numpy as np
+from PIL import Image
+from run import HERE, PRIOR_FILE, ROOT, fingerprint, names, write_json
 
-import numpy as np  # noqa: E402
-from host import import_comfy  # noqa: E402
-from PIL import Image  # noqa: E402
-
-PRIOR = "dmap-demo-prior.safetensors"
 OPERATORS = (
     "super-resolution-x4",
     "super-resolution-x8",
@@ -70,6 +64,7 @@ class Bench:
 
     def __init__(self):
         import torch
+        from host import import_comfy  # of tests/, which run.py put on the path
 
         import_comfy()
         from comfy.cli_args import args
@@ -81,7 +76,7 @@ class Bench:
         from dmap_pack.nodes import guiders, operators, samplers
 
         self.nodes = {cls.__name__: cls for module in (guiders, operators, samplers) for cls in module.NODES}
-        self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(str(HERE / PRIOR), output_clip=False)[:3]
+        self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(str(PRIOR_FILE), output_clip=False)[:3]
         if args.cpu:  # a sixth faster there
             for network in (self.model.model.diffusion_model, self.vae.first_stage_model):
                 network.to(memory_format=torch.channels_last)
@@ -130,12 +125,6 @@ def measure(bench: Bench, file: Path, operator, preset, seed: int) -> dict:
         return {"psnr": float(-10 * error.log10()), "features": float(distance)} | cost
 
 
-def write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
-
-
 def mean(rows: list[dict], key: str) -> float:
     return float(np.mean([row[key] for row in rows]))
 
@@ -156,14 +145,6 @@ def table(out: Path, pictures: str) -> str:
     order = {name: i for i, name in enumerate(OPERATORS)}
     chosen = sorted((e for e in entries if e["set"] == pictures), key=lambda e: (order[e["operator"]], e["solver"]))
     return "\n".join([head, "|---" * 10 + "|", *map(line, chosen)])
-
-
-def chosen(text: str, known, what: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise SystemExit(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    return names
 
 
 def vertex(factors: list[float], psnrs: list[float]) -> str:
@@ -219,12 +200,12 @@ def main() -> None:
     if not 0 < n <= len(files) // 2:
         raise SystemExit(f"--n: {n} pictures wanted; there are {len(files) // 2} for the table and as many for a search")
     files = files[-n:] if args.search else files[:n]
-    names, operator_names = chosen(args.solvers, SOLVERS, "--solvers"), chosen(args.operators, OPERATORS, "--operators")
+    operators, solvers = names(args.operators, OPERATORS, "--operators"), names(args.solvers, SOLVERS, "--solvers")
     bench = Bench()
-    prior = hashlib.sha256((HERE / PRIOR).read_bytes()).hexdigest()[:12]
-    for operator_name in operator_names:
+    prior = fingerprint(PRIOR_FILE)
+    for operator_name in operators:
         operator = make_operator(operator_name)
-        for solver in names:
+        for solver in solvers:
             if solver == "PSLD" and not operator.linear:
                 continue
             psnrs = []

@@ -127,6 +127,12 @@ def box_mask(g: Graph, column: int, side: int, box: int) -> tuple[int, int]:
     return g.add("MaskComposite", column, destination=(black, 0), source=(white, 0), x=at, y=at, operation="add"), 0
 
 
+def run_and_decode(g: Graph, column: int, name: str, vae, **inputs) -> tuple[tuple[int, int], tuple[int, int]]:
+    """SamplerCustomAdvanced and the picture of its latent; returns (samples, picture)."""
+    samples = g.add("SamplerCustomAdvanced", column, size=(320, 340), title=f"{name}: run", **inputs), 0
+    return samples, (g.add("VAEDecode", column, samples=samples, vae=vae), 0)
+
+
 def sampling(
     g: Graph,
     column: int,
@@ -160,20 +166,11 @@ def sampling(
         0,
     )
     sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps, spacing=spacing), 0
-    run = g.add(
-        "SamplerCustomAdvanced",
-        column + 1,
-        size=(320, 340),
-        title=f"{name}: run",
-        noise=noise,
-        guider=guider,
-        sampler=sampler,
-        sigmas=sigmas,
-        latent_image=latent,
+    samples, picture = run_and_decode(
+        g, column + 1, name, vae, noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
     )
-    picture = g.add("VAEDecode", column + 1, samples=(run, 0), vae=vae), 0
     g.add("SaveImage", column + 1, title=f"{name}: save", size=(320, 360), images=picture, filename_prefix=prefix)
-    report = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=(run, 0)), 0
+    report = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=samples), 0
     g.add("PreviewAny", column + 1, title=f"{name}: cost", size=(320, 160), source=report)
 
 
@@ -350,19 +347,9 @@ Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`; the ori
         )
         problem = {"model": model, "positive": conditioning, "vae": vae, "operator": op, "measurement": measurement}
         guider = g.add("DMAP_DPSGuider", column, title=f"{solver}: guider", **problem), 0
-        run = g.add(
-            "SamplerCustomAdvanced",
-            column + 1,
-            size=(320, 340),
-            title=f"{solver}: run",
-            noise=noise,
-            guider=guider,
-            sampler=(preset, 0),
-            sigmas=(preset, 1),
-            latent_image=latent,
-        )
-        picture = g.add("VAEDecode", column + 1, samples=(run, 0), vae=vae), 0
-        report = g.add("DMAP_SamplingReport", column + 1, title=f"{solver}: report", guider=guider, latent=(run, 0)), 1
+        run = {"noise": noise, "guider": guider, "sampler": (preset, 0), "sigmas": (preset, 1), "latent_image": latent}
+        samples, picture = run_and_decode(g, column + 1, solver, vae, **run)
+        report = g.add("DMAP_SamplingReport", column + 1, title=f"{solver}: report", guider=guider, latent=samples), 1
         inputs |= {f"image_{i}": picture, f"report_{i}": report}
     page = g.add("DMAP_ComparisonSheet", 8, width=256, **inputs), 0
     prefix = "dmap/all-solvers" if stable_diffusion else "dmap-demo/all-solvers"

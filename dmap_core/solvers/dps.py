@@ -30,14 +30,18 @@ def sample_dps(
     levels = check_sigmas(sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         grad, denoised, residual = posterior.gradient(z, sigma)
-        mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        z = mu - zeta * step(grad)
-        if sigma_up > 0:
-            z = z + sigma_up * randn_like(z, generator)
+        z = guided_step(z, denoised, zeta * step(grad), sigma, sigma_next, eta, generator)
         check_finite(i, len(levels) - 1, zeta, z, residual)
         if callback:
             callback(i, denoised, z, residual)
     return z
+
+
+def guided_step(z: Tensor, denoised: Tensor, shift: Tensor, sigma: float, sigma_next: float, eta: float, generator) -> Tensor:
+    """mu + sigma_up eps - shift: an ancestral step, guided by shift = zeta grad. PSLD, FreeDoM and ReSample take it too."""
+    mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
+    z = mu - shift
+    return z + sigma_up * randn_like(z, generator) if sigma_up > 0 else z
 
 
 def guided_denoised(denoised: Tensor, grad: Tensor, zeta: float, sigma: float, sigma_next: float) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
+from ..schedule import check_sigmas, randn_like
 from .checks import check_finite, check_settings, check_window
+from .dps import guided_step
 
 TRAVELS = ("forward", "published")
 
@@ -48,10 +49,7 @@ def sample_freedom(
         passes = int(K) if first <= i <= last else 1
         for k in range(passes):
             grad, denoised, residual = posterior.gradient(z, sigma)
-            mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-            z = mu - zeta * grad
-            if sigma_up > 0:
-                z = z + sigma_up * randn_like(z, generator)
+            z = guided_step(z, denoised, zeta * grad, sigma, sigma_next, eta, generator)
             if k + 1 < passes:
                 shrink, noise = (1.0, math.sqrt(sigma**2 - sigma_next**2)) if travel == "forward" else published_travel(i)
                 z = shrink * z + noise * randn_like(z, generator)

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from ..operators import Operator
 from ..operators.base import Size
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
+from ..schedule import check_sigmas
 from .checks import check_finite, check_settings
+from .dps import guided_step
 
 TRANSPOSES = ("adjoint", "published")
 
@@ -53,10 +54,7 @@ def sample_psld(
 
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         grad, denoised, residual = posterior.gradient(z, sigma, extra=glue)
-        mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        z = mu - zeta * grad
-        if sigma_up > 0:
-            z = z + sigma_up * randn_like(z, generator)
+        z = guided_step(z, denoised, zeta * grad, sigma, sigma_next, eta, generator)
         check_finite(i, len(levels) - 1, zeta, z, residual)
         if callback:
             callback(i, denoised, z, residual)

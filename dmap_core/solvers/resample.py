@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
+from ..schedule import check_sigmas, randn_like
 from .checks import check_finite, check_settings, check_window
+from .dps import guided_step
 
 SPACES = ("both", "latent", "pixel")
 TWEEDIES = ("correct", "published")
@@ -60,10 +61,7 @@ def sample_resample(
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         grad, denoised, residual = posterior.gradient(z, sigma)
         z0 = denoised if tweedie == "correct" else z - sigma / math.sqrt(1 + sigma**2) * (z - denoised)
-        mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        z = mu - zeta * grad
-        if sigma_up > 0:
-            z = z + sigma_up * randn_like(z, generator)
+        z = guided_step(z, denoised, zeta * grad, sigma, sigma_next, eta, generator)
         check_finite(i, steps, zeta, z, residual)
         if first <= i <= last and (i - first) % every == 0:
             pixel = space == "pixel" or (space == "both" and i < 2 * steps / 3)
