@@ -1,0 +1,248 @@
+"""A base model for training without ComfyUI: diffusers' UNet and autoencoder, from a single-file checkpoint or a diffusers folder.
+
+Nothing is downloaded: the architecture is read off the file, and the prompt is encoded by the text encoder beside the UNet.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ..operators.weights import load_into, read_tensors
+from .keys import resnets_per_level, to_diffusers, to_ldm
+
+log = logging.getLogger(__name__)
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+TINY_ENCODER, TINY_DECODER = f"{VAE}taesd_encoder.", f"{VAE}taesd_decoder."
+SD_SCALE = 0.18215  # of Stable Diffusion 1 and 2: latents have unit variance after it
+SD_BETAS = (0.00085, 0.012)
+TIMESTEPS = 1000
+SD1_WIDTH = 768  # of its text encoder; it has 8 heads on every level, the others heads of 64 channels
+CLIP_TOKENS, CLIP_START, CLIP_END = 77, 49406, 49407
+# The published v-prediction model of SD 2 differs from the eps one in nothing but its weights: this tensor spreads wider in it.
+V_TENSOR, V_SPREAD = f"{UNET}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
+KL_VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "scaling_factor": SD_SCALE,
+}
+
+
+def fingerprint(unet: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that tell the UNets (original names) of two checkpoints apart: SHA-256 of their biases in half precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.items()):
+        if name.endswith(".bias"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
+    return digest.hexdigest()[:16]
+
+
+def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Arguments of diffusers' UNet2DConditionModel, read off a UNet's weights (original names)."""
+    resnets = resnets_per_level(unet)
+    if len(set(resnets)) != 1:
+        raise ValueError(f"its UNet has {resnets} blocks on its levels, and diffusers wants the same number on all of them")
+    starts = [1 + sum(n + 1 for n in resnets[:level]) for level in range(len(resnets))]
+    attention = [f"input_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight" for n in starts]
+    has_attention = [name in unet for name in attention]
+    ups = [sum(n + 1 for n in resnets[:level]) for level in range(len(resnets))]
+    up_attention = [f"output_blocks.{n}.1.transformer_blocks.0.attn2.to_k.weight" in unet for n in ups]
+    widths = [unet[f"input_blocks.{n}.0.out_layers.3.weight"].shape[0] for n in starts]
+    context = next((unet[name].shape[1] for name in attention if name in unet), None)
+    if context is None:
+        raise ValueError("its UNet has no cross-attention; it is no text-to-image model of the Stable Diffusion family")
+    return {
+        "in_channels": unet["input_blocks.0.0.weight"].shape[1],
+        "out_channels": unet["out.2.weight"].shape[0],
+        "block_out_channels": tuple(widths),
+        "layers_per_block": resnets[0],
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in has_attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in up_attention),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if "middle_block.1.norm.weight" in unet else "UNetMidBlock2D",
+        "cross_attention_dim": context,
+        "attention_head_dim": 8 if context == SD1_WIDTH else tuple(max(1, w // 64) for w in widths),  # diffusers means the number of heads
+        "use_linear_projection": unet[f"input_blocks.{starts[has_attention.index(True)]}.1.proj_in.weight"].ndim == 2,
+    }
+
+
+@dataclass
+class BaseModel:
+    """A frozen UNet and autoencoder. sigmas: (1000,) VE noise levels of the timesteps; context: (1, L, D) of the prompt."""
+
+    unet: UNet2DConditionModel
+    vae: nn.Module
+    context: Tensor
+    sigmas: Tensor
+    prediction: str
+    name: str
+    fingerprint: str
+
+    def new_controlnet(self, weights: Mapping[str, Tensor]) -> ControlNetModel:
+        """diffusers' ControlNet of this base with the given weights (original names)."""
+        controlnet = ControlNetModel.from_unet(self.unet, load_weights_from_unet=False)
+        controlnet.load_state_dict(to_diffusers(weights))
+        return controlnet
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> BaseModel:
+        self.unet.to(device, dtype)
+        self.vae.to(device)  # float32: half precision overflows in the autoencoder of SD 2
+        self.context, self.sigmas = self.context.to(device, dtype), self.sigmas.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """VE latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mean of the encoder, where it gives a distribution."""
+        encoded = self.vae.encode(image.to(self.context.device, torch.float32))
+        z0 = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return z0 * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, z0: Tensor) -> Tensor:
+        return self.vae.decode(z0.float() / self.vae.config.scaling_factor).sample
+
+    def denoise(self, controlnet: nn.Module | None, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
+        """E[z0 | z, hint] of VE latents (B, C, h, w) at timesteps (B,), float32."""
+        sigma = self.sigmas[timestep].view(-1, 1, 1, 1)
+        x = (z / (1 + sigma**2).sqrt()).to(self.context.dtype)
+        context = self.context.expand(len(z), -1, -1)
+        control = {}
+        if controlnet is not None:
+            down, mid = controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint.to(x.dtype), return_dict=False)
+            control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
+        out = self.unet(x, timestep, encoder_hidden_states=context, return_dict=False, **control)[0].float()
+        if self.prediction == "v":
+            return z / (1 + sigma**2) - out * sigma / (1 + sigma**2).sqrt()
+        return z - sigma * out
+
+
+def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
+
+
+def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> BaseModel:
+    """The base model in a checkpoint file (.safetensors, .ckpt) or a diffusers folder. Raises ValueError that says what is wrong with it.
+
+    prediction: "eps", "v", or "auto": what a folder's scheduler says; a file is taken for eps unless it looks like the published SD 2 v-model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path, prompt, prediction)
+    state = read_tensors(path)
+    unet = {name[len(UNET) :]: tensor.float() for name, tensor in state.items() if name.startswith(UNET)}
+    if "input_blocks.0.0.weight" not in unet:
+        raise ValueError(f"{path} is no checkpoint of the Stable Diffusion family: there is no {UNET}input_blocks.0.0.weight in it")
+    if "label_emb.0.0.weight" in unet:
+        raise ValueError(
+            f"{path} is an SDXL or unCLIP model, whose conditioning needs more than a prompt. Train its CSE in ComfyUI, with the node TrainCSE"
+        )
+    try:
+        config = unet_config(unet)
+        network = UNet2DConditionModel(**config)
+        load_into(network, to_diffusers(unet), path)
+        vae = _autoencoder(state, path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    betas = torch.linspace(SD_BETAS[0] ** 0.5, SD_BETAS[1] ** 0.5, TIMESTEPS, dtype=torch.float64) ** 2
+    if prediction == "auto":
+        looks_v = "v_pred" in state or (V_TENSOR in state and float(state[V_TENSOR].float().std()) > V_SPREAD)
+        prediction = "v" if looks_v else "eps"
+    context = _context(state, config["cross_attention_dim"], prompt, path)
+    return BaseModel(network, vae, context, sigmas_of(torch.cumprod(1 - betas, 0)), prediction, path.name, fingerprint(unet))
+
+
+def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    if any(name.startswith(TINY_ENCODER) for name in state):
+        tiny = {f"encoder.layers.{name[len(TINY_ENCODER) :]}": t for name, t in state.items() if name.startswith(TINY_ENCODER)}
+        for name, tensor in state.items():
+            if name.startswith(TINY_DECODER):  # whose first module clamps and has no weights; diffusers does that in forward
+                n, rest = name[len(TINY_DECODER) :].split(".", 1)
+                tiny[f"decoder.layers.{int(n) - 1}.{rest}"] = tensor
+        if float(state.get(f"{VAE}vae_shift", torch.zeros(()))):
+            raise ValueError("its tiny autoencoder has a shift, which diffusers has no place for")
+        vae = AutoencoderTiny(scaling_factor=1.0)
+        # ComfyUI divides the encoder's output by vae_scale and multiplies it by the model's scale
+        scale = SD_SCALE / float(state.get(f"{VAE}vae_scale", torch.ones(())))
+        if abs(scale - 1) > 1e-4:
+            raise ValueError(f"its tiny autoencoder's latents would have to be scaled by {scale:.4f}; only 1 is supported")
+        load_into(vae, tiny, path)
+        return vae
+    vae = AutoencoderKL(**KL_VAE)
+    load_into(vae, convert_ldm_vae_checkpoint({k: v for k, v in state.items() if k.startswith(VAE)}, KL_VAE), path)
+    return vae
+
+
+def _context(state: Mapping[str, Tensor], width: int, prompt: str, path: Path) -> Tensor:
+    """(1, L, width): the prompt by the checkpoint's own text encoder; zeros for a checkpoint without one."""
+    sd1, sd2 = "cond_stage_model.transformer.", "cond_stage_model.model."
+    if not any(name.startswith((sd1, sd2)) for name in state):
+        if prompt:
+            raise ValueError(f"prompt is {prompt!r}, but {path} has no text encoder. Leave the prompt empty")
+        log.info("%s has no text encoder: the context is zero, as the node DMAPUnconditional makes it", path.name)
+        return torch.zeros(1, 1, width)
+    if prompt:
+        raise ValueError(
+            f"prompt is {prompt!r}, but a single file brings no tokenizer. Leave the prompt empty (the paper's), or give a diffusers folder"
+        )
+    tokens = torch.full((1, CLIP_TOKENS), CLIP_END if any(name.startswith(sd1) for name in state) else 0)
+    tokens[0, :2] = torch.tensor([CLIP_START, CLIP_END])
+    if any(name.startswith(sd1) for name in state):
+        config = CLIPTextConfig(projection_dim=768, eos_token_id=CLIP_END, pad_token_id=CLIP_END, bos_token_id=CLIP_START)
+        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers = 768, 3072, 12, 12
+        encoder = CLIPTextModel(config)
+        weights = convert_ldm_clip_checkpoint(dict(state))
+    else:  # OpenCLIP's ViT-H, of which SD 2 uses the last layer but one
+        config = CLIPTextConfig(projection_dim=512, eos_token_id=CLIP_END, pad_token_id=0, bos_token_id=CLIP_START, hidden_act="gelu")
+        config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_hidden_layers = 1024, 4096, 16, 23
+        encoder = CLIPTextModel(config)
+        weights = convert_open_clip_checkpoint(encoder, dict(state))
+    load_into(encoder, {name: weights[name] for name in encoder.state_dict() if name in weights}, path)
+    with torch.no_grad():
+        return encoder(tokens).last_hidden_state
+
+
+def _open_folder(folder: Path, prompt: str, prediction: str) -> BaseModel:
+    for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"{folder} is no diffusers folder of a Stable Diffusion model: it has no {part}/ in it")
+    local = {"local_files_only": True}
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, **local)
+    if unet.config.addition_embed_type or unet.config.class_embed_type:
+        raise ValueError(
+            f"{folder} is an SDXL or unCLIP model, whose conditioning needs more than a prompt. Train its CSE in ComfyUI, with the node TrainCSE"
+        )
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, **local)
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **local)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **local)
+    encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True, **local)
+    tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
+    with torch.no_grad():
+        context = encoder(tokens.input_ids).last_hidden_state
+    if prediction == "auto":
+        kinds = {"epsilon": "eps", "v_prediction": "v"}
+        kind = scheduler.config.prediction_type
+        if kind not in kinds:
+            raise ValueError(f"{folder}: its scheduler predicts {kind!r}; CSEs are trained for epsilon or v_prediction")
+        prediction = kinds[kind]
+    for network in (unet, vae):
+        network.requires_grad_(False).eval()
+    return BaseModel(
+        unet, vae, context, sigmas_of(scheduler.alphas_cumprod), prediction, folder.name, fingerprint(to_ldm(unet.state_dict()))
+    )

@@ -1,0 +1,69 @@
+"""What training minimises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..operators import Operator
+
+PREDICTIONS = ("eps", "v")
+
+
+class Base(Protocol):
+    """The frozen model that a CSE is trained for. sigmas: (N,) VE noise levels of its timesteps; prediction: "eps" or "v"."""
+
+    sigmas: Tensor
+    prediction: str
+
+    def encode(self, image: Tensor) -> Tensor:
+        """VE latents (B, C, h, w), float32, of images (B, 3, H, W) in [-1, 1]."""
+
+    def decode(self, z0: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1], float32."""
+
+    def denoise(self, controlnet: Any, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
+        """E[z0 | z, hint] at timesteps (B,), float32; without a hint where `controlnet` is None."""
+
+
+def noised(z0: Tensor, sigma: Tensor, seeds: Sequence[int]) -> Tensor:
+    """z = z0 + sigma eps; the noise of every sample from a seed of its own, drawn on the CPU, so that it depends on nothing else."""
+    eps = torch.stack([torch.randn(z0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return z0 + sigma.view(-1, 1, 1, 1) * eps.to(z0)
+
+
+@torch.no_grad()
+def make_hint(operator: Operator, image: Tensor, seeds: Sequence[int], hint_range: str) -> Tensor:
+    """The hint (B, 3, H, W) of clean images: degraded after their augmentation, with the measurement's noise if the operator has any."""
+    y = operator.measure(image)
+    if operator.noise:
+        y = noised(y, y.new_full((len(y),), operator.noise), seeds)
+    return in_range(operator.hint(y), hint_range)
+
+
+def in_range(hint: Tensor, hint_range: str) -> Tensor:
+    """A hint in [-1, 1] as a ControlNet of that range wants it. Not clamped: bicubic enlargement overshoots a little."""
+    return (hint + 1) / 2 if hint_range == "0..1" else hint
+
+
+def denoising_loss(denoised: Tensor, z0: Tensor, sigma: Tensor, prediction: str) -> Tensor:
+    """Squared error of the network's own target, mean over a latent: (B,) float32 (B.2: eps-prediction).
+
+    denoised, z0: (B, C, h, w) VE latents; sigma: (B,). With z = z0 + sigma eps, eps_hat - eps = (z0 - denoised) / sigma; for v-prediction
+    v_hat - v = (z0 - denoised) sqrt(1 + 1 / sigma^2).
+    """
+    weight = sigma.float() ** -2 + (1 if prediction == "v" else 0)
+    return weight * (denoised - z0).float().square().flatten(1).mean(1)
+
+
+def batch_loss(base: Base, controlnet: Any, operator: Operator, batch: dict, hint_range: str) -> Tensor:
+    """Mean loss of a batch (see data.collate), with a graph to the ControlNet's weights."""
+    hint = make_hint(operator, batch["image"], batch["measurement_seeds"], hint_range)
+    z0 = base.encode(batch["image"])
+    timestep = batch["timestep"]
+    sigma = base.sigmas[timestep]
+    z = noised(z0, sigma, batch["noise_seeds"])
+    return denoising_loss(base.denoise(controlnet, z, timestep, hint), z0, sigma, base.prediction).mean()

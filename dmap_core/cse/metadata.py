@@ -1,0 +1,81 @@
+"""What a CSE file says about itself: JSON under one key of the safetensors metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .loss import PREDICTIONS
+from .settings import HINT_RANGES
+
+KEY = "dmap_cse"
+LONGEST = 1_000_000  # characters; an inpainting mask is the longest thing in it
+TEXTS = ("base", "prediction", "hint_range", "licence", "fingerprint", "source")
+NUMBERS = ("steps", "pictures", "batch_size", "size", "seed")
+
+
+@dataclass(frozen=True)
+class CSEMetadata:
+    """operator: its spec. base: the checkpoint's name; fingerprint: of its UNet; prediction: "eps" or "v". hint_range: "0..1" or "-1..1".
+
+    steps, batch_size, learning_rate, size, seed: of the training. pictures: how many; source: where they came from. licence: of the file,
+    as its maker states it. Fields that a file lacks have these defaults.
+    """
+
+    operator: dict[str, Any] | None = None
+    base: str = ""
+    fingerprint: str = ""
+    prediction: str = "eps"
+    hint_range: str = "0..1"
+    steps: int = 0
+    batch_size: int = 0
+    learning_rate: float = 0.0
+    size: int = 0
+    seed: int = 0
+    pictures: int = 0
+    source: str = ""
+    licence: str = ""
+
+    def write(self) -> dict[str, str]:
+        """The metadata of a safetensors file."""
+        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
+
+    def summary(self) -> str:
+        """A few lines for people."""
+        operator = "unknown" if self.operator is None else self.operator.get("operator", "unknown")
+        return (
+            f"trained for {operator} on {self.base or 'an unknown base model'} ({self.prediction}-prediction), {self.pictures} pictures"
+            f"{f' ({self.source})' if self.source else ''}, {self.steps} steps of {self.batch_size} at {self.size}x{self.size} pixels, "
+            f"learning rate {self.learning_rate:g}, hint in {self.hint_range}, licence: {self.licence or 'not stated'}"
+        )
+
+
+def read_metadata(metadata: Mapping[str, str] | None) -> CSEMetadata | None:
+    """What a file's safetensors metadata says; None for a file that was not made here.
+
+    Raises ValueError for values of the wrong kind: the file may come from anybody.
+    """
+    text = (metadata or {}).get(KEY)
+    if text is None:
+        return None
+    if len(text) > LONGEST:
+        raise ValueError(f"its description ({KEY}) is {len(text)} characters long, which no trainer of this pack writes")
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"its description ({KEY}) is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"its description ({KEY}) is not a JSON object")
+    known = {f.name: values[f.name] for f in fields(CSEMetadata) if f.name in values}
+    kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(NUMBERS, int) | {"learning_rate": (int, float), "operator": (dict, type(None))}
+    for name, value in known.items():
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise ValueError(f"its description ({KEY}) has a {name} of the wrong kind: {str(value)[:40]!r}")
+    found = CSEMetadata(**known)
+    if found.hint_range not in HINT_RANGES or found.prediction not in PREDICTIONS:
+        raise ValueError(
+            f"its description ({KEY}) has an unknown hint range or prediction: {found.hint_range[:20]!r}, {found.prediction[:20]!r}"
+        )
+    return found

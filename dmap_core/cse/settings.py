@@ -1,0 +1,67 @@
+"""What a CSE is trained with. The defaults are the paper's (B.2), which followed diffusers' example of training a ControlNet."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+HINT_RANGES = ("0..1", "-1..1")
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Settings of a training.
+
+    steps: optimiser steps. batch_size: pictures of one step, in all processes together. accumulation: parts that a step's batch is computed
+    in, one after the other, to need less memory; the result is the same. learning_rate: of Adam, constant. precision: of the networks'
+    arithmetic; weights are kept in float32. size: height and width of the crops in pixels. resize: range of the crop's random scale
+    (1: the picture's shorter side fills it). flip: probability. jitter: strength of the change of colours, 0 to 0.5. hint_range: values that
+    the hint has. max_grad_norm: gradients are scaled down to it. Raises ValueError, naming the setting, for values that make no sense.
+    """
+
+    steps: int = 5000
+    batch_size: int = 64
+    accumulation: int = 1
+    learning_rate: float = 5e-6
+    precision: str = "fp32"
+    seed: int = 0
+    size: int = 512
+    resize: tuple[float, float] = (0.8, 2.0)
+    flip: float = 0.5
+    jitter: float = 0.1
+    hint_range: str = "0..1"
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation", "size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size, which is {self.batch_size}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate is {self.learning_rate!r}; it must lie between 0 and 1 (paper: 5e-6)")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}; it must be above 0")
+        object.__setattr__(self, "resize", tuple(float(s) for s in self.resize))
+        if len(self.resize) != 2 or not 0.1 <= self.resize[0] <= self.resize[1] <= 10:
+            raise ValueError(f"resize is {self.resize!r}; it must be two rising numbers from 0.1 to 10 (paper: 0.8 and 2.0)")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is {self.flip!r}; it must be a probability, 0 to 1")
+        if not 0 <= self.jitter <= 0.5:
+            raise ValueError(f"jitter is {self.jitter!r}; it must be a number from 0 to 0.5")
+        if self.hint_range not in HINT_RANGES:
+            raise ValueError(f"hint_range is {self.hint_range!r}; it must be one of {', '.join(HINT_RANGES)}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for a training to go on from a saved state: all but how far it goes and how a step is split."""
+        return {name: value for name, value in asdict(self).items() if name not in ("steps", "accumulation")}
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [f.name for f in fields(cls)]

@@ -1,0 +1,360 @@
+"""Train a CSE from the command line, on one machine or many.
+
+    python -m dmap_core.cse.train --checkpoint 512-base-ema.safetensors --pictures photos/ \\
+        --operator '{"operator": "SuperResolution", "scale": 8}' --out sr8.safetensors
+    accelerate launch --num_processes 4 -m dmap_core.cse.train --config training.yaml
+
+The defaults are the paper's (B.2). batch_size counts the pictures of one optimiser step in all processes together, so the result does not
+depend on how many there are. The same command goes on with a training that was cut; a finished one is prolonged by more --steps. Beside
+OUT it writes OUT's name with .training (to go on from), and a folder with .logs (TensorBoard, validation pictures). A config file is YAML
+with the names of the options, without dashes; what is given on the command line comes first. Distribution (processes, GPUs, machines) is
+accelerate's: see `accelerate config`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .settings import HINT_RANGES, PRECISIONS, TrainingSettings
+
+log = logging.getLogger("dmap.cse")
+MISSING = (
+    "training needs {0}, which is not installed: pip install 'dmap[train]', or pip install accelerate diffusers transformers tensorboard"
+)
+VALIDATED = 4  # pictures
+PRECISION_OF_ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m dmap_core.cse.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = {f.name: f.default for f in fields(TrainingSettings)}
+
+    what = p.add_argument_group("what to train")
+    what.add_argument("--config", type=Path, help="YAML file with any of these options")
+    what.add_argument("--checkpoint", type=Path, help="the base model: a .safetensors or .ckpt file, or a diffusers folder")
+    what.add_argument("--pictures", type=Path, help="folder with the training pictures")
+    what.add_argument("--operator", help="the degradation, as JSON or a .json file; the node Operator and docs/operators.md show the names")
+    what.add_argument("--weights", type=Path, help="folder with the weights of learned operators")
+    what.add_argument("--out", type=Path, help="the file to write (.safetensors); ComfyUI finds it in models/controlnet")
+    what.add_argument("--count", type=int, help="use only the first so many pictures, by name")
+    what.add_argument("--prompt", default="", help="the conditioning during training (default: empty, the paper's)")
+    what.add_argument("--prediction", choices=("auto", "eps", "v"), default="auto", help="what the base model predicts (default: auto)")
+    what.add_argument("--validation", type=Path, help=f"folder with pictures to look at (default: the first {VALIDATED} training pictures)")
+    what.add_argument("--licence", default="", help="licence of the file that is written, stored in it")
+    what.add_argument("--source", default="", help="where the pictures are from, stored in the file")
+
+    how = p.add_argument_group("how to train")
+    for name, kind, text in (
+        ("steps", int, "optimiser steps"),
+        ("batch_size", int, "pictures of one step, in all processes together"),
+        ("accumulation", int, "parts that a process computes its share of a step in, to need less memory"),
+        ("learning_rate", float, "of Adam"),
+        ("seed", int, "of everything random"),
+        ("size", int, "height and width of the crops"),
+        ("flip", float, "probability of a mirrored picture"),
+        ("jitter", float, "strength of the change of colours"),
+        ("max_grad_norm", float, "gradients are scaled down to this norm"),
+    ):
+        how.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default[name], help=f"{text} (default: {default[name]})")
+    how.add_argument(
+        "--resize",
+        type=float,
+        nargs=2,
+        default=list(default["resize"]),
+        metavar=("LOW", "HIGH"),
+        help="random scale of the crops (default: 0.8 2.0)",
+    )
+    how.add_argument("--precision", choices=PRECISIONS, default=default["precision"], help="of the arithmetic (default: fp32)")
+    how.add_argument(
+        "--hint-range",
+        choices=HINT_RANGES,
+        default=default["hint_range"],
+        help="values of the hint (default: 0..1, ComfyUI's and diffusers')",
+    )
+    how.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: about a third slower, much less memory")
+    how.add_argument("--adam-8bit", action="store_true", help="keep Adam's moments in 8 bits (needs bitsandbytes)")
+    how.add_argument(
+        "--ema", type=float, default=0.0, help="write an exponential moving average of the weights with this decay (default: 0, off)"
+    )
+    how.add_argument("--save-every", type=int, default=500, help="steps between two saves (default: 500)")
+    how.add_argument("--validate-every", type=int, default=500, help="steps between two validations, 0 for none (default: 500)")
+    how.add_argument(
+        "--unreadable", choices=("refuse", "skip"), default="refuse", help="what to do about files that cannot be read (default: refuse)"
+    )
+    how.add_argument("--workers", type=int, default=2, help="processes that read pictures, per training process (default: 2)")
+    how.add_argument("--save-precision", choices=("fp16", "fp32"), default="fp16", help="of the file that is written (default: fp16)")
+    return p
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options, those of a config file below those of the command line. Ends the program with a message for what makes no sense."""
+    p = parser()
+    first = p.parse_args(argv)
+    if first.config:
+        import yaml
+
+        try:
+            given = yaml.safe_load(first.config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            p.error(f"--config: {first.config} cannot be read: {error}")
+        known = {a.dest: a for a in p._actions if a.dest not in ("help", "config")}
+        if not isinstance(given, dict) or not set(given) <= set(known):
+            unknown = sorted(set(given) - set(known)) if isinstance(given, dict) else []
+            p.error(
+                f"--config: {first.config} must map option names to values{f'; unknown: {unknown}' if unknown else ''}. Known: {', '.join(known)}"
+            )
+        texts = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in given.items()}
+        for name, value in texts.items():
+            kind = known[name].type
+            try:
+                if kind and value is not None and not isinstance(value, list):
+                    texts[name] = kind(value)
+            except (TypeError, ValueError):
+                p.error(f"--config: {name} is {value!r}, which is no {kind.__name__}")
+            if known[name].choices and value not in known[name].choices:
+                p.error(f"--config: {name} is {value!r}; it must be one of {', '.join(known[name].choices)}")
+        p.set_defaults(**texts)
+        first = p.parse_args(argv)
+    for name in ("checkpoint", "pictures", "operator", "out"):
+        if not getattr(first, name):
+            p.error(f"--{name} is missing")
+    if first.out.suffix != ".safetensors":
+        p.error(f"--out: {first.out} must end in .safetensors")
+    if first.save_every < 1 or first.validate_every < 0 or not 0 <= first.ema < 1:
+        p.error("--save-every must be at least 1, --validate-every at least 0, and --ema lie in [0, 1)")
+    return first
+
+
+def read_operator(text: str, weights: Path | None):
+    """The operator of a JSON text or file. Raises ValueError that says what is wrong with it."""
+    from ..operators import from_spec
+
+    def find(name: str) -> Path:
+        path = (weights or Path()) / Path(name).name
+        if weights is None or not path.is_file():
+            raise ValueError(f"operator: it needs the weights file {name}; name its folder with --weights")
+        return path
+
+    if text.endswith(".json"):
+        text = Path(text).read_text(encoding="utf-8")
+    try:
+        spec = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f'operator: {text!r} is not JSON ({error}); an example is {{"operator": "SuperResolution", "scale": 8}}'
+        ) from error
+    if not isinstance(spec, dict):
+        raise ValueError(f'operator: {text!r} is no JSON object; an example is {{"operator": "SuperResolution", "scale": 8}}')
+    return from_spec(spec, find)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    try:
+        import accelerate  # noqa: F401
+        import diffusers  # noqa: F401
+        import tensorboard  # noqa: F401
+        import transformers  # noqa: F401
+    except ModuleNotFoundError as error:
+        sys.exit(MISSING.format(error.name))
+    from ..errors import Diverged
+    from .checkpoint import SaveError
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        settings = TrainingSettings(**{name: getattr(args, name) for name in TrainingSettings.names()})
+        train(args, settings)
+    except (ValueError, Diverged, SaveError) as error:
+        sys.exit(f"error: {error}")
+
+
+def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
+    import torch
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.utils import ProjectConfiguration
+    from torch.utils.data import DataLoader, Subset
+    from tqdm.auto import tqdm
+
+    from ..errors import Diverged
+    from .checkpoint import STATE_SUFFIX, check_same, read_state, write_cse, write_state
+    from .data import Examples, centred, collate, folder_files, named, open_rgb, to_tensor
+    from .diffusers_models import open_base, to_ldm
+    from .loss import batch_loss
+    from .metadata import CSEMetadata
+    from .network import initial_controlnet
+    from .validation import sheet, validation_loss
+
+    logs = args.out.with_suffix(".logs")
+    state_file = args.out.with_suffix(STATE_SUFFIX)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=settings.accumulation,
+        mixed_precision=PRECISION_OF_ACCELERATE[settings.precision],
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    is_main = accelerator.is_main_process
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
+    parts = settings.accumulation * accelerator.num_processes
+    if settings.batch_size % parts:
+        raise ValueError(
+            f"batch_size is {settings.batch_size}; it must be divisible by accumulation times the number of processes, "
+            f"{settings.accumulation} x {accelerator.num_processes}"
+        )
+    operator = read_operator(args.operator, args.weights).to(accelerator.device)
+    operator.check((settings.size, settings.size), settings.batch_size // parts)
+    files, bad = folder_files(args.pictures, args.unreadable)
+    if bad:
+        log.warning("%d files cannot be read and are left out: %s", len(bad), named(bad))
+    if args.count is not None and not 0 < args.count <= len(files):
+        raise ValueError(f"count is {args.count}, but there are {len(files)} pictures")
+    files = files[: args.count]
+    seen = folder_files(args.validation)[0] if args.validation else files
+    looked_at = torch.stack([to_tensor(centred(open_rgb(file), settings.size)) for file in seen[:VALIDATED]])
+
+    base = open_base(args.checkpoint, args.prompt, args.prediction)
+    examples = Examples(files, settings, len(base.sigmas))
+    unet = to_ldm(base.unet.state_dict())
+    identity = settings.identity() | {
+        "operator": operator.spec(),
+        "base": base.fingerprint,
+        "prediction": base.prediction,
+        "prompt": args.prompt,
+    }
+    identity |= {"pictures": [file.name for file in files], "ema": args.ema}
+    controlnet = base.new_controlnet(initial_controlnet(unet, settings.seed))
+    adam = torch.optim.Adam
+    if args.adam_8bit:
+        try:
+            from bitsandbytes.optim import Adam8bit as adam  # noqa: N813
+        except ModuleNotFoundError:
+            raise ValueError("adam_8bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes") from None
+    optimizer = adam(controlnet.parameters(), lr=settings.learning_rate)
+    average = None
+    if args.ema:
+        average = torch.optim.swa_utils.AveragedModel(controlnet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema))
+    step, losses, validations = 0, [], []
+    scaler = None
+    if state_file.exists():
+        state = read_state(state_file)
+        check_same(state["identity"], identity, state_file)
+        controlnet.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, losses, validations, scaler = state["step"], state["losses"], state["validations"], state["scaler"]
+        if average:
+            average.load_state_dict(state["average"])
+        log.info("going on from step %d of %s", step, state_file)
+    elif args.out.exists():
+        raise ValueError(f"{args.out} exists and there is no {state_file.name} beside it to go on from; choose another name")
+    if step >= settings.steps:
+        log.info("%s is trained for %d steps already; give more --steps to go on", args.out, step)
+        return
+    if args.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        base.unet.enable_gradient_checkpointing()
+    # autocast does the arithmetic; a frozen network needs no weights in full precision
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    base.to(accelerator.device, dtypes[settings.precision])
+    if average:
+        average.to(accelerator.device)
+    todo = Subset(examples, range(step * settings.batch_size, settings.steps * settings.batch_size))
+    loader = DataLoader(todo, settings.batch_size // parts, collate_fn=collate, num_workers=args.workers)
+    controlnet, optimizer, loader = accelerator.prepare(controlnet, optimizer, loader)
+    if scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    accelerator.init_trackers("cse")
+    looked_at = looked_at.to(accelerator.device)
+
+    def weights() -> dict[str, Any]:
+        return average.module.state_dict() if average else accelerator.unwrap_model(controlnet).state_dict()
+
+    def save() -> None:
+        """State first: were there only the other file, a crash between the two would leave nothing to go on from."""
+        state = {"identity": identity, "weights": accelerator.unwrap_model(controlnet).state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": step, "losses": losses, "validations": validations, "average": average.state_dict() if average else None}
+        write_state(state_file, state | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None})
+        described = CSEMetadata(
+            operator=operator.spec(),
+            base=base.name,
+            fingerprint=base.fingerprint,
+            prediction=base.prediction,
+            hint_range=settings.hint_range,
+            steps=step,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            size=settings.size,
+            seed=settings.seed,
+            pictures=len(files),
+            source=args.source,
+            licence=args.licence,
+        )
+        write_cse(args.out, to_ldm(weights()), described, dtypes[args.save_precision])
+
+    def validate() -> None:
+        network = average.module if average else accelerator.unwrap_model(controlnet)
+        with accelerator.autocast():
+            value = validation_loss(base, network, operator, looked_at, settings.hint_range)
+            picture = sheet(base, network, operator, looked_at, settings.hint_range)
+        validations.append([step, value])
+        logs.mkdir(parents=True, exist_ok=True)
+        picture.save(logs / f"step-{step:06d}.png")
+        accelerator.log({"validation loss": value}, step=step)
+        log.info("step %d: validation loss %.5f, pictures in %s", step, value, logs)
+
+    saved = step
+    bar = tqdm(total=settings.steps, initial=step, disable=not is_main, desc="training")
+    total = 0.0
+    try:
+        for batch in loader:
+            with accelerator.accumulate(controlnet):
+                with accelerator.autocast():
+                    loss = batch_loss(base, controlnet, operator, batch, settings.hint_range)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(controlnet.parameters(), settings.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            total += float(accelerator.gather(loss.detach()).mean()) / settings.accumulation
+            if not accelerator.sync_gradients:
+                continue
+            if total != total or total == float("inf"):
+                raise Diverged(
+                    f"the loss is {total} at step {step + 1}: learning_rate {settings.learning_rate:g} is too high, or precision {settings.precision} "
+                    f"too low. {f'The weights of step {saved} are in {args.out}' if saved else 'Nothing was saved'}"
+                )
+            step += 1
+            losses.append(total)
+            bar.update()
+            bar.set_postfix(loss=f"{total:.4f}", refresh=False)
+            accelerator.log({"loss": total}, step=step)
+            total = 0.0
+            if average:
+                average.update_parameters(accelerator.unwrap_model(controlnet))
+            is_last = step == settings.steps
+            if is_main and args.validate_every and (step % args.validate_every == 0 or is_last):
+                validate()
+            if is_main and (step % args.save_every == 0 or is_last):
+                save()
+                saved = step
+    except KeyboardInterrupt:
+        if is_main and step > saved:
+            save()
+            log.info("interrupted: %d steps are saved in %s", step, args.out)
+        raise
+    finally:
+        bar.close()
+        accelerator.end_training()
+    log.info("%s: %d steps", args.out, step)
+
+
+if __name__ == "__main__":
+    main()
