@@ -2,15 +2,16 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import guiders, host, operators, samplers, sheets
+from . import cse, guiders, host, host_cse, operators, samplers, sheets
 
 
 class DMAPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*operators.NODES, *guiders.NODES, *samplers.NODES, *sheets.NODES]
+        return [*operators.NODES, *guiders.NODES, *samplers.NODES, *cse.NODES, *sheets.NODES]
 
 
 async def comfy_entrypoint() -> DMAPExtension:
     host.offer_demo_prior()
     host.offer_weights_folder()
+    host_cse.offer_demo_cse()
     return DMAPExtension()

@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 
 from ..dmap_core.memory import PLANS
 from ..dmap_core.solvers import check_settings
-from . import host
+from . import host, host_cse
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
 
@@ -79,6 +79,9 @@ class DPSGuider(io.ComfyNode):
         guider = host.PosteriorGuider(model, vae, operator, y, zeta, memory)
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
+        guider.warnings = host_cse.check_controls(positive, model, operator, "DPSGuider: positive")
+        if negative is not None:
+            host_cse.check_controls(negative, model, operator, "DPSGuider: negative")
         return io.NodeOutput(guider)
 
 

@@ -1,6 +1,6 @@
 """The adapter to ComfyUI: its MODEL, CONDITIONING and VAE become a dmap_core Prior, its GUIDER and SAMPLER protocols drive a Posterior.
 
-Everything this pack knows about ComfyUI's internals is in this file. Facts it works around:
+Everything this pack knows about ComfyUI's internals is in this file and, for ControlNets, in host_cse.py. Facts it works around:
 - nodes run under torch.inference_mode(), where no graph is recorded, on weights that autograd may not save;
 - VAE.decode clamps and may decode in tiles, so that the network behind it is called instead;
 - some attention backends drop gradients; some offloading schemes overwrite weights that autograd still needs.
@@ -122,11 +122,11 @@ def measure(operator: Operator, image: Tensor) -> Tensor:
         operator.to("cpu")
 
 
-def _pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
+def pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
 
 
-def _controls(conds: dict[str, list[dict]]) -> Iterator[Any]:
+def controls_of(conds: dict[str, list[dict]]) -> Iterator[Any]:
     """The ControlNets, T2I adapters and control LoRAs of the conditioning, with those chained before them."""
     for cond in itertools.chain(*conds.values()):
         control = cond.get("control")
@@ -135,7 +135,7 @@ def _controls(conds: dict[str, list[dict]]) -> Iterator[Any]:
             control = control.previous_controlnet
 
 
-def _own_skip(h: Tensor, options: dict) -> Tensor:
+def own_skip(h: Tensor, options: dict) -> Tensor:
     """The next block works on a copy: ControlNets add to skip connections in place, which autograd still needs as that block's input."""
     return h.clone() if h.requires_grad else h
 
@@ -144,6 +144,16 @@ def static(patcher):
     """The patcher without dynamic VRAM, whose weights stay where they are while autograd needs them."""
     is_dynamic = getattr(patcher, "is_dynamic", None)
     return patcher.clone(disable_dynamic=True) if is_dynamic and is_dynamic() else patcher
+
+
+def check_whole(patchers) -> None:
+    """Raises RuntimeError for models of which a part had to stay out of the GPU."""
+    for patcher in patchers:
+        if getattr(patcher.model, "model_lowvram", False):
+            raise RuntimeError(
+                f"{type(patcher.model).__name__} does not fit into the GPU's memory as a whole, which gradients need. "
+                "Use a smaller picture or model, half precision weights, or unload other models first"
+            )
 
 
 def check_model(model) -> None:
@@ -206,12 +216,14 @@ class Report:
     denoiser_calls: int = 0
     decoder_calls: int = 0
     residuals: list[list[float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
         return (
             f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
             f"{self.seconds:.1f} s, memory plan {self.memory}, final residual ||f(x) - y|| = {last}"
+            + "".join(f". Warning: {warning}" for warning in self.warnings)
         )
 
 
@@ -267,9 +279,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         check_vae(vae, model)
         super().__init__(static(model))
         self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
-        self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = _pytorch_attention
+        self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = pytorch_attention
         self.vae, self.operator, self.y, self.zeta, self.memory = vae, operator, y, zeta, memory
         self.size = operator.image_size(y)
+        self.warnings: list[str] = []  # about the problem, repeated in the report
         self.report: Report | None = None
         self._posterior: Posterior | None = None
         self._solving = False
@@ -279,7 +292,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._check_run(noise, sigmas, ours)
         if ours and sampler.check:
             sampler.check(self.operator, len(sigmas) - 1)
-        self.report = Report(sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler", self.operator.describe())
+        name = sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler"
+        self.report = Report(name, self.operator.describe(), warnings=self.warnings)
         original_conds = self.original_conds
         started = time.perf_counter()
         try:
@@ -327,16 +341,11 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         patchers = [self.model_patcher, *self.loaded_models, vae]
         estimate = self.inner_model.memory_required(noise.shape) + self.vae.memory_used_decode(noise.shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
-        for patcher in patchers:
-            if getattr(patcher.model, "model_lowvram", False):
-                raise RuntimeError(
-                    f"{type(patcher.model).__name__} does not fit into the GPU's memory as a whole, which gradients need. "
-                    "Use a smaller picture or model, half precision weights, or unload other models first"
-                )
-        controls = list(_controls(self.conds))
+        check_whole(patchers)
+        controls = list(controls_of(self.conds))
         if controls:
             patches = self.model_options["transformer_options"].setdefault("patches", {})  # of this run: the host works on a copy
-            patches["input_block_patch_after_skip"] = [_own_skip, *patches.get("input_block_patch_after_skip", [])]
+            patches["input_block_patch_after_skip"] = [own_skip, *patches.get("input_block_patch_after_skip", [])]
         for control in controls:
             if hasattr(control, "control_weights"):  # of a control LoRA, whose network is made of them later
                 control.control_weights = normal(control.control_weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,16 +27,17 @@ def _whole(path: Path, write) -> None:
     """Let `write` make the file under another name first, then put it in place of the old one."""
     from safetensors import SafetensorError
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         part.chmod(0o644)  # safetensors lets nobody else read it, and a server may run as somebody else
         os.replace(part, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where the folder could not be made
+            part.unlink()
         before = "; the file of the last save is untouched" if path.exists() else ""
         raise SaveError(f"{path} could not be written (is the disk full?){before}: {error}") from error
 

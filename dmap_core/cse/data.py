@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -57,16 +57,20 @@ def folder_files(folder: Path, unreadable: str = "refuse") -> tuple[list[Path], 
 def _readable(file: Path) -> bool:
     try:
         open_rgb(file)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError):
+    except Exception:  # a damaged file raises whatever its bytes mean
         return False
     return True
 
 
 def open_rgb(file: Path) -> Image.Image:
     """The picture of a file, upright, RGB. Transparent parts become white."""
-    with warnings.catch_warnings(), Image.open(file) as opened:
+    with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
+        opened = Image.open(file)
+    with opened:
         picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I;16"):  # which Pillow clips at 255
+            picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")

@@ -5,7 +5,6 @@ Nothing is downloaded: the architecture is read off the file, and the prompt is 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..operators.weights import load_into, read_tensors
 from .keys import resnets_per_level, to_diffusers, to_ldm
+from .network import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -43,16 +43,6 @@ KL_VAE = {
     "layers_per_block": 2,
     "scaling_factor": SD_SCALE,
 }
-
-
-def fingerprint(unet: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that tell the UNets (original names) of two checkpoints apart: SHA-256 of their biases in half precision."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.items()):
-        if name.endswith(".bias"):
-            digest.update(name.encode())
-            digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
-    return digest.hexdigest()[:16]
 
 
 def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -144,7 +134,10 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> BaseMod
     """
     path = Path(path)
     if path.is_dir():
-        return _open_folder(path, prompt, prediction)
+        try:
+            return _open_folder(path, prompt, prediction)
+        except OSError as error:  # what diffusers and transformers raise for files that are missing or damaged
+            raise ValueError(f"{path} cannot be read: {error}") from error
     state = read_tensors(path)
     unet = {name[len(UNET) :]: tensor.float() for name, tensor in state.items() if name.startswith(UNET)}
     if "input_blocks.0.0.weight" not in unet:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..operators import Operator
+from .settings import TrainingSettings
 
 PREDICTIONS = ("eps", "v")
 
@@ -49,21 +50,24 @@ def in_range(hint: Tensor, hint_range: str) -> Tensor:
     return (hint + 1) / 2 if hint_range == "0..1" else hint
 
 
-def denoising_loss(denoised: Tensor, z0: Tensor, sigma: Tensor, prediction: str) -> Tensor:
+def denoising_loss(denoised: Tensor, z0: Tensor, sigma: Tensor, prediction: str, snr_gamma: float | None = None) -> Tensor:
     """Squared error of the network's own target, mean over a latent: (B,) float32 (B.2: eps-prediction).
 
     denoised, z0: (B, C, h, w) VE latents; sigma: (B,). With z = z0 + sigma eps, eps_hat - eps = (z0 - denoised) / sigma; for v-prediction
-    v_hat - v = (z0 - denoised) sqrt(1 + 1 / sigma^2).
+    v_hat - v = (z0 - denoised) sqrt(1 + 1 / sigma^2). snr_gamma: min-SNR weights (Hang et al. 2023), which are min(1 / sigma^2, gamma) on
+    the error of z0 for both: low noise levels, where a hint is worth little, count less.
     """
-    weight = sigma.float() ** -2 + (1 if prediction == "v" else 0)
+    snr = sigma.float() ** -2
+    weight = snr.clamp(max=snr_gamma) if snr_gamma else snr + (1 if prediction == "v" else 0)
     return weight * (denoised - z0).float().square().flatten(1).mean(1)
 
 
-def batch_loss(base: Base, controlnet: Any, operator: Operator, batch: dict, hint_range: str) -> Tensor:
+def batch_loss(base: Base, controlnet: Any, operator: Operator, batch: dict, settings: TrainingSettings) -> Tensor:
     """Mean loss of a batch (see data.collate), with a graph to the ControlNet's weights."""
-    hint = make_hint(operator, batch["image"], batch["measurement_seeds"], hint_range)
+    hint = make_hint(operator, batch["image"], batch["measurement_seeds"], settings.hint_range)
     z0 = base.encode(batch["image"])
     timestep = batch["timestep"]
     sigma = base.sigmas[timestep]
     z = noised(z0, sigma, batch["noise_seeds"])
-    return denoising_loss(base.denoise(controlnet, z, timestep, hint), z0, sigma, base.prediction).mean()
+    denoised = base.denoise(controlnet, z, timestep, hint)
+    return denoising_loss(denoised, z0, sigma, base.prediction, settings.snr_gamma).mean()

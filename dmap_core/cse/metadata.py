@@ -12,6 +12,7 @@ from .settings import HINT_RANGES
 
 KEY = "dmap_cse"
 LONGEST = 1_000_000  # characters; an inpainting mask is the longest thing in it
+LONGEST_SETTING = 80  # characters
 TEXTS = ("base", "prediction", "hint_range", "licence", "fingerprint", "source")
 NUMBERS = ("steps", "pictures", "batch_size", "size", "seed")
 
@@ -42,11 +43,17 @@ class CSEMetadata:
         """The metadata of a safetensors file."""
         return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
 
+    def trained_for(self) -> str:
+        """The operator in one line, such as `SuperResolution(scale=8)`; long settings (a mask) are left out."""
+        if self.operator is None:
+            return "an unknown operator"
+        settings = {k: v for k, v in self.operator.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
+        return f"{self.operator.get('operator', 'an unknown operator')}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
     def summary(self) -> str:
         """A few lines for people."""
-        operator = "unknown" if self.operator is None else self.operator.get("operator", "unknown")
         return (
-            f"trained for {operator} on {self.base or 'an unknown base model'} ({self.prediction}-prediction), {self.pictures} pictures"
+            f"trained for {self.trained_for()} on {self.base or 'an unknown base model'} ({self.prediction}-prediction), {self.pictures} pictures"
             f"{f' ({self.source})' if self.source else ''}, {self.steps} steps of {self.batch_size} at {self.size}x{self.size} pixels, "
             f"learning rate {self.learning_rate:g}, hint in {self.hint_range}, licence: {self.licence or 'not stated'}"
         )
@@ -64,14 +71,14 @@ def read_metadata(metadata: Mapping[str, str] | None) -> CSEMetadata | None:
         raise ValueError(f"its description ({KEY}) is {len(text)} characters long, which no trainer of this pack writes")
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, or too deep
         raise ValueError(f"its description ({KEY}) is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"its description ({KEY}) is not a JSON object")
     known = {f.name: values[f.name] for f in fields(CSEMetadata) if f.name in values}
     kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(NUMBERS, int) | {"learning_rate": (int, float), "operator": (dict, type(None))}
     for name, value in known.items():
-        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+        if not isinstance(value, kinds[name]) or isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**64):
             raise ValueError(f"its description ({KEY}) has a {name} of the wrong kind: {str(value)[:40]!r}")
     found = CSEMetadata(**known)
     if found.hint_range not in HINT_RANGES or found.prediction not in PREDICTIONS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 
@@ -59,3 +60,13 @@ def initial_controlnet(unet: Mapping[str, Tensor], seed: int) -> dict[str, Tenso
 def encoder_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of what a ControlNet copied of its UNet, from the weights (original names) of either: equal for a ControlNet and its base."""
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(COPIED)}
+
+
+def fingerprint(unet: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits that tell the UNets (original names) of two checkpoints apart: SHA-256 of their biases in half precision."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.items()):
+        if name.endswith(".bias"):
+            digest.update(name.encode())
+            digest.update(tensor.detach().to("cpu", torch.float16).contiguous().numpy())
+    return digest.hexdigest()[:16]

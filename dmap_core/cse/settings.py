@@ -17,7 +17,8 @@ class TrainingSettings:
     in, one after the other, to need less memory; the result is the same. learning_rate: of Adam, constant. precision: of the networks'
     arithmetic; weights are kept in float32. size: height and width of the crops in pixels. resize: range of the crop's random scale
     (1: the picture's shorter side fills it). flip: probability. jitter: strength of the change of colours, 0 to 0.5. hint_range: values that
-    the hint has. max_grad_norm: gradients are scaled down to it. Raises ValueError, naming the setting, for values that make no sense.
+    the hint has. max_grad_norm: gradients are scaled down to it. snr_gamma: of min-SNR weights,
+    0 for none (the paper); see loss.denoising_loss. Raises ValueError, naming the setting, for values that make no sense.
     """
 
     steps: int = 5000
@@ -32,21 +33,31 @@ class TrainingSettings:
     jitter: float = 0.1
     hint_range: str = "0..1"
     max_grad_norm: float = 1.0
+    snr_gamma: float = 0.0
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1")
+        for name in ("learning_rate", "flip", "jitter", "max_grad_norm", "snr_gamma"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; it must be a number")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size, which is {self.batch_size}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate is {self.learning_rate!r}; it must lie between 0 and 1 (paper: 5e-6)")
         if not self.max_grad_norm > 0:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}; it must be above 0")
-        object.__setattr__(self, "resize", tuple(float(s) for s in self.resize))
+        if not 0 <= self.snr_gamma < float("inf"):
+            raise ValueError(f"snr_gamma is {self.snr_gamma!r}; it must be at least 0, which is none (usual: 5)")
+        try:
+            object.__setattr__(self, "resize", tuple(float(s) for s in self.resize))
+        except (TypeError, ValueError):
+            object.__setattr__(self, "resize", (self.resize,))  # refused below
         if len(self.resize) != 2 or not 0.1 <= self.resize[0] <= self.resize[1] <= 10:
             raise ValueError(f"resize is {self.resize!r}; it must be two rising numbers from 0.1 to 10 (paper: 0.8 and 2.0)")
         if not 0 <= self.flip <= 1:

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -63,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         ("flip", float, "probability of a mirrored picture"),
         ("jitter", float, "strength of the change of colours"),
         ("max_grad_norm", float, "gradients are scaled down to this norm"),
+        ("snr_gamma", float, "of min-SNR weights, which let high noise levels count more; 0 is none, the paper's, 5 usual"),
     ):
         how.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default[name], help=f"{text} (default: {default[name]})")
     how.add_argument(
@@ -95,35 +98,47 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def config_options(p: argparse.ArgumentParser, file: Path) -> list[str]:
+    """What a config file says, as options of the command line. Ends the program with a message for what cannot be one."""
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        sys.exit(MISSING.format(error.name))
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        p.error(f"--config: {file} cannot be read: {error}")
+    known = {a.dest: a for a in p._actions if a.dest not in ("help", "config")}
+    if not isinstance(given, dict) or not set(given) <= set(known):
+        unknown = sorted(str(name) for name in set(given) - set(known)) if isinstance(given, dict) else []
+        p.error(f"--config: {file} must map option names to values{f'; unknown: {unknown}' if unknown else ''}. Known: {', '.join(known)}")
+    options = []
+    for name, value in given.items():
+        if name == "operator" and isinstance(value, dict):
+            value = json.dumps(value)
+        if value is None:
+            continue
+        option = f"--{name.replace('_', '-')}"
+        nargs = known[name].nargs
+        if nargs == 0 and isinstance(value, bool):
+            options += [option] * value
+        elif nargs and isinstance(value, list):
+            options += [option, *map(str, value)]
+        elif nargs is None and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            options.append(f"{option}={value}")
+        else:
+            wanted = "true or false" if nargs == 0 else "a list" if nargs else "one text or number"
+            p.error(f"--config: {name} is {value!r}; it must be {wanted}")
+    return options
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The options, those of a config file below those of the command line. Ends the program with a message for what makes no sense."""
     p = parser()
+    argv = sys.argv[1:] if argv is None else argv
     first = p.parse_args(argv)
     if first.config:
-        import yaml
-
-        try:
-            given = yaml.safe_load(first.config.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            p.error(f"--config: {first.config} cannot be read: {error}")
-        known = {a.dest: a for a in p._actions if a.dest not in ("help", "config")}
-        if not isinstance(given, dict) or not set(given) <= set(known):
-            unknown = sorted(set(given) - set(known)) if isinstance(given, dict) else []
-            p.error(
-                f"--config: {first.config} must map option names to values{f'; unknown: {unknown}' if unknown else ''}. Known: {', '.join(known)}"
-            )
-        texts = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in given.items()}
-        for name, value in texts.items():
-            kind = known[name].type
-            try:
-                if kind and value is not None and not isinstance(value, list):
-                    texts[name] = kind(value)
-            except (TypeError, ValueError):
-                p.error(f"--config: {name} is {value!r}, which is no {kind.__name__}")
-            if known[name].choices and value not in known[name].choices:
-                p.error(f"--config: {name} is {value!r}; it must be one of {', '.join(known[name].choices)}")
-        p.set_defaults(**texts)
-        first = p.parse_args(argv)
+        first = p.parse_args([*config_options(p, first.config), *argv])
     for name in ("checkpoint", "pictures", "operator", "out"):
         if not getattr(first, name):
             p.error(f"--{name} is missing")
@@ -145,7 +160,10 @@ def read_operator(text: str, weights: Path | None):
         return path
 
     if text.endswith(".json"):
-        text = Path(text).read_text(encoding="utf-8")
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"operator: {text} cannot be read: {error}") from error
     try:
         spec = json.loads(text)
     except json.JSONDecodeError as error:
@@ -167,14 +185,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(MISSING.format(error.name))
     from ..errors import Diverged
-    from .checkpoint import SaveError
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         settings = TrainingSettings(**{name: getattr(args, name) for name in TrainingSettings.names()})
         train(args, settings)
-    except (ValueError, Diverged, SaveError) as error:
+    except (ValueError, Diverged, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C goes to the processes that read pictures, too; they have to live until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
@@ -185,7 +209,7 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
     from tqdm.auto import tqdm
 
     from ..errors import Diverged
-    from .checkpoint import STATE_SUFFIX, check_same, read_state, write_cse, write_state
+    from .checkpoint import STATE_SUFFIX, check_same, read_cse, read_state, write_cse, write_state
     from .data import Examples, centred, collate, folder_files, named, open_rgb, to_tensor
     from .diffusers_models import open_base, to_ldm
     from .loss import batch_loss
@@ -210,19 +234,32 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
             f"batch_size is {settings.batch_size}; it must be divisible by accumulation times the number of processes, "
             f"{settings.accumulation} x {accelerator.num_processes}"
         )
+    if settings.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("precision is 'fp16', which needs a GPU; on the CPU choose bf16 or fp32")
+    adam = torch.optim.Adam
+    if args.adam_8bit:
+        try:
+            from bitsandbytes.optim import Adam8bit as adam  # noqa: N813
+        except ModuleNotFoundError:
+            raise ValueError("adam_8bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes") from None
+    if args.out.exists() and not state_file.exists():
+        raise ValueError(f"{args.out} exists and there is no {state_file.name} beside it to go on from; choose another name")
     operator = read_operator(args.operator, args.weights).to(accelerator.device)
     operator.check((settings.size, settings.size), settings.batch_size // parts)
+    if settings.size % 8:
+        raise ValueError(f"size is {settings.size}; it must be a multiple of 8, as one latent stands for 8x8 pixels")
     files, bad = folder_files(args.pictures, args.unreadable)
     if bad:
         log.warning("%d files cannot be read and are left out: %s", len(bad), named(bad))
     if args.count is not None and not 0 < args.count <= len(files):
         raise ValueError(f"count is {args.count}, but there are {len(files)} pictures")
     files = files[: args.count]
+    examples = Examples(files, settings, timesteps=0)
     seen = folder_files(args.validation)[0] if args.validation else files
     looked_at = torch.stack([to_tensor(centred(open_rgb(file), settings.size)) for file in seen[:VALIDATED]])
 
     base = open_base(args.checkpoint, args.prompt, args.prediction)
-    examples = Examples(files, settings, len(base.sigmas))
+    examples.timesteps = len(base.sigmas)
     unet = to_ldm(base.unet.state_dict())
     identity = settings.identity() | {
         "operator": operator.spec(),
@@ -230,14 +267,8 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         "prediction": base.prediction,
         "prompt": args.prompt,
     }
-    identity |= {"pictures": [file.name for file in files], "ema": args.ema}
+    identity |= {"pictures": [file.name for file in files], "ema": args.ema, "adam_8bit": args.adam_8bit}
     controlnet = base.new_controlnet(initial_controlnet(unet, settings.seed))
-    adam = torch.optim.Adam
-    if args.adam_8bit:
-        try:
-            from bitsandbytes.optim import Adam8bit as adam  # noqa: N813
-        except ModuleNotFoundError:
-            raise ValueError("adam_8bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes") from None
     optimizer = adam(controlnet.parameters(), lr=settings.learning_rate)
     average = None
     if args.ema:
@@ -253,35 +284,25 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         if average:
             average.load_state_dict(state["average"])
         log.info("going on from step %d of %s", step, state_file)
-    elif args.out.exists():
-        raise ValueError(f"{args.out} exists and there is no {state_file.name} beside it to go on from; choose another name")
-    if step >= settings.steps:
-        log.info("%s is trained for %d steps already; give more --steps to go on", args.out, step)
-        return
-    if args.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
-        base.unet.enable_gradient_checkpointing()
-    # autocast does the arithmetic; a frozen network needs no weights in full precision
+    saved = step
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    base.to(accelerator.device, dtypes[settings.precision])
-    if average:
-        average.to(accelerator.device)
-    todo = Subset(examples, range(step * settings.batch_size, settings.steps * settings.batch_size))
-    loader = DataLoader(todo, settings.batch_size // parts, collate_fn=collate, num_workers=args.workers)
-    controlnet, optimizer, loader = accelerator.prepare(controlnet, optimizer, loader)
-    if scaler and accelerator.scaler:
-        accelerator.scaler.load_state_dict(scaler)
-    accelerator.init_trackers("cse")
-    looked_at = looked_at.to(accelerator.device)
 
-    def weights() -> dict[str, Any]:
-        return average.module.state_dict() if average else accelerator.unwrap_model(controlnet).state_dict()
+    def diverged(what: str, at: int) -> Diverged:
+        return Diverged(
+            f"{what} at step {at}: learning_rate {settings.learning_rate:g} is too high, or a precision too low (precision "
+            f"{settings.precision}, save_precision {args.save_precision}). "
+            f"{f'The weights of step {saved} are in {args.out}' if saved else 'Nothing was saved'}"
+        )
 
-    def save() -> None:
-        """State first: were there only the other file, a crash between the two would leave nothing to go on from."""
-        state = {"identity": identity, "weights": accelerator.unwrap_model(controlnet).state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"step": step, "losses": losses, "validations": validations, "average": average.state_dict() if average else None}
-        write_state(state_file, state | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None})
+    def result() -> dict[str, torch.Tensor]:
+        """The weights to write, in the dtype of the file. Raises Diverged for what nobody should get."""
+        network = average.module if average else accelerator.unwrap_model(controlnet)
+        found = {name: tensor.to("cpu", dtypes[args.save_precision]) for name, tensor in network.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in found.values()):
+            raise diverged("weights are not finite, or too large for the file,", step)
+        return to_ldm(found)
+
+    def write(weights: dict[str, torch.Tensor]) -> None:
         described = CSEMetadata(
             operator=operator.spec(),
             base=base.name,
@@ -297,40 +318,74 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
             source=args.source,
             licence=args.licence,
         )
-        write_cse(args.out, to_ldm(weights()), described, dtypes[args.save_precision])
+        write_cse(args.out, weights, described, dtypes[args.save_precision])
+
+    def save() -> None:
+        """State first: were there only the other file, a crash between the two would leave nothing to go on from."""
+        weights = result()
+        state = {"identity": identity, "weights": accelerator.unwrap_model(controlnet).state_dict(), "optimizer": optimizer.state_dict()}
+        state |= {"step": step, "losses": losses, "validations": validations, "average": average.state_dict() if average else None}
+        write_state(state_file, state | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None})
+        write(weights)
+
+    if step >= settings.steps:
+        if is_main and not (args.out.exists() and (metadata := read_cse(args.out)[1]) and metadata.steps == step):
+            write(result())  # the program ended between its two files
+        log.info("%s is trained for %d steps already; give more --steps to go on", args.out, step)
+        return
+    if args.gradient_checkpointing:
+        controlnet.enable_gradient_checkpointing()
+        base.unet.enable_gradient_checkpointing()
+    # autocast does the arithmetic; a frozen network needs no weights in full precision
+    base.to(accelerator.device, dtypes[settings.precision])
+    if average:
+        average = accelerator.prepare_model(average, evaluation_mode=True)
+    todo = Subset(examples, range(step * settings.batch_size, settings.steps * settings.batch_size))
+    loader = DataLoader(todo, settings.batch_size // parts, collate_fn=collate, num_workers=args.workers, worker_init_fn=_ignore_interrupts)
+    controlnet, optimizer, loader = accelerator.prepare(controlnet, optimizer, loader)
+    if scaler and accelerator.scaler:
+        accelerator.scaler.load_state_dict(scaler)
+    accelerator.init_trackers("cse")
+    looked_at = looked_at.to(accelerator.device)
 
     def validate() -> None:
-        network = average.module if average else accelerator.unwrap_model(controlnet)
-        with accelerator.autocast():
-            value = validation_loss(base, network, operator, looked_at, settings.hint_range)
-            picture = sheet(base, network, operator, looked_at, settings.hint_range)
+        network = average or accelerator.unwrap_model(controlnet)
+        value = validation_loss(base, network, operator, looked_at, settings)
+        picture = sheet(base, network, operator, looked_at, settings.hint_range)
         validations.append([step, value])
         logs.mkdir(parents=True, exist_ok=True)
         picture.save(logs / f"step-{step:06d}.png")
         accelerator.log({"validation loss": value}, step=step)
         log.info("step %d: validation loss %.5f, pictures in %s", step, value, logs)
 
-    saved = step
+    stopping = False
+
+    def stop(*_: Any) -> None:
+        nonlocal stopping
+        stopping = True  # at the end of the step: in the middle of one there is nothing that could be saved
+
     bar = tqdm(total=settings.steps, initial=step, disable=not is_main, desc="training")
     total = 0.0
+    default = signal.signal(signal.SIGINT, stop)
     try:
         for batch in loader:
             with accelerator.accumulate(controlnet):
-                with accelerator.autocast():
-                    loss = batch_loss(base, controlnet, operator, batch, settings.hint_range)
+                loss = batch_loss(base, controlnet, operator, batch, settings)
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(controlnet.parameters(), settings.max_grad_norm)
+                    norm = accelerator.clip_grad_norm_(controlnet.parameters(), settings.max_grad_norm)
+                    # where there is a scaler, it leaves such a step out by itself
+                    if not accelerator.scaler and not math.isfinite(norm):
+                        raise diverged("the loss or its gradient is not finite", step + 1)
                 optimizer.step()
                 optimizer.zero_grad()
-            total += float(accelerator.gather(loss.detach()).mean()) / settings.accumulation
+            # every process has to stop at the same step
+            value, stopped = accelerator.gather(torch.stack((loss.detach(), loss.new_tensor(stopping)))[None]).mean(0).tolist()
+            total += value / settings.accumulation
             if not accelerator.sync_gradients:
                 continue
-            if total != total or total == float("inf"):
-                raise Diverged(
-                    f"the loss is {total} at step {step + 1}: learning_rate {settings.learning_rate:g} is too high, or precision {settings.precision} "
-                    f"too low. {f'The weights of step {saved} are in {args.out}' if saved else 'Nothing was saved'}"
-                )
+            if not math.isfinite(total):
+                raise diverged("the loss is not finite", step + 1)
             step += 1
             losses.append(total)
             bar.update()
@@ -342,15 +397,14 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
             is_last = step == settings.steps
             if is_main and args.validate_every and (step % args.validate_every == 0 or is_last):
                 validate()
-            if is_main and (step % args.save_every == 0 or is_last):
+            if is_main and (step % args.save_every == 0 or is_last or stopped):
                 save()
                 saved = step
-    except KeyboardInterrupt:
-        if is_main and step > saved:
-            save()
-            log.info("interrupted: %d steps are saved in %s", step, args.out)
-        raise
+            if stopped and not is_last:
+                log.info("interrupted: %d steps are saved in %s", step, args.out)
+                raise KeyboardInterrupt
     finally:
+        signal.signal(signal.SIGINT, default)
         bar.close()
         accelerator.end_training()
     log.info("%s: %d steps", args.out, step)

@@ -12,6 +12,7 @@ from ..operators import Operator
 from ..schedule import ancestral_step
 from .data import to_picture
 from .loss import Base, denoising_loss, in_range, make_hint, noised
+from .settings import TrainingSettings
 
 LEVELS = 8  # timesteps at which the loss is taken
 STEPS = 20  # of the restoration
@@ -19,17 +20,18 @@ GAP = 4  # pixels between the pictures of a sheet
 
 
 @torch.no_grad()
-def validation_loss(base: Base, controlnet: Any, operator: Operator, image: Tensor, hint_range: str) -> float:
-    """Mean loss over images (B, 3, S, S) and evenly spaced timesteps, always with the same noise: comparable between steps and trainings."""
+def validation_loss(base: Base, controlnet: Any, operator: Operator, image: Tensor, settings: TrainingSettings) -> float:
+    """Mean training loss over images (B, 3, S, S) and evenly spaced timesteps, always with the same noise: comparable between steps and trainings."""
     seeds = list(range(len(image)))
-    hint = make_hint(operator, image, seeds, hint_range)
+    hint = make_hint(operator, image, seeds, settings.hint_range)
     z0 = base.encode(image)
     losses = []
     for t in torch.linspace(0, len(base.sigmas) - 1, LEVELS + 2)[1:-1].round().long():
         timestep = t.expand(len(image)).to(z0.device)
         sigma = base.sigmas[timestep]
         z = noised(z0, sigma, seeds)
-        losses.append(denoising_loss(base.denoise(controlnet, z, timestep, hint), z0, sigma, base.prediction).mean())
+        denoised = base.denoise(controlnet, z, timestep, hint)
+        losses.append(denoising_loss(denoised, z0, sigma, base.prediction, settings.snr_gamma).mean())
     return float(torch.stack(losses).mean())
 
 
@@ -39,7 +41,7 @@ def restore(base: Base, controlnet: Any, hint: Tensor, steps: int = STEPS) -> Te
     timesteps = torch.linspace(len(base.sigmas) - 1, 0, steps).round().long()
     sigmas = [float(base.sigmas[t]) for t in timesteps] + [0.0]
     like = base.encode(in_range(torch.zeros_like(hint), "-1..1"))
-    z = noised(torch.zeros_like(like), torch.full((len(like),), sigmas[0]), range(len(like)))
+    z = noised(torch.zeros_like(like), like.new_full((len(like),), sigmas[0]), range(len(like)))
     for i, t in enumerate(timesteps):
         denoised = base.denoise(controlnet, z, t.expand(len(z)).to(z.device), hint)
         z, _ = ancestral_step(z, denoised, sigmas[i], sigmas[i + 1], eta=0.0)

@@ -1,0 +1,448 @@
+"""The conditional score estimator: CSEControlNetLoader, ApplyCSE, TrainCSE, SelfGenerateCSEDataset."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image
+
+from ..dmap_core.cse.data import Examples, centred, folder_files, named, open_rgb, to_picture, to_tensor
+from ..dmap_core.cse.metadata import CSEMetadata
+from ..dmap_core.cse.session import Session, identity
+from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
+from ..dmap_core.cse.trainer import Trainer
+from ..dmap_core.operators import from_spec
+from . import host, host_cse
+from .charts import loss_curve
+from .operators import Operator, measurement_input
+from .pictures import measurement_to_core, to_core
+
+log = logging.getLogger(__name__)
+CATEGORY = "DMAP/cse"
+NO_FOLDER = "the pictures input"
+PREVIEWS = 100  # of the loss curve during a training
+VALIDATED = 4  # pictures
+
+
+class CSEControlNetLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_CSEControlNetLoader",
+            display_name="CSEControlNetLoader",
+            category=CATEGORY,
+            description="Loads a conditional score estimator: a ControlNet trained for one damage, which gives DPS and DMAP a better start.",
+            inputs=[
+                io.Combo.Input(
+                    "cse",
+                    options=host_cse.cse_files(),
+                    tooltip="A ControlNet of models/controlnet (ComfyUI's or diffusers' format), or of a diffusers folder. Those that TrainCSE made know their operator.",
+                )
+            ],
+            outputs=[
+                io.ControlNet.Output(display_name="cse", tooltip="For ApplyCSE, or for ComfyUI's own ControlNet nodes."),
+                Operator.Output(
+                    display_name="operator",
+                    tooltip="What the CSE was trained for, if the file says so; nodes behind it do not run otherwise.",
+                ),
+                io.String.Output(display_name="summary", tooltip="What the file says about its training."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, cse):
+        """A file that was trained further is another one."""
+        path = host_cse.cse_path(cse)
+        return f"{path.stat().st_mtime_ns} {path.stat().st_size}"
+
+    @classmethod
+    def execute(cls, cse) -> io.NodeOutput:
+        control, metadata = host_cse.load_cse(host_cse.cse_path(cse))
+        if metadata is None or metadata.operator is None:
+            operator = host_cse.blocked(
+                f"CSEControlNetLoader: {cse} does not say what it was trained for. Use an Operator node instead of this output"
+            )
+        else:
+            operator = from_spec(metadata.operator, host.find_weights)
+        summary = (
+            metadata.summary()
+            if metadata
+            else "made elsewhere: its operator, base model and hint range are not known. The hint is given in 0..1"
+        )
+        return io.NodeOutput(control, operator, f"{cse}: {summary}", ui=ui.PreviewText(summary))
+
+
+class ApplyCSE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_ApplyCSE",
+            display_name="ApplyCSE",
+            category=CATEGORY,
+            description="Lets the CSE see the measurement: makes the hint and attaches the CSE to the conditioning. Gradients flow through it in every guided step.",
+            inputs=[
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt, on its way to DPSGuider's positive (or to a stock sampler: the CSE alone)."
+                ),
+                io.ControlNet.Input(
+                    "cse", tooltip="From CSEControlNetLoader or TrainCSE. Other ControlNets that want the damaged picture work, too."
+                ),
+                measurement_input(),
+                Operator.Input(
+                    "operator",
+                    tooltip="The same as DPSGuider's. It says how the measurement becomes a picture of the full size, such as by enlarging it.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=10.0, step=0.05, round=0.001, tooltip="1 as trained (the paper's), 0 is no CSE."
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    round=0.001,
+                    tooltip="Where in the sampling it begins to act.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01, round=0.001, tooltip="Where in the sampling it stops acting."
+                ),
+                io.Combo.Input(
+                    "hint_range",
+                    options=[host_cse.FROM_FILE, *HINT_RANGES],
+                    default=host_cse.FROM_FILE,
+                    optional=True,
+                    tooltip="Values of the hint. Our files say theirs; for ControlNets made elsewhere 'from file' means 0..1. The paper's authors trained theirs with -1..1.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Connect it to learn at once whether the CSE belongs to this model. DPSGuider checks it, too.",
+                ),
+            ],
+            outputs=[io.Conditioning.Output()],
+        )
+
+    @classmethod
+    def execute(
+        cls, conditioning, cse, measurement, operator, strength, start_percent, end_percent, hint_range=host_cse.FROM_FILE, model=None
+    ) -> io.NodeOutput:
+        if not start_percent < end_percent:
+            raise ValueError(f"ApplyCSE: start_percent is {start_percent} and end_percent {end_percent}; it must start before it ends")
+        y = measurement_to_core(measurement, operator, "ApplyCSE: measurement")
+        if model is not None:
+            host_cse.check_base(cse, model, "ApplyCSE: cse")
+        if strength == 0:
+            return io.NodeOutput(conditioning)
+        hint = (operator.hint(y) + 1) / 2
+        return io.NodeOutput(host_cse.attach(conditioning, cse, hint, strength, start_percent, end_percent, hint_range))
+
+
+class SelfGenerateCSEDataset(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_SelfGenerateCSEDataset",
+            display_name="SelfGenerateCSEDataset",
+            category=CATEGORY,
+            description="Training pictures for a CSE from the model itself, saved in the output folder. A run that was cut goes on where it was.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model of the CSE."),
+                io.Conditioning.Input("positive", tooltip="The prompt (paper: empty)."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Int.Input("count", default=100, min=1, max=100000, tooltip="Pictures (paper: 100 are enough)."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Euler-ancestral steps of each (paper: 50)."),
+                io.Float.Input(
+                    "cfg",
+                    default=1.0,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="Classifier-free guidance; 1 is none. Useful with a prompt only.",
+                ),
+                io.Int.Input(
+                    "width",
+                    default=512,
+                    min=16,
+                    max=4096,
+                    step=8,
+                    tooltip="Width of the pictures in pixels: what the model was trained for.",
+                ),
+                io.Int.Input("height", default=512, min=16, max=4096, step=8, tooltip="Height of the pictures in pixels."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Of the first picture; picture i has seed + i.",
+                ),
+                io.String.Input(
+                    "save_name",
+                    default="cse-pictures",
+                    tooltip="Folder in ComfyUI's output directory. TrainCSE finds it there after the page is reloaded.",
+                ),
+                io.Conditioning.Input("negative", optional=True, tooltip="What the pictures should not show. Used only if cfg is not 1."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="pictures", tooltip="All pictures, for TrainCSE."),
+                io.String.Output(display_name="folder", tooltip="Where they are, as TrainCSE names it."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, model, positive, vae, count, steps, cfg, width, height, seed, save_name, negative=None) -> io.NodeOutput:
+        if negative is None and cfg != 1:
+            raise ValueError(f"SelfGenerateCSEDataset: cfg is {cfg} but negative is not connected; connect it, or set cfg to 1")
+        host.check_model(model)
+        host.check_vae(vae, model)
+        progress = host_cse.Progress(count)
+        files = []
+        for file in host_cse.self_generate(model, vae, positive, negative or positive, save_name, count, steps, cfg, (height, width), seed):
+            files.append(file)
+            progress.update(len(files), open_rgb(file))
+        pictures = torch.stack([torch.from_numpy(np.array(open_rgb(file))).float() / 255 for file in files])
+        return io.NodeOutput(pictures, f"output/{files[0].parent.name}", ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}"))
+
+
+class TrainCSE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        d = TrainingSettings()
+        return io.Schema(
+            node_id="DMAP_TrainCSE",
+            display_name="TrainCSE",
+            category=CATEGORY,
+            description="Trains a CSE for one operator with about 100 pictures, and saves it in models/controlnet. A training that was cancelled or cut goes on with the "
+            "same settings. The defaults are the paper's: hours on a large GPU. For several GPUs there is a command line: see the help.",
+            inputs=[
+                io.Model.Input("model", tooltip="The base model. A LoRA on it is part of what the CSE learns to work with."),
+                io.Vae.Input("vae", tooltip="The model's VAE."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="The prompt during training (paper: empty). Without a text encoder use DMAPUnconditional."
+                ),
+                Operator.Input(
+                    "operator",
+                    tooltip="The damage that the CSE learns to see through. It is done to the pictures after their augmentation.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=[NO_FOLDER, *host_cse.picture_folders()],
+                    default=NO_FOLDER,
+                    tooltip="A folder with pictures in ComfyUI's input or output directory, read one by one, of any sizes. Reload the page to see a new one.",
+                ),
+                io.String.Input("save_name", default="my-cse", tooltip="Name of the file in models/controlnet."),
+                io.Int.Input(
+                    "steps",
+                    default=d.steps,
+                    min=1,
+                    max=1_000_000,
+                    tooltip="Optimiser steps in all (paper: 5000). Raise it to go on with a finished training.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=d.batch_size,
+                    min=1,
+                    max=4096,
+                    tooltip="Pictures of one step (paper: 64). There must be at least so many.",
+                ),
+                io.Int.Input(
+                    "accumulation",
+                    default=16,
+                    min=1,
+                    max=4096,
+                    tooltip="In how many parts a step's pictures are computed, one after the other: raise it if memory is short, up to batch_size. The result is the same.",
+                ),
+                io.Float.Input(
+                    "learning_rate",
+                    default=d.learning_rate,
+                    min=1e-8,
+                    max=0.1,
+                    step=1e-6,
+                    round=1e-9,
+                    tooltip="Of Adam (paper: 0.000005). Small trainings need more, such as 0.0001.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default=d.precision,
+                    tooltip="Of the networks' arithmetic; the CSE's weights stay in full precision. bf16 needs half the memory on GPUs that know it.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=d.size,
+                    min=16,
+                    max=4096,
+                    step=8,
+                    tooltip="Width and height of the parts of the pictures that it trains on, in pixels.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=False,
+                    tooltip="Of everything random: same seed, same CSE.",
+                ),
+                io.Int.Input(
+                    "save_every",
+                    default=250,
+                    min=1,
+                    max=100_000,
+                    tooltip="Steps between two saves, and between two looks at the validation pictures.",
+                ),
+                io.Boolean.Input(
+                    "gradient_checkpointing",
+                    default=True,
+                    tooltip="Needs much less memory and about a third more time; the result is the same.",
+                ),
+                io.Image.Input("pictures", optional=True, tooltip="Training pictures as a batch, instead of a folder."),
+                io.Image.Input(
+                    "validation",
+                    optional=True,
+                    tooltip=f"Pictures to look at during training; the first {VALIDATED} training pictures without it.",
+                ),
+                io.Combo.Input(
+                    "hint_range",
+                    options=list(HINT_RANGES),
+                    default=d.hint_range,
+                    optional=True,
+                    tooltip="Values of the hint; 0..1 is what ComfyUI's own nodes give.",
+                ),
+                io.Float.Input(
+                    "snr_gamma",
+                    default=0.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.5,
+                    optional=True,
+                    tooltip="Min-SNR weights of the loss; 0 is none (the paper), 5 usual. Short trainings learn faster with 1 to 5.",
+                ),
+                io.String.Input(
+                    "licence", default="", optional=True, tooltip="Written into the file: under what licence others may use it."
+                ),
+                io.Combo.Input(
+                    "unreadable",
+                    options=["refuse", "skip"],
+                    default="refuse",
+                    optional=True,
+                    tooltip="What to do about files of the folder that cannot be read. Their names are in the log.",
+                ),
+            ],
+            outputs=[
+                io.ControlNet.Output(display_name="cse"),
+                io.Image.Output(
+                    display_name="loss_curve",
+                    tooltip="Loss of the steps, and of the validation pictures with the same noise each time (dots).",
+                ),
+                io.Image.Output(display_name="validation", tooltip="Rows of: what the CSE sees, what it makes of it alone, the original."),
+                io.String.Output(display_name="summary"),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder, save_name, **_):
+        """Pictures that came or went, and a file that was removed, make it run again."""
+        files = sorted((f.name, f.stat().st_mtime_ns) for f in host_cse.picture_folder(folder).glob("*")) if folder != NO_FOLDER else []
+        return hashlib.sha256(repr((files, host_cse.new_cse_path(save_name).exists())).encode()).hexdigest()
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        vae,
+        conditioning,
+        operator,
+        folder,
+        save_name,
+        save_every,
+        gradient_checkpointing,
+        pictures=None,
+        validation=None,
+        licence="",
+        unreadable="refuse",
+        **given,
+    ) -> io.NodeOutput:
+        settings = TrainingSettings(**given)
+        path = host_cse.new_cse_path(save_name)
+        chosen, source = cls._pictures(folder, pictures, unreadable)
+        size = settings.size
+        operator.check((size, size), settings.batch_size // settings.accumulation)
+        looked_at = [to_picture(p) for p in to_core(validation, "TrainCSE: validation")] if validation is not None else chosen
+        looked_at = [p if isinstance(p, Image.Image) else open_rgb(p) for p in looked_at[:VALIDATED]]
+        looked_at = torch.stack([to_tensor(centred(p, size)) for p in looked_at])
+        examples = Examples(chosen, settings, len(host.model_sigmas(model)))
+        part = settings.batch_size // settings.accumulation
+        with host_cse.training(model, vae, conditioning, settings.precision, size, part, gradient_checkpointing) as base:
+            try:
+                trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
+                described = cls._metadata(base, model, settings, operator, chosen, source, licence)
+                prompt = host_cse.digest(conditioning[0][0])
+                files = [p.name if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
+                same = identity(settings, operator, described.fingerprint, described.prediction, prompt, files)
+                session = Session(trainer, path, same, described, looked_at)
+                session.train(save_every, cls._progress(session))
+                validated = session.sheet()
+            finally:
+                operator.to("cpu")
+        control, metadata = host_cse.load_cse(path)
+        curve = loss_curve(trainer.losses, session.validations)
+        preview = ui.PreviewImage(_image(validated), cls=cls)
+        return io.NodeOutput(control, _image(curve), _image(validated), f"{path.name}: {metadata.summary()}", ui=preview)
+
+    @staticmethod
+    def _progress(session: Session):
+        """Moves the progress bar at every step, and shows the loss curve now and then."""
+        trainer = session.trainer
+        bar = host_cse.Progress(trainer.settings.steps)
+
+        def on_step(step: int) -> None:
+            show = step % max(1, trainer.settings.steps // PREVIEWS) == 0
+            bar.update(step, loss_curve(trainer.losses, session.validations) if show else None)
+
+        return on_step
+
+    @staticmethod
+    def _pictures(folder, pictures, unreadable) -> tuple[list, str]:
+        """(files or open pictures, where they came from)."""
+        if (folder == NO_FOLDER) == (pictures is None):
+            raise ValueError("TrainCSE: pictures: connect a batch of pictures, or choose a folder, not both")
+        if pictures is not None:
+            return [to_picture(p) for p in to_core(pictures, "TrainCSE: pictures")], "a batch in ComfyUI"
+        files, bad = folder_files(host_cse.picture_folder(folder), unreadable)
+        if bad:
+            log.warning("TrainCSE: %d files of %s cannot be read and are left out: %s", len(bad), folder, named(bad))
+        return files, folder
+
+    @staticmethod
+    def _metadata(base, model, settings, operator, pictures, source, licence) -> CSEMetadata:
+        return CSEMetadata(
+            operator=operator.spec(),
+            base=host_cse.base_name(model),
+            fingerprint=host_cse.base_fingerprint(model),
+            prediction=base.prediction,
+            hint_range=settings.hint_range,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            size=settings.size,
+            seed=settings.seed,
+            pictures=len(pictures),
+            source=source,
+            licence=licence,
+        )
+
+
+def _image(picture: Image.Image) -> torch.Tensor:
+    """(1, H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).float().unsqueeze(0) / 255
+
+
+NODES = [CSEControlNetLoader, ApplyCSE, TrainCSE, SelfGenerateCSEDataset]
