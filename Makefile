@@ -9,7 +9,7 @@ ARGS ?=
 export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser demo test serve lint demo-prior clean
+.PHONY: help setup setup-browser demo test serve lint demo-prior demo-cse clean
 
 help:
 	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
@@ -17,6 +17,7 @@ help:
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
 	@echo "make lint         check the code's style"
 	@echo "make demo-prior   train the small prior again (hours; AE_MINUTES and UNET_MINUTES set the time)"
+	@echo "make demo-cse     train the CSEs of the small prior again, with 100 pictures and with self-generated ones (two hours)"
 	@echo "make setup        only set up: a Python environment in .venv/ and a ComfyUI in .host/"
 	@echo "make clean        remove what set-up made"
 	@echo
@@ -49,6 +50,10 @@ demo-prior: setup
 	$(PYTHON) demo/train.py autoencoder --minutes $(AE_MINUTES) --out demo/run/autoencoder.safetensors
 	$(PYTHON) demo/train.py unet --minutes $(UNET_MINUTES) --init demo/run/autoencoder.safetensors --out demo/run/unet.safetensors
 	cp demo/run/unet.safetensors demo/dmap-demo-prior.safetensors
+
+demo-cse: setup
+	$(PYTHON) demo/cse.py 100 $(ARGS)
+	$(PYTHON) demo/cse.py self $(ARGS)
 
 clean:
 	rm -rf .venv .host .pytest_cache .ruff_cache

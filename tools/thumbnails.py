@@ -4,7 +4,7 @@
     python tools/thumbnails.py
 
 The pictures are those that demo/run.py restored with DMAP; workflows that compare solvers show docs/all-solvers.png, which
-demo-all-solvers.json makes. Stable Diffusion 2.0 has not run for them: the thumbnails of sd2-*.json show the demo prior on the same kind of
+demo-all-solvers.json makes, those of the CSE docs/cse.png, which demo-cse.json makes. Stable Diffusion 2.0 has not run for them: the thumbnails of sd2-*.json show the demo prior on the same kind of
 damage, and say so.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
-SHEET = ROOT / "docs" / "all-solvers.png"
+SHEETS = {"-all-solvers": ROOT / "docs" / "all-solvers.png", "-cse": ROOT / "docs" / "cse.png"}  # by how a workflow's name ends
 SIDE = 384  # three times the demo's 128 pixels, and a multiple of every degraded size: nearest neighbours stay even squares
 QUALITY = 85
 MAX_BYTES = 40_000
@@ -60,11 +60,12 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     everything = sorted((ROOT / "workflows").glob("*.json"))
-    workflows = [path for path in everything if not path.stem.endswith("-all-solvers")]
+    sheets = {path: sheet for path in everything for end, sheet in SHEETS.items() if path.stem.endswith(end)}
+    workflows = [path for path in everything if path not in sheets]
     # all are found before the first is written: the thumbnails are of one run
     pairs = [find_pair(args.results / path.stem.partition("-")[2], args.picture) for path in workflows]
     pages = {w: thumbnail(Image.open(degraded), Image.open(restored)) for w, (degraded, restored) in zip(workflows, pairs, strict=True)}
-    pages |= {w: ImageOps.pad(Image.open(SHEET).convert("RGB"), (SIDE, SIDE), color="white") for w in everything if w not in pages}
+    pages |= {w: ImageOps.pad(Image.open(sheet).convert("RGB"), (SIDE, SIDE), color="white") for w, sheet in sheets.items()}
     for workflow, page in pages.items():
         if workflow.stem.startswith("sd2-"):
             label(page, "demo prior")

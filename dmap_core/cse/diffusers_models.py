@@ -59,6 +59,9 @@ def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
     context = next((unet[name].shape[1] for name in attention if name in unet), None)
     if context is None:
         raise ValueError("its UNet has no cross-attention; it is no text-to-image model of the Stable Diffusion family")
+    if unet["input_blocks.0.0.weight"].shape[1] != unet["out.2.weight"].shape[0]:
+        raise ValueError("its UNet reads more than latents (a model for inpainting or editing); use the text-to-image model")
+    depths = [len({name.split(".")[4] for name in unet if name.startswith(f"input_blocks.{n}.1.transformer_blocks.")}) for n in starts]
     return {
         "in_channels": unet["input_blocks.0.0.weight"].shape[1],
         "out_channels": unet["out.2.weight"].shape[0],
@@ -68,6 +71,7 @@ def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
         "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in up_attention),
         "mid_block_type": "UNetMidBlock2DCrossAttn" if "middle_block.1.norm.weight" in unet else "UNetMidBlock2D",
         "cross_attention_dim": context,
+        "transformer_layers_per_block": tuple(max(1, depth) for depth in depths),
         "attention_head_dim": 8 if context == SD1_WIDTH else tuple(max(1, w // 64) for w in widths),  # diffusers means the number of heads
         "use_linear_projection": unet[f"input_blocks.{starts[has_attention.index(True)]}.1.proj_in.weight"].ndim == 2,
     }
@@ -136,7 +140,7 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> BaseMod
     if path.is_dir():
         try:
             return _open_folder(path, prompt, prediction)
-        except OSError as error:  # what diffusers and transformers raise for files that are missing or damaged
+        except (OSError, TypeError) as error:  # what diffusers and transformers raise for files that are missing or damaged
             raise ValueError(f"{path} cannot be read: {error}") from error
     state = read_tensors(path)
     unet = {name[len(UNET) :]: tensor.float() for name, tensor in state.items() if name.startswith(UNET)}
@@ -173,7 +177,7 @@ def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
         vae = AutoencoderTiny(scaling_factor=1.0)
         # ComfyUI divides the encoder's output by vae_scale and multiplies it by the model's scale
         scale = SD_SCALE / float(state.get(f"{VAE}vae_scale", torch.ones(())))
-        if abs(scale - 1) > 1e-4:
+        if abs(scale - 1) > 1e-3:  # half precision rounds it
             raise ValueError(f"its tiny autoencoder's latents would have to be scaled by {scale:.4f}; only 1 is supported")
         load_into(vae, tiny, path)
         return vae

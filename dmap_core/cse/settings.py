@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 HINT_RANGES = ("0..1", "-1..1")
+FREE = ("steps", "accumulation", "learning_rate")  # a training that diverged can go on with a lower rate
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -46,6 +47,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be a number")
+        if self.size % 8:
+            raise ValueError(f"size is {self.size}; it must be a multiple of 8, the autoencoder's factor")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation is {self.accumulation}; it must divide batch_size, which is {self.batch_size}")
         if not 0 < self.learning_rate < 1:
@@ -70,8 +73,8 @@ class TrainingSettings:
             raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a training to go on from a saved state: all but how far it goes and how a step is split."""
-        return {name: value for name, value in asdict(self).items() if name not in ("steps", "accumulation")}
+        """What must be equal for a training to go on from a saved state: all but how far and how fast it goes, and how a step is split."""
+        return {name: value for name, value in asdict(self).items() if name not in FREE}
 
     @classmethod
     def names(cls) -> list[str]:

@@ -40,6 +40,8 @@ class Trainer:
     def resume(self, state: dict[str, Any]) -> None:
         self.controlnet.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate  # a training may go on with another
         self.scaler.load_state_dict(state["scaler"] or {})
         self.step, self.losses = state["step"], list(state["losses"])
 

@@ -77,7 +77,7 @@ class Operator:
         return image_channels
 
     def hint(self, y: Tensor) -> Tensor:
-        """The measurement as a picture (B, 3, H, W) of the image's size, the input of a conditional score estimator (Sec. 4.3)."""
+        """The measurement as a picture (B, 3, H, W) of the image's size, the input of a conditional score estimator (Sec. 4.2)."""
         return y
 
     def picture(self, y: Tensor) -> Tensor:

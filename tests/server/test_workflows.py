@@ -18,8 +18,9 @@ from prompts import NOTES, node_inputs, titled, to_prompt, upstream
 
 FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 ALL_SOLVERS = [name for name in FILES if name.endswith("-all-solvers")]
-DEMO = [name for name in FILES if name.startswith("demo-") and name not in ALL_SOLVERS]
-SD2 = [name for name in FILES if name.startswith("sd2-") and name not in ALL_SOLVERS]
+WITH_CSE = ["demo-cse", "sd2-train-cse"]
+DEMO = [name for name in FILES if name.startswith("demo-") and name not in ALL_SOLVERS + WITH_CSE]
+SD2 = [name for name in FILES if name.startswith("sd2-") and name not in ALL_SOLVERS + WITH_CSE]
 SD2_CHECKPOINT = "512-base-ema.safetensors"
 ORIGINAL = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
 STEPS = 2
@@ -82,7 +83,7 @@ def test_workflows_are_there():
     assert len(DEMO) == 5
     assert len(SD2) == 4
     assert len(ALL_SOLVERS) == 2
-    assert sorted(DEMO + SD2 + ALL_SOLVERS) == sorted(FILES)
+    assert sorted(DEMO + SD2 + ALL_SOLVERS + WITH_CSE) == sorted(FILES)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -230,6 +231,51 @@ def test_all_solvers_side_by_side(host: Host, info: dict, name: str):
         report = report_of(entry, titled(prompt, f"{solver}: report"))
         assert report["solver"].startswith(solver)
         assert len(report["residuals"]) == 3 and all(math.isfinite(step[0]) for step in report["residuals"])
+
+
+def test_cse_side_by_side(host: Host, info: dict):
+    prompt = to_prompt(load("demo-cse"), info)
+    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = small_original(host)
+    assert of_class(prompt, "DMAP_CSEControlNetLoader")["inputs"]["cse"].startswith("dmap-demo-cse-sr4")
+    for solver in ("DPS", "DMAP"):
+        prompt[titled(prompt, f"{solver}: preset")]["inputs"]["steps"] = 3
+    prompt[titled(prompt, "CSE alone: schedule")]["inputs"]["steps"] = 3
+    entry = host.run(prompt)
+    (path,) = host.images(entry, titled(prompt, "Sheet: save"))
+    assert pixels(path).shape[1] == 4 * 264 + 8  # damaged, five restorations, original: two rows of four
+    residuals = {}
+    for way in ("DPS", "DMAP", "DPS + CSE", "DMAP + CSE"):
+        report = report_of(entry, titled(prompt, f"{way}: report"))
+        assert report["warnings"] == []  # the operator is the CSE's own
+        residuals[way] = [step[0] for step in report["residuals"]]
+        assert all(map(math.isfinite, residuals[way]))
+    for solver in ("DPS", "DMAP"):  # the CSE's first estimate is closer to the measurement
+        assert residuals[f"{solver} + CSE"][0] < 0.9 * residuals[solver][0], residuals
+
+
+def test_a_cse_is_trained_and_then_used(host: Host, info: dict):
+    prompt = to_prompt(load("sd2-train-cse"), info)
+    of_class(prompt, "CheckpointLoaderSimple")["inputs"]["ckpt_name"] = PRIOR
+    text = prompt[titled(prompt, "Prompt (empty: the paper)")]
+    text["class_type"], text["inputs"] = "DMAP_DMAPUnconditional", {"model": [text["inputs"]["clip"][0], 0]}
+    of_class(prompt, "DMAP_SelfGenerateCSEDataset")["inputs"].update(count=2, steps=2, width=32, height=32)
+    training = of_class(prompt, "DMAP_TrainCSE")["inputs"]
+    training.update(steps=2, batch_size=2, accumulation=1, size=32, precision="fp32", save_every=1, save_name="tests/trained")
+    with host.listen() as messages:
+        entry = host.run(prompt)
+    assert (host.base / "models" / "controlnet" / "tests" / "trained.safetensors").is_file()
+    assert len(list((host.output / "cse-sd2").glob("*.png"))) == 2
+    for name in ("Loss curve: save", "Validation: save"):
+        (path,) = host.images(entry, titled(prompt, name))
+        assert pixels(path).std() > 1
+    summary = entry["outputs"][titled(prompt, "Summary")]["text"][0]
+    assert "trained for SuperResolution(scale=8)" in summary and "2 pictures" in summary and "2 steps of 2" in summary
+    node = next(key for key, value in prompt.items() if value["class_type"] == "DMAP_TrainCSE")
+    own = [m["data"] for m in messages if isinstance(m, dict) and m["type"] == "progress" and m["data"]["node"] == node]
+    assert own[-1]["value"] == own[-1]["max"] == 2
+    again = host.object_info()["DMAP_CSEControlNetLoader"]["input"]["required"]["cse"]
+    options = again[1]["options"] if again[0] == "COMBO" else again[0]
+    assert "tests/trained.safetensors" in [name.replace("\\", "/") for name in options]
 
 
 def test_guidance_lowers_the_residual_and_brings_the_picture_closer(host: Host, info: dict):
