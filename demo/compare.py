@@ -2,6 +2,7 @@
 
     python demo/compare.py --n 32                                     # the table, hours on a small machine; goes on where it was cut
     python demo/compare.py --search --solvers DPS --sweep zeta=0.5,1,2   # zeta of the preset times these, on other held-out pictures
+    python demo/compare.py --cse demo/run/cse-100.safetensors --operators super-resolution-x4 --solvers "CSE alone,DPS,DMAP"
     python demo/compare.py --table                                    # only print what there is
 
 Runs the pack's own nodes in ComfyUI, in this process, one picture at a time. Figures are written to --out after every picture, one file
@@ -31,6 +32,8 @@ OPERATORS = (
     "jpeg-cleanup",
 )
 AS_GIVEN = "as given"
+CSE_ALONE = "CSE alone"
+CSE_STEPS = 20  # of a stock sampler with the CSE alone: as many as DPS's preset has
 SOLVERS = (AS_GIVEN, "DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
 MODEL = "demo prior, 128 pixels"
 
@@ -73,9 +76,10 @@ class Bench:
         import comfy.sd
 
         import_pack()
-        from dmap_pack.nodes import guiders, operators, samplers
+        from dmap_pack.nodes import cse, guiders, operators, samplers
 
-        self.nodes = {cls.__name__: cls for module in (guiders, operators, samplers) for cls in module.NODES}
+        self.cse = None
+        self.nodes = {cls.__name__: cls for module in (cse, guiders, operators, samplers) for cls in module.NODES}
         self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(str(PRIOR_FILE), output_clip=False)[:3]
         if args.cpu:  # a sixth faster there
             for network in (self.model.model.diffusion_model, self.vae.first_stage_model):
@@ -85,40 +89,63 @@ class Bench:
     def call(self, name: str, **inputs):
         return self.nodes[name].execute(**inputs).result
 
+    def load_cse(self, file: Path) -> None:
+        """All that is restored from now on is restored with this CSE."""
+        from dmap_pack.nodes import host_cse
+
+        self.cse, _ = host_cse.load_cse(file)
+
     def restore(self, image, operator, preset, seed: int):
-        """(restored picture (1, H, W, 3) in [0, 1], report) of a picture that is damaged first."""
+        """(restored picture (1, H, W, 3) in [0, 1], report) of a picture that is damaged first; without a preset by the CSE alone, no report."""
+        import comfy.samplers
         from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
         from dmap_pack.dmap_core.solvers import SOLVERS
         from dmap_pack.nodes.host import SolverSampler
 
         measurement = self.call("Degrade", image=image, operator=operator, noise_sigma=0.0, seed=seed)[0]
         latent = self.call("EmptyMeasurementLatent", measurement=measurement, operator=operator, vae=self.vae, batch_size=1)[0]
-        sigmas = self.call("DMAPScheduler", model=self.model, steps=preset.steps, spacing=preset.spacing)[0]
-        problem = {"positive": self.conditioning, "vae": self.vae, "operator": operator, "measurement": measurement, "zeta": 1.0}
+        steps, spacing = (preset.steps, preset.spacing) if preset else (CSE_STEPS, "exponential")
+        sigmas = self.call("DMAPScheduler", model=self.model, steps=steps, spacing=spacing)[0]
+        positive = self.conditioning
+        if self.cse:
+            given = {"cse": self.cse, "measurement": measurement, "operator": operator, "model": self.model}
+            positive = self.call("ApplyCSE", conditioning=positive, strength=1.0, start_percent=0.0, end_percent=1.0, **given)[0]
+        noise = Noise_RandomNoise(seed).generate_noise(latent)
+        if preset is None:
+            guider = comfy.samplers.CFGGuider(self.model)
+            guider.set_conds(positive, positive)
+            samples = guider.sample(noise, latent["samples"], comfy.samplers.sampler_object("euler_ancestral"), sigmas, seed=seed)
+            return self.vae.decode(samples), None
+        problem = {"positive": positive, "vae": self.vae, "operator": operator, "measurement": measurement, "zeta": 1.0}
         guider = self.call("DPSGuider", model=self.model, **problem)[0]
         sampler = SolverSampler(preset.solver, SOLVERS[preset.solver], **preset.settings)
-        noise = Noise_RandomNoise(seed).generate_noise(latent)
         samples = guider.sample(noise, latent["samples"], sampler, sigmas, seed=seed)
         return self.vae.decode(samples), guider.report
 
 
-def measure(bench: Bench, file: Path, operator, preset, seed: int) -> dict:
-    """Figures of one restoration, or, without a preset, of the measurement itself, enlarged if it is smaller."""
+def measure(bench: Bench, file: Path, operator, solver: str, preset, seed: int) -> dict:
+    """Figures of one restoration, or of the measurement itself, enlarged if it is smaller."""
     import torch
     from perceptual import feature_distance
 
     original = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).float()[None] / 255
     with torch.inference_mode():
-        if preset is None:
+        if solver == AS_GIVEN:
             x = original.movedim(-1, 1) * 2 - 1
             y = operator.measure(x)
             hint = operator.hint(y)
             restored = ((hint + 1) / 2).movedim(1, -1)
             cost = {"residual": float(operator.distance(operator(hint), y)), "seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}
         else:
+            started = time.perf_counter()
             restored, report = bench.restore(original, operator, preset, seed)
-            cost = {"residual": report.residuals[-1][0], "seconds": report.seconds}
-            cost |= {"denoiser_calls": report.denoiser_calls, "decoder_calls": report.decoder_calls}
+            if report:
+                cost = {"residual": report.residuals[-1][0], "seconds": report.seconds}
+                cost |= {"denoiser_calls": report.denoiser_calls, "decoder_calls": report.decoder_calls}
+            else:
+                x = operator.measure(original.movedim(-1, 1) * 2 - 1)
+                residual = float(operator.distance(operator(restored.movedim(-1, 1) * 2 - 1), x))
+                cost = {"residual": residual, "seconds": time.perf_counter() - started, "denoiser_calls": CSE_STEPS, "decoder_calls": 1}
         restored = (restored * 255).round().clamp(0, 255) / 255  # what a saved picture holds
         error = (restored - original).double().square().mean()
         distance = feature_distance(restored.movedim(-1, 1), original.movedim(-1, 1))
@@ -134,7 +161,7 @@ def line(entry: dict) -> str:
     error = np.std([row["psnr"] for row in rows], ddof=1) / len(rows) ** 0.5 if len(rows) > 1 else float("nan")
     settings = " ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in entry["settings"].items())
     return (
-        f"| {entry['operator']} | {entry['solver']} | {entry['steps']} | {settings} | {len(rows)} | {mean(rows, 'psnr'):.2f} +- {error:.2f} "
+        f"| {entry['operator']} | {entry['solver']}{' + ' + entry['cse'] if 'cse' in entry else ''} | {entry['steps']} | {settings} | {len(rows)} | {mean(rows, 'psnr'):.2f} +- {error:.2f} "
         f"| {mean(rows, 'features'):.4f} | {mean(rows, 'residual'):.2f} | {mean(rows, 'denoiser_calls'):.0f} | {mean(rows, 'seconds'):.1f} |"
     )
 
@@ -170,7 +197,7 @@ def variants(preset, sweep: str | None) -> list:
 
 def presets_of(operator, solver: str, steps: int | None, sweep: str | None) -> list:
     """What to run: presets, or None for the measurement as it is."""
-    if solver == AS_GIVEN:
+    if solver in (AS_GIVEN, CSE_ALONE):
         return [None]
     from dmap_pack.dmap_core.presets import preset
 
@@ -186,6 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the preset's; zeta and windows are scaled with it")
     parser.add_argument("--search", action="store_true", help="use the last held-out pictures, which no table does")
     parser.add_argument("--sweep", help="factors on a setting of the presets, such as zeta=0.5,1,2")
+    parser.add_argument("--cse", type=Path, help="restore with this ControlNet; 'CSE alone' is then a solver, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "compare")
     parser.add_argument("--table", action="store_true", help="compute nothing, print the figures that there are")
@@ -200,8 +228,12 @@ def main() -> None:
     if not 0 < n <= len(files) // 2:
         raise SystemExit(f"--n: {n} pictures wanted; there are {len(files) // 2} for the table and as many for a search")
     files = files[-n:] if args.search else files[:n]
-    operators, solvers = names(args.operators, OPERATORS, "--operators"), names(args.solvers, SOLVERS, "--solvers")
+    operators, solvers = names(args.operators, OPERATORS, "--operators"), names(args.solvers, (*SOLVERS, CSE_ALONE), "--solvers")
+    if CSE_ALONE in solvers and not args.cse:
+        raise SystemExit("--solvers: 'CSE alone' needs --cse FILE")
     bench = Bench()
+    if args.cse:
+        bench.load_cse(args.cse)
     prior = fingerprint(PRIOR_FILE)
     for operator_name in operators:
         operator = make_operator(operator_name)
@@ -212,13 +244,15 @@ def main() -> None:
             for p in presets_of(operator, solver, args.steps, args.sweep):
                 entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "set": which, "prior": prior}
                 entry |= {"settings": p.settings if p else {}, "steps": p.steps if p else 0, "spacing": p.spacing if p else ""}
-                entry |= {"seed": args.seed if p else 0}
+                entry |= {"seed": args.seed if p or solver == CSE_ALONE else 0}
+                if args.cse:
+                    entry |= {"cse": args.cse.stem, "cse_sha256": fingerprint(args.cse)}
                 key = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:8]
                 file = args.out / f"{operator_name}-{solver.replace(' ', '-')}-{which}-{key}.json"
                 done = json.loads(file.read_text())["pictures"] if file.exists() else {}
                 for picture in files:
                     if picture.stem not in done:
-                        done[picture.stem] = measure(bench, picture, operator, p, args.seed)
+                        done[picture.stem] = measure(bench, picture, operator, solver, p, args.seed)
                         write_json(file, entry | {"pictures": done})
                 shown = {picture.stem: done[picture.stem] for picture in files}
                 print(time.strftime("%H:%M:%S"), line(entry | {"pictures": shown}), flush=True)

@@ -246,8 +246,6 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         raise ValueError(f"{args.out} exists and there is no {state_file.name} beside it to go on from; choose another name")
     operator = read_operator(args.operator, args.weights).to(accelerator.device)
     operator.check((settings.size, settings.size), settings.batch_size // parts)
-    if settings.size % 8:
-        raise ValueError(f"size is {settings.size}; it must be a multiple of 8, as one latent stands for 8x8 pixels")
     files, bad = folder_files(args.pictures, args.unreadable)
     if bad:
         log.warning("%d files cannot be read and are left out: %s", len(bad), named(bad))
@@ -280,6 +278,8 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         check_same(state["identity"], identity, state_file)
         controlnet.load_state_dict(state["weights"])
         optimizer.load_state_dict(state["optimizer"])
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate  # a training may go on with another
         step, losses, validations, scaler = state["step"], state["losses"], state["validations"], state["scaler"]
         if average:
             average.load_state_dict(state["average"])

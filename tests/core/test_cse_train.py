@@ -440,10 +440,10 @@ def test_bf16_leaves_the_autoencoder_in_full_precision(given, half, tmp_path, mo
     assert set(seen) == {(torch.bfloat16, torch.float32, False)}
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "operator", "pictures", "base", "ema"])
+@pytest.mark.parametrize("name", ["seed", "operator", "pictures", "base", "ema"])
 def test_another_training_beside_the_file(given, half, copy, tmp_path, capsys, name):
     more = {
-        "learning_rate": lambda: ["--learning-rate", 2e-3],
+        "seed": lambda: ["--seed", 1],
         "operator": lambda: ["--operator", '{"operator": "SuperResolution", "scale": 4}'],
         "pictures": lambda: ["--pictures", pictures(tmp_path / "others", 6, prefix="other")],
         "base": lambda: ["--checkpoint", tiny_checkpoint(tmp_path / "other.safetensors", seed=1)],
@@ -453,6 +453,13 @@ def test_another_training_beside_the_file(given, half, copy, tmp_path, capsys, n
     assert "copy.training belongs to a training with other settings: " in message
     assert [difference.split()[0] for difference in message.split("settings: ")[1].split(". Choose")[0].split("; ")] == [name]
     assert copy.read_bytes() == half.read_bytes() and equal(state_of(copy), state_of(half))
+
+
+def test_going_on_with_another_learning_rate(given, half, copy):
+    run(given.options(copy, "--ema", 0.5, "--steps", HALF + 1, "--learning-rate", 1e-7, "--validate-every", 0))
+    before, after = state_of(half)["weights"], state_of(copy)["weights"]
+    assert 0 < max(float((after[name] - before[name]).abs().max()) for name in after) < 1e-6  # where 1e-3 goes 1000 times as far
+    assert read_cse(copy)[1].learning_rate == 1e-7
 
 
 def test_a_file_that_has_no_training_beside_it(given, tmp_path, capsys):
@@ -491,7 +498,7 @@ def test_a_gradient_that_is_not_finite_though_the_loss_is(given, tmp_path, capsy
     monkeypatch.setattr(loss, "batch_loss", batch_loss)
     message = refusal(given.options(out, "--save-every", 1, "--validate-every", 0), capsys)
     assert all(map(torch.isfinite, calls)) and len(calls) == 3
-    assert "learning_rate 0.001" in message and "step 3" in message and "The weights of step 2 are in" in message
+    assert "learning_rate 0.001" in message and "gradient is not finite at step 3" in message and "The weights of step 2 are in" in message
     assert state_of(out)["step"] == 2 and finite(out)
 
 
@@ -563,7 +570,10 @@ BAD = {
         lambda d: ["--operator", '{"operator": "NonlinearBlur", "weights": "w.pth", "sha256": "", "seed": 0}'],
         "operator: it needs the weights file w.pth; name its folder with --weights",
     ),
-    "crop that the operator cannot take": (lambda d: ["--size", 36], "36x36 .* cannot be reduced 8 times"),
+    "crop that the operator cannot take": (
+        lambda d: ["--size", 40, "--operator", '{"operator": "SuperResolution", "scale": 16}'],
+        "40x40 .* cannot be reduced 16 times",
+    ),
     "crop that the autoencoder cannot take": (
         lambda d: ["--size", 36, "--operator", '{"operator": "Grayscale"}'],
         "size is 36; .*multiple of 8",
