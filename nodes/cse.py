@@ -394,7 +394,7 @@ class TrainCSE(io.ComfyNode):
             try:
                 trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
                 described = cls._metadata(base, model, settings, operator, chosen, source, licence)
-                prompt = host_cse.digest(conditioning[0][0])
+                prompt = host_cse.prompt_digest(conditioning)
                 files = [f"{p.name} {p.stat().st_size}" if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
                 same = identity(settings, operator, described.fingerprint, described.prediction, prompt, files)
                 session = Session(trainer, path, same, described, looked_at)

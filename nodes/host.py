@@ -25,7 +25,7 @@ import comfy.samplers
 import folder_paths
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -124,6 +124,23 @@ def measure(operator: Operator, image: Tensor) -> Tensor:
 
 def pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
     return attention_pytorch(*args, **kwargs)
+
+
+@contextmanager
+def differentiable_attention(networks: list[nn.Module]) -> Iterator[None]:
+    """Attention with gradients in networks that the host gives no options, as it does ControlNets."""
+
+    def with_override(module: nn.Module, args: tuple) -> tuple:
+        x, context, options = (*args, None, None)[:3]
+        return x, context, {**(options or {}), "optimized_attention_override": pytorch_attention}
+
+    blocks = [m for network in networks for m in network.modules() if isinstance(m, SpatialTransformer)]
+    hooks = [block.register_forward_pre_hook(with_override) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def controls_of(conds: dict[str, list[dict]]) -> Iterator[Any]:
@@ -357,7 +374,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         try:
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
-            with frozen(prior.networks()):
+            with frozen(prior.networks()), differentiable_attention(networks):
                 return super().inner_sample(noise, latent_image, device, *args, **kwargs)
         finally:
             self.operator.to("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -209,6 +210,7 @@ class HostBase:
         operations = comfy.ops.manual_cast  # which casts weights to the precision of what they are applied to
         network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config, dtype=torch.float32, device=self.device, operations=operations)
         network.load_state_dict(initial_controlnet(self.unet.state_dict(), seed))
+        self._contexts.enter_context(host.differentiable_attention([network]))
         if self._recompute:
             self._contexts.enter_context(checkpointed([self.unet, network]))
         return network.requires_grad_(True)
@@ -222,14 +224,17 @@ def training(model: Any, vae: Any, conditioning: list, precision: str, size: int
     """
     host.check_model(model)
     host.check_vae(vae, model)
-    if len(conditioning) != 1 or "control" in conditioning[0][1]:
+    channels = model.get_model_object("latent_format").latent_channels
+    if model.model.model_config.unet_config["in_channels"] != channels:
+        raise ValueError("model: its network reads more than latents (a model for inpainting or editing); load the text-to-image model")
+    if len(conditioning) != 1 or {"control", "area", "mask"} & set(conditioning[0][1]):
         raise ValueError(
             "conditioning: training takes one prompt without areas and without a ControlNet; connect CLIPTextEncode or DMAPUnconditional"
         )
     with torch.inference_mode(False), torch.no_grad():
         patcher, vae_patcher = host.static(model).clone(), host.static(vae.patcher)
         patcher.set_model_compute_dtype(DTYPES[precision])
-        latent = (batch, patcher.get_model_object("latent_format").latent_channels, *host.latent_size(vae, (size, size)))
+        latent = (batch, channels, *host.latent_size(vae, (size, size)))
         estimate = patcher.model.memory_required(latent) + vae.memory_used_encode((batch, 3, size, size), vae.vae_dtype)
         patchers = [patcher, vae_patcher]
         comfy.model_management.load_models_gpu(patchers, memory_required=TRAINING_MEMORY * estimate, force_full_load=True)
@@ -263,8 +268,9 @@ def picture_folders() -> list[str]:
     """Folders of ComfyUI's input and output directories with pictures to train with, as `input/name`."""
     found = []
     for label, root in _picture_roots().items():
-        if root.is_dir():
-            found += [f"{label}/{folder.name}" for folder in sorted(root.iterdir()) if folder.is_dir() and not folder.name.startswith(".")]
+        for folder, inside, _ in os.walk(root, followlinks=True):
+            inside[:] = sorted(name for name in inside if not name.startswith("."))
+            found += [f"{label}/{(Path(folder) / name).relative_to(root).as_posix()}" for name in inside]
     return found
 
 
@@ -278,12 +284,11 @@ def folder_name(folder: Path) -> str:
 
 
 def picture_folder(name: str) -> Path:
-    """The folder of that name, below input or output. Raises ValueError for any other."""
-    label, _, rest = name.partition("/")
-    roots = _picture_roots()
-    if label not in roots or checked_name(rest, "folder") != rest:
+    """The folder of that name. Raises ValueError for one that `picture_folders` does not list."""
+    if name not in picture_folders():
         raise ValueError(f"folder: {name!r} must be input/NAME or output/NAME, a folder in ComfyUI's input or output directory")
-    return roots[label] / rest
+    label, _, rest = name.partition("/")
+    return _picture_roots()[label] / rest
 
 
 def self_generate(
@@ -292,7 +297,7 @@ def self_generate(
     """Pictures of the model itself in output/NAME, picture i with the seed `seed + i`. Those that are there already are kept, not made again."""
     folder = Path(folder_paths.get_output_directory()) / checked_name(name, "save_name")
     folder.mkdir(parents=True, exist_ok=True)
-    prompts = [digest(tensor) for conditioning in (positive, negative) for tensor, _ in conditioning]
+    prompts = [prompt_digest(conditioning) for conditioning in (positive, negative)]
     comfy.model_management.load_models_gpu([model])  # with its LoRAs, which are part of what the fingerprint tells apart
     settings = {
         "prompts": prompts,
@@ -333,6 +338,12 @@ def self_generate(
 def base_fingerprint(model: Any) -> str:
     """Tells checkpoints apart, whatever precision they are loaded in."""
     return fingerprint(model.model.diffusion_model.state_dict())
+
+
+def prompt_digest(conditioning: list) -> str:
+    """Tells prompts apart: by the text encoder's tokens and its pooled output."""
+    tensors = [t for tokens, values in conditioning for t in (tokens, values.get("pooled_output")) if t is not None]
+    return " ".join(map(digest, tensors))
 
 
 def digest(tensor: Tensor) -> str:

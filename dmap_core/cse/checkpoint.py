@@ -89,11 +89,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError, naming what differs, if a training at `path` was begun with other settings than are wanted now."""
+    """Raises ValueError, naming what differs, if what is at `path` was begun with other settings than are wanted now."""
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         listed = "; ".join(f"{name} was {_short(found.get(name))} and is {_short(wanted[name])}" for name in different)
-        raise ValueError(f"{path} belongs to a training with other settings: {listed}. Choose another name, or remove it to start again")
+        raise ValueError(f"{path} was begun with other settings: {listed}. Choose another name, or remove it to start again")
 
 
 def _short(value: Any) -> str:

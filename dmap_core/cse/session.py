@@ -7,14 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from ..errors import Diverged
-from .checkpoint import STATE_SUFFIX, SaveError, check_same, read_state, write_cse, write_state
+from .checkpoint import STATE_SUFFIX, SaveError, check_same, read_cse, read_state, write_cse, write_state
 from .metadata import CSEMetadata
 from .trainer import Trainer
 from .validation import sheet, validation_loss
+
+DTYPE = torch.float16  # of the file
 
 
 class Session:
@@ -29,20 +32,36 @@ class Session:
         self.looked_at = looked_at.to(trainer.device)
         self.validations: list[list[float]] = []
         self.state_path = path.with_suffix(STATE_SUFFIX)
+        if path.exists() and not self.state_path.exists():
+            raise ValueError(f"{path} exists, and there is no {self.state_path.name} beside it to go on from; choose another name")
         if self.state_path.exists():
             state = read_state(self.state_path)
             check_same(state["identity"], identity, self.state_path)
             trainer.resume(state)
             self.validations = state["validations"]
-        elif path.exists():
-            raise ValueError(f"{path} exists, and there is no {self.state_path.name} beside it to go on from; choose another name")
         self.saved = trainer.step
 
     def save(self) -> None:
-        """State first: were there only the other file, a crash between the two would leave nothing to go on from."""
+        """State first: were there only the other file, a crash between the two would leave nothing to go on from.
+
+        Raises Diverged for weights that the file cannot hold.
+        """
+        weights = {name: tensor.to("cpu", DTYPE) for name, tensor in self.trainer.controlnet.state_dict().items()}
+        if not all(tensor.isfinite().all() for tensor in weights.values()):
+            raise Diverged(
+                f"weights are not finite, or too large for the file, at step {self.trainer.step}: "
+                f"learning_rate {self.trainer.settings.learning_rate:g} is too high"
+            )
         write_state(self.state_path, self.trainer.state() | {"identity": self.identity, "validations": self.validations})
-        write_cse(self.path, self.trainer.controlnet.state_dict(), replace(self.metadata, steps=self.trainer.step))
+        write_cse(self.path, weights, replace(self.metadata, steps=self.trainer.step), DTYPE)
         self.saved = self.trainer.step
+
+    def _written(self) -> bool:
+        """Whether the file is there as it was last trained: a program may end between its two files."""
+        if not self.path.exists():
+            return False
+        metadata = read_cse(self.path)[1]
+        return metadata is not None and metadata.steps == self.trainer.step
 
     def validate(self) -> None:
         t = self.trainer
@@ -57,6 +76,8 @@ class Session:
     def train(self, save_every: int, on_step: Callable[[int], None] | None = None) -> None:
         """To the last step of the settings. Stopped by an exception, it saves first, unless the exception is about the weights or the disk."""
         t = self.trainer
+        if t.step >= t.settings.steps and not self._written():
+            self.save()
         try:
             for _ in t.run():
                 if t.step % save_every == 0 or t.step == t.settings.steps:

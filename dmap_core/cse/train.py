@@ -265,7 +265,7 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         "prediction": base.prediction,
         "prompt": args.prompt,
     }
-    identity |= {"pictures": [file.name for file in files], "ema": args.ema, "adam_8bit": args.adam_8bit}
+    identity |= {"pictures": [f"{file.name} {file.stat().st_size}" for file in files], "ema": args.ema, "adam_8bit": args.adam_8bit}
     controlnet = base.new_controlnet(initial_controlnet(unet, settings.seed))
     optimizer = adam(controlnet.parameters(), lr=settings.learning_rate)
     average = None

@@ -192,7 +192,7 @@ def state(path):
 
 def distance(ours, theirs):
     """How far two sets of weights lie apart, in the norm of all of them together."""
-    assert list(ours) == list(theirs)
+    assert set(ours) == set(theirs)
     return sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours) ** 0.5
 
 
@@ -227,12 +227,12 @@ class Snapshot:
         }
         return found
 
-    def changed(self):
-        """Names of what is different now."""
+    def changed(self, flags=True):
+        """Names of what is different now. ComfyUI itself changes flags where it takes a LoRA off."""
         now = self._now()
         assert list(now) == list(self.before)
         return [
             name
             for name, (flag, dtype, value) in now.items()
-            if (flag, dtype) != self.before[name][:2] or not torch.equal(value, self.before[name][2])
+            if (flags and flag != self.before[name][0]) or dtype != self.before[name][1] or not torch.equal(value, self.before[name][2])
         ]

@@ -25,3 +25,34 @@ def test_the_pack_leaves_no_override_behind(lab):
     model = lab.shared()[0]
     lab.sample(lab.guider(), lab.dps(), steps=1)
     assert "optimized_attention_override" not in model.model_options["transformer_options"]
+
+
+def test_attention_of_a_controlnet_is_not_the_hosts(lab, monkeypatch):
+    import cses
+    from comfy.ldm.modules import attention
+
+    used = []
+
+    @attention.wrap_attn
+    def gradient_free_garbage(q, k, v, heads, **kwargs):
+        used.append(1)
+        return torch.zeros_like(attention.attention_pytorch(q, k, v, heads, **kwargs)).detach()
+
+    model = lab.shared()[0]
+    inputs = lab.problem()
+    control = comfy_controlnet(cses.weights(model))
+    seeing = cses.apply(control, inputs["measurement"], inputs["operator"])
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "optimized_attention", gradient_free_garbage)
+        patch.setattr(attention, "optimized_attention_masked", gradient_free_garbage)
+        latents = lab.sample(lab.guider(positive=seeing), lab.dps(), steps=2)
+        assert not used
+        control.control_model(torch.zeros(1, 4, 4, 4), torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, 1, 1024))
+        assert used  # outside of a run it is the host's again
+    assert torch.equal(latents, lab.sample(lab.guider(positive=seeing), lab.dps(), steps=2))
+
+
+def comfy_controlnet(weights):
+    import comfy.controlnet
+
+    return comfy.controlnet.load_controlnet_state_dict(dict(weights))

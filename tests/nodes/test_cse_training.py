@@ -64,9 +64,9 @@ def untouched(lab, cses):
     model, vae = lab.shared()
     before, picture = cses.Snapshot(model, vae), lab.ksampler(model)
     yield
+    assert torch.equal(lab.ksampler(model), picture)  # which loads it again, without a training's LoRA and precision
     assert before.changed() == []
     assert model.model.manual_cast_dtype is None
-    assert torch.equal(lab.ksampler(model), picture)
     assert all(p.grad is None for network in (model.model, vae.first_stage_model) for p in network.parameters())
 
 
@@ -79,6 +79,11 @@ def same_training(cses, ours, theirs):
     others = [b["optimizer"]["state"][i]["exp_avg_sq"] for i in b["optimizer"]["state"]]
     assert different == [] and all(map(torch.equal, moments, others)) and len(moments) == len(others) > 10
     assert (a["step"], a["losses"]) == (b["step"], b["losses"])
+
+
+def same_file(cses, ours, theirs):
+    (a, described), (b, expected) = (cses.checkpoint.read_cse(path) for path in (ours, theirs))
+    assert described == expected and set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # ---- what comes out
@@ -115,14 +120,15 @@ def test_the_file(lab, cses, whole):
 
 
 def test_it_is_what_was_trained(cses, whole, start):
-    """Every weight moved but those that cannot be reached yet, by the step size of Adam."""
+    """By about Adam's step size every weight moved but those that an empty prompt leaves without effect."""
     trained = cses.state(whole[0])["weights"]
     weights, _ = cses.checkpoint.read_cse(whole[0])
     assert all(torch.equal(weights[name], trained[name].half()) for name in trained) and set(weights) == set(trained)
     assert cses.distance(trained, start) > 1
     moved = {name: float((trained[name] - start[name]).abs().max()) for name in start}
     assert all(moved[name] > 0 for name in start if name.startswith(("zero_convs.", "middle_block_out.", "input_hint_block.")))
-    assert sum(value > 0 for value in moved.values()) == len(moved)
+    still = {name.split("transformer_blocks.0.")[-1] for name, value in moved.items() if value == 0}
+    assert still == {*(f"attn2.to_{part}.weight" for part in ("q", "k", "v", "out.0")), "norm2.weight", "norm2.bias"}
     assert max(moved.values()) < 1.1e-3 * STEPS
 
 
@@ -148,17 +154,16 @@ def test_the_progress_bar(whole):
     assert all(picture.size == (640, 360) for _, _, picture in shown)
 
 
-def test_validation_pictures(cses, folders):
-    """Without any, the first training pictures are looked at; all of a batch of four fit on the sheet."""
+def test_validation_pictures(lab, cses, folders):
+    """Without any, the first training pictures are looked at; of many, four. The training does not depend on them."""
     _, _, own, _ = cses.train(save_name="own", steps=1, validation=None)
-    _, _, same, _ = cses.train(save_name="same", steps=1, validation=cses.pictures(3))
     _, _, many, _ = cses.train(save_name="many", steps=1, validation=cses.pictures(6))
-    assert own.shape[1] == 3 * 32 + 2 * cses.validation.GAP and torch.equal(own, same)
-    assert many.shape[1] == 4 * 32 + 3 * cses.validation.GAP
-    states = [cses.state(folders.controlnet / name) for name in ("own", "same", "many")]
-    assert cses.distance(states[0]["weights"], states[2]["weights"]) == 0
-    assert states[0]["validations"] == states[1]["validations"] != states[2]["validations"]
-    assert [step for step, _ in states[0]["validations"]] == [1]
+    gap = cses.validation.GAP
+    assert own.shape[1] == 3 * 32 + 2 * gap and many.shape[1] == 4 * 32 + 3 * gap
+    assert torch.equal(own[:, : 3 * 32 + 2 * gap, : 32 + gap], many[:, : 3 * 32 + 2 * gap, : 32 + gap])  # of the same pictures
+    ours, theirs = (cses.state(folders.controlnet / name) for name in ("own", "many"))
+    assert cses.distance(ours["weights"], theirs["weights"]) == 0
+    assert ours["validations"] != theirs["validations"] and [step for step, _ in ours["validations"]] == [1]
 
 
 def test_what_it_is_for(lab, cses, whole):
@@ -178,13 +183,13 @@ def test_the_model_is_left_alone(cses, untouched):
     cses.train(save_name="alone", steps=1)
 
 
-def test_after_bf16_and_checkpointing(cses, folders, start, untouched):
+def test_after_bf16_and_checkpointing(cses, folders, whole, start, untouched):
     """The arithmetic is another for the time of the training only."""
-    cses.train(save_name="half", steps=2, precision="bf16", gradient_checkpointing=True)
-    trained = cses.state(folders.controlnet / "half")
-    assert all(loss == loss for loss in trained["losses"]) and trained["step"] == 2
+    cses.train(save_name="half", steps=1, precision="bf16", gradient_checkpointing=True)
+    trained, (expected, *_) = cses.state(folders.controlnet / "half"), cses.state(whole[0])["losses"]
+    assert trained["losses"] == [pytest.approx(expected, rel=0.05)] and trained["losses"] != [expected]
     assert {tensor.dtype for tensor in trained["weights"].values()} == {torch.float32}
-    assert cses.distance(trained["weights"], start) > 0.5
+    assert cses.distance(trained["weights"], start) > 0.1
 
 
 def test_after_an_error(lab, cses, untouched):
@@ -199,10 +204,12 @@ def test_weights_that_were_loaded_under_inference_mode(lab, cses, folders, whole
     same_training(cses, folders.controlnet / "fresh", whole[0])
 
 
-def test_a_lora(lab, cses, folders, whole, untouched):
-    """It is part of what the CSE learns to work with, and of what it starts from."""
-    model = lab.with_lora(lab.shared()[0])
-    cses.train(save_name="lora", steps=1, model=model)
+def test_a_lora(lab, cses, folders, whole):
+    """It is part of what the CSE learns to work with. Without it the model is what it was."""
+    model, vae = lab.shared()
+    picture, before = lab.ksampler(model), cses.Snapshot(model, vae)
+    cses.train(save_name="lora", steps=1, model=lab.with_lora(model))
+    assert torch.equal(lab.ksampler(model), picture) and before.changed(flags=False) == []
     assert cses.state(folders.controlnet / "lora")["losses"][0] != cses.state(whole[0])["losses"][0]
 
 
@@ -216,13 +223,6 @@ def test_to_need_less_memory_changes_nothing_but_rounding(cses, folders, whole, 
     ours, theirs = cses.state(folders.controlnet / name), cses.state(whole[0])
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4)
     assert cses.distance(ours["weights"], theirs["weights"]) < ROUNDING * cses.distance(theirs["weights"], start)
-
-
-def test_bf16_is_near(cses, folders, whole, start):
-    cses.train(save_name="bf16", precision="bf16")
-    ours, theirs = cses.state(folders.controlnet / "bf16"), cses.state(whole[0])
-    assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.05) and ours["losses"] != theirs["losses"]
-    assert cses.distance(ours["weights"], theirs["weights"]) < 0.8 * cses.distance(theirs["weights"], start)
 
 
 def test_a_folder_is_a_batch(cses, folders, whole):
@@ -260,7 +260,7 @@ def test_interrupted(lab, cses, folders, whole, monkeypatch, untouched):
         cses.train(save_name="cancelled", licence="CC0")
     assert [value for value, _, _ in shown] == [3]
     same_training(cses, path, whole[0])
-    assert path.read_bytes() == whole[0].read_bytes()
+    same_file(cses, path, whole[0])
 
 
 def test_crashed(cses, folders, whole, monkeypatch):
@@ -313,7 +313,8 @@ def test_finished_but_for_its_file(cses, folders, whole, copied, monkeypatch, ki
         cses.save({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, copied, **{**vars(described), "steps": 1})
     no_step(cses, monkeypatch)
     *_, summary = cses.train(save_name="copied", licence="CC0")
-    assert "3 steps of 2" in summary and copied.read_bytes() == whole[0].read_bytes()
+    assert "3 steps of 2" in summary
+    same_file(cses, copied, whole[0])
 
 
 def test_more_steps(cses, folders, whole, copied):
@@ -380,7 +381,7 @@ def poisoned(cses, patch, at):
     patch.setattr(cses.trainer, "batch_loss", poison)
 
 
-def test_a_nan(lab, cses, folders, whole, start, monkeypatch, untouched):
+def test_a_nan(lab, cses, folders, whole, monkeypatch):
     """It says what may help and keeps the last good file, from which the training can go on."""
     with monkeypatch.context() as patch:
         poisoned(cses, patch, 2)
@@ -403,9 +404,8 @@ def test_a_nan_before_the_first_save(lab, cses, folders, monkeypatch):
 
 
 def test_weights_that_half_precision_cannot_hold(lab, cses, folders, copied, monkeypatch):
-    """They never get into a file: neither at its regular time, nor when the training is cancelled."""
+    """They never get into a file."""
     before = copied.read_bytes()
-
     run = cses.trainer.Trainer.run
 
     def growing(self):
@@ -421,7 +421,7 @@ def test_weights_that_half_precision_cannot_hold(lab, cses, folders, copied, mon
 
 
 @pytest.mark.parametrize("place", ["state", "file"])
-def test_a_full_disk(cses, folders, copied, monkeypatch, untouched, place):
+def test_a_full_disk(cses, folders, copied, monkeypatch, place):
     import safetensors.torch
 
     before = copied.read_bytes()
@@ -445,7 +445,7 @@ def test_a_full_disk(cses, folders, copied, monkeypatch, untouched, place):
 
 PICTURES = {
     "none": ({"pictures": None}, "TrainCSE: pictures: connect a batch of pictures, or choose a folder"),
-    "both": ({"folder": "input/three"}, "TrainCSE: pictures: .*not both"),
+    "both": ({"folder": "input/three", "pictures": torch.zeros(3, 40, 40, 3)}, "TrainCSE: pictures: .*not both"),
     "fewer than a batch": ({"batch_size": 4}, "pictures: there are 3, fewer than batch_size 4"),
     "fewer in a folder": ({"batch_size": 4, "folder": "input/three", "pictures": None}, "there are 3, fewer than batch_size 4"),
     "an empty folder": ({"folder": "input/empty", "pictures": None}, "empty holds no pictures"),
@@ -528,7 +528,7 @@ def test_what_makes_it_run_again(lab, cses, folders, whole):
 # ---- other families
 
 
-@pytest.mark.parametrize("name", ["SD1.5", "SDXL", "SD2.1"])
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
 def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
     """One step, and the file is a ControlNet for that family. SDXL reads pooled conditioning and sizes as well."""
     import families
@@ -540,7 +540,7 @@ def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
         inputs = {"model": loaded.model, "vae": loaded.vae, "conditioning": loaded.condition(11)}
         control, _, _, summary = cses.train(save_name="family", steps=1, gradient_checkpointing=True, **inputs)
         assert before.changed() == []
-        assert loaded.family.config in summary and f"({'v' if name == 'SD2.1' else 'eps'}-prediction)" in summary
+        assert loaded.family.config in summary
         assert (control.control_model.num_classes is None) == (name != "SDXL")
         cses.host_cse.check_base(control, loaded.model, "cse")
         network = control.control_model
@@ -551,6 +551,17 @@ def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
         z = families.noise(1, 4, 4, 4, seed=1)
         plain, changed = (families.denoised(z, 1.0, **loaded.problem(positive=p)) for p in (loaded.condition(11), positive))
         assert float((changed - plain).abs().max()) > 1e-4
+
+
+def test_a_v_model(lab, cses, folders, whole):
+    """Its loss is of its own target, which is the other one's but for a factor that every noise level has."""
+    model = lab.call("ModelSamplingDiscrete", model=lab.shared()[0], sampling="v_prediction", zsnr=False)
+    control, _, _, summary = cses.train(save_name="v", steps=1, model=model)
+    assert "(v-prediction)" in summary
+    assert cses.state(folders.controlnet / "v")["losses"][0] != cses.state(whole[0])["losses"][0]
+    cses.host_cse.check_base(control, model, "cse")
+    with pytest.raises(ValueError, match="v-prediction"):
+        cses.host_cse.check_base(control, lab.shared()[0], "cse")
 
 
 # ---- pictures of the model itself

@@ -4,6 +4,8 @@ import pytest
 
 # Workflows refer to nodes by these: an id that is published does not change.
 NODES = {
+    "DMAP_ApplyCSE": "ApplyCSE",
+    "DMAP_CSEControlNetLoader": "CSEControlNetLoader",
     "DMAP_ComparisonSheet": "DMAP Comparison Sheet",
     "DMAP_DMAPPreset": "DMAPPreset",
     "DMAP_DMAPSampler": "DMAPSampler",
@@ -29,11 +31,15 @@ NODES = {
     "DMAP_PSLDSampler": "PSLDSampler",
     "DMAP_ReSampleSampler": "ReSampleSampler",
     "DMAP_SamplingReport": "DMAP Sampling Report",
+    "DMAP_SelfGenerateCSEDataset": "SelfGenerateCSEDataset",
+    "DMAP_TrainCSE": "TrainCSE",
 }
 
 # The same holds for the order of inputs, by which saved widget values are matched, and of outputs.
 PLACES = range(1, 9)
 INPUTS = {
+    "DMAP_ApplyCSE": "conditioning cse measurement operator strength start_percent end_percent hint_range model",
+    "DMAP_CSEControlNetLoader": "cse",
     "DMAP_ComparisonSheet": " ".join(["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width"]),
     "DMAP_DMAPPreset": "model operator solver settings_for steps",
     "DMAP_DMAPSampler": "K zeta eta optimizer",
@@ -59,6 +65,9 @@ INPUTS = {
     "DMAP_PSLDSampler": "zeta gamma transpose eta",
     "DMAP_ReSampleSampler": "zeta first last every iterations learning_rate factor space tweedie eta",
     "DMAP_SamplingReport": "guider latent",
+    "DMAP_SelfGenerateCSEDataset": "model positive vae count steps cfg width height seed save_name negative",
+    "DMAP_TrainCSE": "model vae conditioning operator folder save_name steps batch_size accumulation learning_rate precision size seed save_every "
+    "gradient_checkpointing pictures validation hint_range snr_gamma licence unreadable",
 }
 OUTPUTS = {
     **{node_id: ["SAMPLER"] for node_id in NODES if node_id.endswith("Sampler")},
@@ -70,7 +79,11 @@ OUTPUTS = {
     "DMAP_Degrade": ["IMAGE"],
     "DMAP_EmptyMeasurementLatent": ["LATENT", "INT", "INT"],
     **{node_id: ["OPERATOR"] for node_id in NODES if node_id.startswith("DMAP_Operator")},
+    "DMAP_ApplyCSE": ["CONDITIONING"],
+    "DMAP_CSEControlNetLoader": ["CONTROL_NET", "OPERATOR", "STRING"],
     "DMAP_SamplingReport": ["STRING", "STRING"],
+    "DMAP_SelfGenerateCSEDataset": ["IMAGE", "STRING"],
+    "DMAP_TrainCSE": ["CONTROL_NET", "IMAGE", "IMAGE", "STRING"],
 }
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
 OPTIONS = {
@@ -84,10 +97,17 @@ OPTIONS = {
     "subsampling": "4:4:4 4:2:2 4:2:0",
     "rounding": "straight-through cubic",
     "solver": "DPS|PSLD|FreeDoM|ReSample|DSG|DMAP|DMAP full",
+    "hint_range": {"DMAP_ApplyCSE": ["from file", "0..1", "-1..1"], "DMAP_TrainCSE": ["0..1", "-1..1"]},
+    "precision": "fp32 bf16 fp16",
+    "unreadable": "refuse skip",
+    "folder": ["the pictures input"],  # before folders of the machine
     "settings_for": "Stable Diffusion, 512 pixels|demo prior, 128 pixels",
 }
+# Combos that list files.
+FILES = {"weights", "cse"}
 # Everything else is a widget. A measurement is a picture, or masks of classes.
 CONNECTIONS = {"model", "positive", "negative", "vae", "operator", "measurement", "image", "mask", "kernel", "guider", "latent", "original"}
+CONNECTIONS |= {"conditioning", "cse", "pictures", "validation"}
 CONNECTIONS |= {f"{name}_{i}" for name in ("image", "report") for i in PLACES}
 
 
@@ -120,9 +140,13 @@ def test_what_the_interface_is_told(lab, node_id):
 @pytest.mark.parametrize("node_id", NODES)
 def test_words_of_combos(lab, node_id):
     for i in lab.NODES[node_id].GET_SCHEMA().inputs:
-        if i.io_type != "COMBO" or i.id == "weights":  # which lists files
+        if i.io_type != "COMBO" or i.id in FILES:
             continue
-        words = OPTIONS[i.id].split("|" if "|" in OPTIONS[i.id] else None)
+        words = OPTIONS[i.id]
+        if isinstance(words, dict):
+            words = words[node_id]
+        if isinstance(words, str):
+            words = words.split("|" if "|" in words else None)
         assert i.options[: len(words)] == words
 
 
@@ -141,11 +165,11 @@ def test_defaults(lab, node_id):
     """
     for i in lab.NODES[node_id].GET_SCHEMA().inputs:
         default = getattr(i, "default", None)
+        if i.id in FILES and i.io_type == "COMBO":
+            assert default is None and (i.options or i.id == "cse")  # weights say what is missing
+            continue
         if i.id in CONNECTIONS or i.io_type == "OPERATOR":
             assert default is None
-            continue
-        if i.id == "weights":
-            assert default is None and len(i.options) > 0
             continue
         assert default is not None, i.id
         for limit in ("min", "max"):
@@ -164,5 +188,6 @@ def test_there_is_no_help_page_of_a_node_that_is_gone(lab):
     assert sorted(path.stem for path in (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs").glob("*.md")) == sorted(NODES)
 
 
-def test_the_report_runs_without_a_node_after_it(lab):
-    assert lab.NODES["DMAP_SamplingReport"].GET_SCHEMA().is_output_node
+@pytest.mark.parametrize("node_id", ["DMAP_SamplingReport", "DMAP_SelfGenerateCSEDataset", "DMAP_TrainCSE"])
+def test_it_runs_without_a_node_after_it(lab, node_id):
+    assert lab.NODES[node_id].GET_SCHEMA().is_output_node
