@@ -93,7 +93,7 @@ def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) 
     different = [name for name in wanted if found.get(name) != wanted[name]]
     if different:
         listed = "; ".join(f"{name} was {_short(found.get(name))} and is {_short(wanted[name])}" for name in different)
-        raise ValueError(f"{path} was begun with other settings: {listed}. Choose another name, or remove it to start again")
+        raise ValueError(f"{path} has other settings: {listed}. Choose another name, or remove it to start again")
 
 
 def _short(value: Any) -> str:

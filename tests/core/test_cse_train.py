@@ -450,7 +450,7 @@ def test_another_training_beside_the_file(given, half, copy, tmp_path, capsys, n
         "ema": lambda: ["--ema", 0.6],
     }[name]()
     message = refusal(given.options(copy, "--ema", 0.5, *more), capsys)
-    assert "copy.training belongs to a training with other settings: " in message
+    assert "copy.training has other settings: " in message
     assert [difference.split()[0] for difference in message.split("settings: ")[1].split(". Choose")[0].split("; ")] == [name]
     assert copy.read_bytes() == half.read_bytes() and equal(state_of(copy), state_of(half))
 

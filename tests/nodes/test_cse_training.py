@@ -498,9 +498,16 @@ def test_a_crop_that_the_operator_cannot_take(lab, cses, folders):
 def test_prompts_that_cannot_be_trained_with(lab, cses, whole):
     plain = lab.call("DMAP_DMAPUnconditional", model=lab.shared()[0])
     control, operator, _ = cses.load("whole.safetensors")
-    for conditioning in (plain * 2, cses.apply(control, lab.problem()["measurement"], operator)):
+    masked = [[plain[0][0], {**plain[0][1], "mask": torch.ones(1, 8, 8)}]]
+    for conditioning in (plain * 2, masked, cses.apply(control, lab.problem()["measurement"], operator)):
         with pytest.raises(ValueError, match="conditioning: training takes one prompt"):
             cses.train(save_name="prompts", conditioning=conditioning)
+
+
+def test_models_for_inpainting_are_refused(lab, cses, monkeypatch):
+    monkeypatch.setitem(lab.shared()[0].model.model_config.unet_config, "in_channels", 9)
+    with pytest.raises(ValueError, match="model: its network reads more than latents"):
+        cses.train(save_name="inpainting")
 
 
 def test_unreadable_files(cses, folders, caplog):
