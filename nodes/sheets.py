@@ -47,20 +47,31 @@ class ComparisonSheet(io.ComfyNode):
                 io.Int.Input(
                     "width", default=256, min=64, max=2048, optional=True, tooltip="Width of every picture on the sheet, in pixels."
                 ),
+                io.String.Input(
+                    "names",
+                    default="",
+                    optional=True,
+                    tooltip="Names of the restorations in the order of the pictures, with commas between them. Empty: what their reports say.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="sheet")],
         )
 
     @classmethod
-    def execute(cls, measurement=None, original=None, width=256, **given) -> io.NodeOutput:
+    def execute(cls, measurement=None, original=None, width=256, names="", **given) -> io.NodeOutput:
+        restored = [name for name in (f"image_{i}" for i in range(1, PLACES + 1)) if given.get(name) is not None]
+        own = [name.strip() for name in names.split(",")] if names.strip() else []
+        if own and len(own) != len(restored):
+            raise ValueError(f"ComparisonSheet: names holds {len(own)} names for {len(restored)} pictures; give one for each, or none")
         tiles = []
         for name, picture in (("damaged", measurement), *((f"image_{i}", given.get(f"image_{i}")) for i in range(1, PLACES + 1))):
             if picture is None:
                 continue
             check_picture(picture, f"ComparisonSheet: {name}")
             captions = [f"{picture.shape[2]}x{picture.shape[1]}"]
-            if picture is not measurement:
-                name, captions = cls._captions(name, given.get(name.replace("image", "report")), picture, original)
+            if name != "damaged":
+                title, captions = cls._captions(name, given.get(name.replace("image", "report")), picture, original)
+                name = own[restored.index(name)] if own else title
             tiles.append((name, captions, picture[0]))
         if not tiles:
             raise ValueError("ComparisonSheet: nothing is connected; connect image_1")

@@ -409,7 +409,7 @@ Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`. The original shoul
         inputs[f"image_{i}"] = picture
         if name != "CSE alone":
             inputs[f"report_{i}"] = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=samples), 1
-    page = g.add("DMAP_ComparisonSheet", 9, width=256, **inputs), 0
+    page = g.add("DMAP_ComparisonSheet", 9, width=256, names=", ".join(name for name, _ in ways), **inputs), 0
     g.add("SaveImage", 9, title="Sheet: save", size=(700, 560), images=page, filename_prefix="dmap-demo/cse")
     return g
 

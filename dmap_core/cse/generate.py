@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         from .diffusers_models import open_base
     except ModuleNotFoundError as error:
-        from .train import MISSING
+        from .options import MISSING
 
         sys.exit(MISSING.format(error.name))
     try:

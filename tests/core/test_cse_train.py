@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dmap_core.cse import train
+from dmap_core.cse import options, train
 from dmap_core.cse.checkpoint import read_cse, read_state
 from dmap_core.cse.keys import to_ldm
 
@@ -664,7 +664,7 @@ def test_config(given, tmp_path):
         licence: MIT
         """,
     )
-    args = train.parse(["--config", str(path), "--seed", "7", "--precision", "fp32"])
+    args = options.parse(["--config", str(path), "--seed", "7", "--precision", "fp32"], "")
     assert args.gradient_checkpointing is True and args.adam_8bit is False and args.count is None and args.save_every == 500
     run(["--config", str(path), "--seed", "7", "--precision", "fp32", "--workers", "0"])
     metadata = read_cse(tmp_path / "cse.safetensors")[1]
@@ -717,8 +717,8 @@ def test_help_needs_nothing_and_names_every_option():
     )
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert "argparse" in imported and not imported & {"torch", "accelerate", "diffusers", "transformers", "numpy", "PIL", "yaml"}
-    options = [option for action in train.parser()._actions for option in action.option_strings]
-    assert len(options) > 25 and all(option in done.stdout for option in options)
+    known = [option for action in options.parser("")._actions for option in action.option_strings]
+    assert len(known) > 25 and all(option in done.stdout for option in known)
 
 
 WITHOUT = """

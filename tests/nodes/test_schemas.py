@@ -40,7 +40,9 @@ PLACES = range(1, 9)
 INPUTS = {
     "DMAP_ApplyCSE": "conditioning cse measurement operator strength start_percent end_percent hint_range model",
     "DMAP_CSEControlNetLoader": "cse",
-    "DMAP_ComparisonSheet": " ".join(["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width"]),
+    "DMAP_ComparisonSheet": " ".join(
+        ["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width names"]
+    ),
     "DMAP_DMAPPreset": "model operator solver settings_for steps",
     "DMAP_DMAPSampler": "K zeta eta optimizer",
     "DMAP_DMAPScheduler": "model steps start end spacing",

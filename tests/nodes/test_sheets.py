@@ -74,3 +74,17 @@ def test_what_cannot_be_shown(lab):
     refused("report_2 is no report", image_2=RED, report_2="[]")
     refused(r"image_1 has the shape \(16, 16, 3\) and original \(8, 8, 3\)", image_1=RED, original=flat((0.0, 0.0, 0.0), 8, 8))
     refused("image_1.*alpha", image_1=torch.ones(1, 4, 4, 4))
+
+
+def test_names_of_ones_own(lab, monkeypatch):
+    import importlib
+
+    sheets = importlib.import_module("dmap_pack.nodes.sheets")
+    shown = []
+    monkeypatch.setattr(sheets, "sheet", lambda tiles, width: shown.extend(name for name, _, _ in tiles) or RED)
+    lab.call(
+        "DMAP_ComparisonSheet", measurement=RED, original=BLUE, image_1=GREEN, image_3=RED, report_1=report(), names="alone,  with it "
+    )
+    assert shown == ["damaged", "alone", "with it", "original"]
+    with pytest.raises(ValueError, match="names holds 3 names for 1 pictures"):
+        lab.call("DMAP_ComparisonSheet", image_1=GREEN, names="a,b,c")
