@@ -11,7 +11,7 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..dmap_core.cse.data import Examples, centred, folder_files, named, open_rgb, to_picture, to_tensor
+from ..dmap_core.cse.data import Examples, centred, file_identity, folder_files, named, open_rgb, to_picture, to_tensor
 from ..dmap_core.cse.metadata import CSEMetadata
 from ..dmap_core.cse.session import Session, identity
 from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
@@ -214,7 +214,7 @@ class SelfGenerateCSEDataset(io.ComfyNode):
         for file in host_cse.self_generate(model, vae, positive, negative or positive, save_name, count, steps, cfg, (height, width), seed):
             files.append(file)
             progress.update(len(files), open_rgb(file))
-        pictures = torch.stack([torch.from_numpy(np.array(open_rgb(file))).float() / 255 for file in files])
+        pictures = torch.cat([_image(open_rgb(file)) for file in files])
         return io.NodeOutput(
             pictures, host_cse.folder_name(files[0].parent), ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}")
         )
@@ -395,7 +395,7 @@ class TrainCSE(io.ComfyNode):
                 trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
                 described = cls._metadata(base, model, settings, operator, chosen, source, licence)
                 prompt = host_cse.prompt_digest(conditioning)
-                files = [f"{p.name} {p.stat().st_size}" if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
+                files = [file_identity(p) if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
                 same = identity(settings, operator, described.fingerprint, described.prediction, prompt, files)
                 session = Session(trainer, path, same, described, looked_at)
                 session.train(save_every, cls._progress(session))

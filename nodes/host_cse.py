@@ -121,6 +121,11 @@ def attach(conditioning: list, control: Any, hint: Tensor, strength: float, star
     return out
 
 
+def prediction_of(model: Any) -> str:
+    """What the network of a MODEL predicts: "eps" or "v"."""
+    return "v" if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION) else "eps"
+
+
 def check_base(control: Any, model: Any, name: str) -> None:
     """Raises ValueError for a ControlNet made for another kind of base model. Adapters of other architectures are not looked at."""
     network = getattr(control, "control_model", None)
@@ -140,7 +145,7 @@ def check_base(control: Any, model: Any, name: str) -> None:
             f"{ours.get(different, 'absent')} in the model. Load the one for {type(model.model).__name__} models, or the checkpoint that it was trained on"
             f"{f' ({metadata.base})' if metadata else ''}"
         )
-    kind = "v" if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION) else "eps"
+    kind = prediction_of(model)
     if metadata and metadata.prediction != kind:
         raise ValueError(
             f"{name}: {which} was trained on a {metadata.prediction}-prediction model ({metadata.base}), and this model predicts {kind}. "
@@ -175,7 +180,7 @@ class HostBase:
         self._sampling = sampling
         self.device = patcher.load_device
         self.sigmas = sampling.sigmas.float().to(self.device)
-        self.prediction = "v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps"
+        self.prediction = prediction_of(patcher)
         self._autoencoder = host.HostPrior(self.model, vae, vae.patcher.model, [], (size, size))
         self.unet = self.model.diffusion_model
 

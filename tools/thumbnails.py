@@ -4,8 +4,8 @@
     python tools/thumbnails.py
 
 The pictures are those that demo/run.py restored with DMAP; workflows that compare solvers show docs/all-solvers.png, which
-demo-all-solvers.json makes, those of the CSE docs/cse.png, which demo-cse.json makes. Stable Diffusion 2.0 has not run for them: the thumbnails of sd2-*.json show the demo prior on the same kind of
-damage, and say so.
+demo-all-solvers.json makes, those of the CSE docs/cse.png, which demo-cse.json makes. Stable Diffusion 2.0 has not run for them: the
+thumbnails of sd2-*.json show the demo prior on the same kind of damage, and say so.
 """
 
 import argparse

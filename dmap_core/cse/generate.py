@@ -19,6 +19,7 @@ from torch import Tensor
 from ..schedule import ancestral_step, generators, randn_like
 from .data import to_picture
 from .loss import Base
+from .validation import levels
 
 log = logging.getLogger("dmap.cse")
 STEPS = 50  # of the paper's authors
@@ -27,8 +28,7 @@ STEPS = 50  # of the paper's authors
 @torch.no_grad()
 def generate(base: Base, shape: tuple[int, int, int], seed: int, steps: int = STEPS) -> Tensor:
     """One image (1, 3, H, W) from latents of `shape` (C, h, w): Euler-ancestral steps (eta 1) over evenly spaced timesteps."""
-    timesteps = torch.linspace(len(base.sigmas) - 1, 0, steps).round().long()
-    sigmas = [float(base.sigmas[t]) for t in timesteps] + [0.0]
+    timesteps, sigmas = levels(base, steps)
     noise = generators(seed, 1)
     device = base.sigmas.device
     z = sigmas[0] * randn_like(torch.zeros(1, *shape, device=device), noise)

@@ -63,7 +63,7 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
 
     from ..errors import Diverged
     from .checkpoint import STATE_SUFFIX, check_same, read_cse, read_state, write_cse, write_state
-    from .data import Examples, centred, collate, folder_files, named, open_rgb, to_tensor
+    from .data import Examples, centred, collate, file_identity, folder_files, named, open_rgb, to_tensor
     from .diffusers_models import open_base, to_ldm
     from .loss import batch_loss
     from .metadata import CSEMetadata
@@ -118,7 +118,7 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         "prediction": base.prediction,
         "prompt": args.prompt,
     }
-    identity |= {"pictures": [f"{file.name} {file.stat().st_size}" for file in files], "ema": args.ema, "adam_8bit": args.adam_8bit}
+    identity |= {"pictures": [file_identity(file) for file in files], "ema": args.ema, "adam_8bit": args.adam_8bit}
     controlnet = base.new_controlnet(initial_controlnet(unet, settings.seed))
     optimizer = adam(controlnet.parameters(), lr=settings.learning_rate)
     average = None

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..operators import Operator
 from ..schedule import ancestral_step
 from .data import to_picture
-from .loss import Base, denoising_loss, in_range, make_hint, noised
+from .loss import Base, denoising_loss, make_hint, noised
 from .settings import TrainingSettings
 
 LEVELS = 8  # timesteps at which the loss is taken
@@ -35,12 +35,17 @@ def validation_loss(base: Base, controlnet: Any, operator: Operator, image: Tens
     return float(torch.stack(losses).mean())
 
 
+def levels(base: Base, steps: int) -> tuple[Tensor, list[float]]:
+    """(steps,) evenly spaced timesteps from the last to the first, and their noise levels with 0 behind them."""
+    timesteps = torch.linspace(len(base.sigmas) - 1, 0, steps).round().long()
+    return timesteps, [float(base.sigmas[t]) for t in timesteps] + [0.0]
+
+
 @torch.no_grad()
 def restore(base: Base, controlnet: Any, hint: Tensor, steps: int = STEPS) -> Tensor:
     """Images (B, 3, S, S) restored by the CSE alone: deterministic steps (eta 0) over evenly spaced timesteps, noise from seeds 0, 1, ..."""
-    timesteps = torch.linspace(len(base.sigmas) - 1, 0, steps).round().long()
-    sigmas = [float(base.sigmas[t]) for t in timesteps] + [0.0]
-    like = base.encode(in_range(torch.zeros_like(hint), "-1..1"))
+    timesteps, sigmas = levels(base, steps)
+    like = base.encode(torch.zeros_like(hint))
     z = noised(torch.zeros_like(like), like.new_full((len(like),), sigmas[0]), range(len(like)))
     for i, t in enumerate(timesteps):
         denoised = base.denoise(controlnet, z, t.expand(len(z)).to(z.device), hint)
