@@ -9,13 +9,14 @@ ARGS ?=
 export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser demo test serve lint demo-prior demo-cse clean
+.PHONY: help setup setup-browser demo test serve lint report demo-prior demo-cse clean
 
 help:
 	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
 	@echo "make test         run all tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest)"
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
 	@echo "make lint         check the code's style"
+	@echo "make report       the paper's tables and studies on the small prior, into docs/report/ (hours; QUICK=1: minutes, few pictures)"
 	@echo "make demo-prior   train the small prior again (hours; AE_MINUTES and UNET_MINUTES set the time)"
 	@echo "make demo-cse     train the CSEs of the small prior again, with 100 pictures and with self-generated ones (two hours)"
 	@echo "make setup        only set up: a Python environment in .venv/ and a ComfyUI in .host/"
@@ -43,6 +44,10 @@ serve: setup
 lint: setup
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+
+# Goes on where it was cut: every finished picture is kept below output/report/.
+report: setup
+	@$(PYTHON) demo/report.py $(if $(QUICK),--quick) $(ARGS)
 
 # Each stage resumes from its .state file, so an interrupted training goes on where it was.
 demo-prior: setup

@@ -76,9 +76,11 @@ class Bench:
         import comfy.sd
 
         import_pack()
+        from dmap_pack.dmap_core.metrics.reference import FeatureDistance
         from dmap_pack.nodes import cse, guiders, operators, samplers
 
         self.cse = None
+        self.feature_distance = FeatureDistance()
         self.nodes = {cls.__name__: cls for module in (cse, guiders, operators, samplers) for cls in module.NODES}
         self.model, _, self.vae = comfy.sd.load_checkpoint_guess_config(str(PRIOR_FILE), output_clip=False)[:3]
         if args.cpu:  # a sixth faster there
@@ -126,7 +128,6 @@ class Bench:
 def measure(bench: Bench, file: Path, operator, solver: str, preset, seed: int) -> dict:
     """Figures of one restoration, or of the measurement itself, enlarged if it is smaller."""
     import torch
-    from perceptual import feature_distance
 
     original = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).float()[None] / 255
     with torch.inference_mode():
@@ -148,7 +149,7 @@ def measure(bench: Bench, file: Path, operator, solver: str, preset, seed: int) 
                 cost = {"residual": residual, "seconds": time.perf_counter() - started, "denoiser_calls": CSE_STEPS, "decoder_calls": 1}
         restored = (restored * 255).round().clamp(0, 255) / 255  # what a saved picture holds
         error = (restored - original).double().square().mean()
-        distance = feature_distance(restored.movedim(-1, 1), original.movedim(-1, 1))
+        distance = bench.feature_distance(restored.movedim(-1, 1), original.movedim(-1, 1))
         return {"psnr": float(-10 * error.log10()), "features": float(distance)} | cost
 
 

@@ -96,7 +96,9 @@ class BaseModel:
         return controlnet
 
     def to(self, device: torch.device, dtype: torch.dtype) -> BaseModel:
-        self.unet.to(device, dtype)
+        self.unet.to(device)
+        if dtype != torch.float32:  # diffusers warns about every cast, also about one that changes nothing
+            self.unet.to(dtype)
         self.vae.to(device)  # float32: half precision overflows in the autoencoder of SD 2
         self.context, self.sigmas = self.context.to(device, dtype), self.sigmas.to(device)
         return self
@@ -114,7 +116,11 @@ class BaseModel:
 
     def denoise(self, controlnet: nn.Module | None, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
         """E[z0 | z, hint] of VE latents (B, C, h, w) at timesteps (B,), float32."""
-        sigma = self.sigmas[timestep].view(-1, 1, 1, 1)
+        return self.denoise_at(controlnet, z, self.sigmas[timestep], timestep, hint)
+
+    def denoise_at(self, controlnet: nn.Module | None, z: Tensor, sigma: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
+        """The same at noise levels sigma (B,) that may lie between those of the timesteps."""
+        sigma = sigma.view(-1, 1, 1, 1)
         x = (z / (1 + sigma**2).sqrt()).to(self.context.dtype)
         context = self.context.expand(len(z), -1, -1)
         control = {}

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Find, Operator, Size
+from .base import Find, Operator, Size, whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +83,9 @@ class Inpainting(Operator):
 
     @classmethod
     def from_settings(cls, settings: dict[str, Any], find: Find | None = None) -> Inpainting:
+        """A mask as `spec` packs it; or size: [H, W] and box: [h, w], a centred hole, which a person can write into a config."""
+        if settings.keys() == {"size", "box"}:
+            return cls(_box_of(settings["size"], settings["box"]))
         try:
             shape = tuple(int(n) for n in settings["shape"])
             count = math.prod(shape)
@@ -97,6 +100,16 @@ class Inpainting(Operator):
     def describe(self) -> str:
         h, w = self.mask.shape[-2:]
         return f"Inpainting({w}x{h}, {100 * float(self.mask.mean()):.1f} % missing)"
+
+
+def _box_of(size: Any, box: Any) -> Tensor:
+    for name, value in (("size", size), ("box", box)):
+        if not isinstance(value, (list, tuple)) or len(value) != 2:
+            raise ValueError(f"Inpainting: {name} is {value!r}; it must be [height, width] in pixels")
+    size, box = (tuple(whole(f"Inpainting: {name}", n, 1) for n in value) for name, value in (("size", size), ("box", box)))
+    if box[0] > size[0] or box[1] > size[1]:
+        raise ValueError(f"Inpainting: the box {box[1]}x{box[0]} is larger than the picture, {size[1]}x{size[0]}")
+    return centred_box(size, box)
 
 
 def centred_box(size: Size, box: Size) -> Tensor:

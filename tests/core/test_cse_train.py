@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from host import import_torchvision
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_models import pictures, tiny_checkpoint
 
 from dmap_core.cse import options, train
 from dmap_core.cse.checkpoint import read_cse, read_state
@@ -28,7 +28,7 @@ from dmap_core.cse.keys import to_ldm
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 ROOT = Path(train.__file__).resolve().parents[2]
-LAUNCHER = ROOT / "tests" / "train_cse.py"
+LAUNCHER = [str(ROOT / "tests" / "launch.py"), "dmap_core.cse.train"]
 OPERATOR = {"operator": "SuperResolution", "scale": 8}
 STEPS, HALF, SAVED = 12, 6, 3
 SECONDS = 300  # until a process is taken for hung
@@ -42,44 +42,6 @@ def on_the_cpu():
         patch.setenv("OMP_NUM_THREADS", "1")
         import_torchvision()
         yield
-
-
-def tiny_checkpoint(path, seed=0):
-    """A UNet of two levels and a tiny autoencoder in one file, under the original names."""
-    from diffusers import AutoencoderTiny, UNet2DConditionModel
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        unet = UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            block_out_channels=(64, 64),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=1,
-        )
-        vae = AutoencoderTiny(scaling_factor=1.0)
-    state = {f"model.diffusion_model.{name}": tensor for name, tensor in to_ldm(unet.state_dict()).items()}
-    for name, tensor in vae.state_dict().items():
-        part, _, n, rest = name.split(".", 3)
-        first = part == "decoder"  # whose first module, in the original, clamps
-        state[f"first_stage_model.taesd_{part}.{int(n) + first}.{rest}"] = tensor
-    last = max(int(name.split(".")[2]) for name in state if ".taesd_encoder." in name)
-    state[f"first_stage_model.taesd_encoder.{last}.weight"] *= 30  # latents of a variance near 1
-    state["first_stage_model.vae_scale"] = torch.tensor(0.18215)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
-    return path
-
-
-def pictures(folder, count, prefix=""):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(count):
-        rough = Image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8))
-        rough.resize((48, 40), Image.Resampling.BICUBIC).save(folder / f"{prefix}{i}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +81,7 @@ def refusal(argv, capsys):
 def start(argv, log, **environment):
     with open(log, "wb") as file:
         return subprocess.Popen(
-            [sys.executable, str(LAUNCHER), *argv],
+            [sys.executable, *LAUNCHER, *argv],
             cwd=log.parent,
             stdout=file,
             stderr=subprocess.STDOUT,

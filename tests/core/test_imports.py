@@ -1,4 +1,4 @@
-"""dmap_core is torch and nothing of a host; the training of CSEs needs Pillow, and on the command line diffusers."""
+"""dmap_core is torch and nothing of a host; training and table runs need Pillow, and on the command line diffusers."""
 
 import ast
 import subprocess
@@ -11,10 +11,13 @@ import dmap_core
 
 PACKAGE = Path(dmap_core.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-CSE = [path for path in SOURCES if PACKAGE / "cse" in path.parents]
+PICTURES = [path for path in SOURCES if {PACKAGE / "cse", PACKAGE / "evaluate"} & set(path.parents)]  # what reads and writes files
+COMMANDS = {PACKAGE / "cli.py", PACKAGE / "studies" / "commands.py"}
 HOST = {"comfy", "comfy_api", "comfy_execution", "comfy_extras", "folder_paths", "nodes", "server"}
-TRAINING = {"diffusers", "transformers", "accelerate", "tensorboard", "yaml", "bitsandbytes"}
+EXTRAS = {"diffusers", "transformers", "accelerate", "tensorboard", "yaml", "bitsandbytes", "psutil"}
+EXTRAS |= {"torchmetrics", "lpips", "torch_fidelity", "matplotlib", "torchvision", "scipy", "efficientnet_lite_pytorch"}
 DIFFUSERS = PACKAGE / "cse" / "diffusers_models.py"
+ON_DIFFUSERS = ("dmap_core.cse.diffusers_models", "dmap_core.priors.diffusers")
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -36,17 +39,19 @@ def imported(condition):
     return int(count), set(names.split())
 
 
-def test_sampling_needs_torch_alone():
-    count, names = imported('module.name.split(".")[1] != "cse"')
-    assert count == len(SOURCES) - 1 - len(CSE) + 1  # walk_packages imports packages, cse among them, to see what is in them
-    assert not (HOST | TRAINING | {"PIL", "torchvision", "scipy"}) & names
+def test_sampling_metrics_and_studies_need_torch_alone():
+    """Packages of `walk_packages` are imported to see what is in them; theirs are empty but for names."""
+    count, names = imported(f'module.name.split(".")[1] not in ("cse", "evaluate") and module.name not in {ON_DIFFUSERS}')
+    alone = [path for path in SOURCES if path not in PICTURES]
+    assert count >= len(alone) - 2  # without dmap_core itself and priors.diffusers
+    assert not (HOST | EXTRAS | {"PIL"}) & names
 
 
 def test_training_in_a_host_needs_pillow_besides():
-    count, names = imported('module.name != "dmap_core.cse.diffusers_models"')
-    assert count == len(SOURCES) - 2
+    count, names = imported(f"module.name not in {ON_DIFFUSERS}")
+    assert count == len(SOURCES) - 3  # dmap_core itself has no dot behind it
     assert "PIL" in names
-    assert not (HOST | TRAINING | {"torchvision", "scipy"}) & names
+    assert not (HOST | EXTRAS) & names
 
 
 def roots(path, only_at_the_top):
@@ -65,9 +70,11 @@ def roots(path, only_at_the_top):
 def test_what_a_source_imports(path):
     """diffusers and its like are imported where they are needed, so that their absence can be explained. A host's modules are nowhere."""
     assert not HOST & roots(path, only_at_the_top=False)
-    assert roots(path, only_at_the_top=True) & TRAINING == ({"diffusers", "transformers"} if path == DIFFUSERS else set())
-    if path not in CSE:
-        assert not (TRAINING | {"PIL"}) & roots(path, only_at_the_top=False)
+    assert roots(path, only_at_the_top=True) & EXTRAS == ({"diffusers", "transformers"} if path == DIFFUSERS else set())
+    if path not in PICTURES:
+        assert "PIL" not in roots(path, only_at_the_top=False)
+    if path not in PICTURES and path not in COMMANDS:
+        assert not {"diffusers", "transformers", "accelerate", "yaml"} & roots(path, only_at_the_top=False)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

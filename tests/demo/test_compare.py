@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from host import ROOT
-from torch.nn import functional as F
 
 sys.path.insert(0, str(ROOT / "demo"))
 
 from compare import table, variants, vertex  # noqa: E402
-from perceptual import feature_distance  # noqa: E402
 
 from dmap_core.operators import SuperResolution  # noqa: E402
 from dmap_core.presets import MODELS, preset  # noqa: E402
@@ -41,16 +39,6 @@ def test_sweeps_multiply_the_presets_setting():
     assert half.settings["zeta"] == DPS.settings["zeta"] / 2 and same.settings == DPS.settings
     with pytest.raises(SystemExit, match="no setting 'K'.*zeta"):
         variants(DPS, "K=1,2")
-
-
-def test_feature_distance_is_zero_for_equal_pictures_and_grows_with_blur():
-    picture = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    soft, softer = (F.interpolate(F.avg_pool2d(picture, k), (64, 64)) for k in (2, 4))
-    assert feature_distance(picture, picture).abs().max() < 1e-6
-    near, far = feature_distance(picture, soft), feature_distance(picture, softer)
-    assert (near > 0.01).all() and (far > near).all()
-    alone = torch.stack([feature_distance(picture[i : i + 1], soft[i : i + 1])[0] for i in range(2)])
-    assert torch.allclose(alone, near, atol=1e-5)
 
 
 def test_a_run_is_kept_and_not_computed_again(tmp_path):

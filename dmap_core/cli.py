@@ -1,0 +1,44 @@
+"""Tables and studies without ComfyUI: `python -m dmap_core.cli COMMAND --help`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from .evaluate import command as evaluate
+from .studies import commands as studies
+
+MISSING = "this needs {0}, which is not installed: pip install accelerate diffusers transformers torchmetrics matplotlib pyyaml tqdm"
+
+
+def parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(prog="python -m dmap_core.cli", description=__doc__, formatter_class=raw)
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    table = commands.add_parser(
+        "evaluate", help="restore many pictures and write a table", description=evaluate.__doc__, formatter_class=raw
+    )
+    evaluate.add_arguments(table)
+    table.set_defaults(run=evaluate.run)
+    studies.add_parsers(commands, raw)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        args.run(args)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {MISSING.format(error.name)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""`evaluate`: restore many pictures, measure them, and write a table.
+
+    python -m dmap_core.cli evaluate --images photos/ --size 512 --checkpoint 512-base-ema.safetensors \\
+        --operator '{"operator": "SuperResolution", "scale": 8}' --solver DPS,DMAP --out results/
+    accelerate launch --num_processes 4 -m dmap_core.cli evaluate --config studies/configs/table4.yaml --images imagenet/ --out results/
+
+The same command goes on where it was cut: every finished picture is on disk. Several processes share the work, on machines that see the
+same results folder. What is given on the command line comes before the config file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..presets import MODELS
+from .config import NAMES, PRECISIONS, Config, ConfigError, make_config, read_config
+
+DEFAULT_METRICS = "psnr,ssim"
+
+
+def add_arguments(p: argparse.ArgumentParser) -> None:
+    """The options that make a config, for all commands that need one."""
+    p.add_argument("--config", type=Path, help="YAML file with the rows of a table; see docs/studies.md")
+    p.add_argument("--images", type=Path, help="folder with clean pictures")
+    p.add_argument("--checkpoint", type=Path, help="the base model: a .safetensors or .ckpt file, or a diffusers folder")
+    p.add_argument("--out", type=Path, required=True, help="results folder; goes on with what is in it")
+    p.add_argument("--operator", help="the degradation, as JSON or a .json file (without --config)")
+    p.add_argument("--solver", help=f"solvers with commas between them (without --config): {', '.join(NAMES)}")
+    p.add_argument("--settings", help="of the solver instead of its preset's, as JSON: '{\"zeta\": 4.8}' (without --config)")
+    p.add_argument("--steps", type=int, help="instead of the preset's (without --config)")
+    p.add_argument("--spacing", help="of the noise levels instead of the preset's (without --config)")
+    p.add_argument("--cse", type=Path, help="a ControlNet that takes part in every row (without --config)")
+    p.add_argument("--count", type=int, help="take the first so many pictures by name")
+    p.add_argument("--size", type=int, help="resize and centre-crop all pictures to this")
+    p.add_argument("--seed", type=int, help="of the first picture; the next has the next one")
+    p.add_argument("--precision", choices=PRECISIONS, help="of the denoiser (the autoencoder is fp32)")
+    p.add_argument("--metrics", help=f"with commas between them (default: {DEFAULT_METRICS})")
+    p.add_argument("--weights", type=Path, help="folder with weights of metrics' backbones and of learned operators")
+    p.add_argument("--settings-for", choices=MODELS, help="whose presets fill in what is not given")
+    p.add_argument("--batch", type=int, help="pictures restored at once")
+    p.add_argument("--prompt", help="the conditioning (default: empty, the paper's)")
+
+
+def config_of(args: argparse.Namespace, **more: Any) -> Config:
+    """The config that the options ask for. Raises ConfigError."""
+    names = ("images", "checkpoint", "count", "size", "seed", "precision", "metrics", "weights", "settings_for", "batch", "prompt")
+    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | more
+    rows = {name: getattr(args, name) for name in ("operator", "solver", "settings", "steps", "spacing", "cse")}
+    given = [f"--{name}" for name, value in rows.items() if value is not None]
+    if args.config:
+        if given:
+            raise ConfigError(f"{', '.join(given)}: the rows of {args.config} say this; leave it out, or leave out --config")
+        return read_config(args.config, **changes)
+    if not args.operator or not args.solver:
+        raise ConfigError("give a --config, or an --operator and a --solver")
+    solvers = [name.strip() for name in args.solver.split(",")]
+    row = {
+        "operator": "operator",
+        "settings": _json(args.settings, "--settings"),
+        "steps": args.steps,
+        "spacing": args.spacing,
+        "cse": args.cse,
+    }
+    row = {name: value for name, value in row.items() if value is not None}
+    return make_config({"operators": {"operator": _spec(args.operator)}, "rows": [row | {"solver": name} for name in solvers]} | changes)
+
+
+def _json(text: str | None, option: str) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{option}: {text!r} is not JSON ({error})") from error
+
+
+def _spec(text: str) -> Any:
+    if text.endswith(".json"):
+        try:
+            text = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--operator: {text} cannot be read: {error}") from error
+    return _json(text, "--operator")
+
+
+def run(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from .report import write_table
+    from .run import evaluate
+
+    config = config_of(args)
+    jobs = evaluate(config, args.out)
+    if PartialState().is_main_process:
+        write_table(config, jobs, args.out)

@@ -1,0 +1,224 @@
+"""What a table run computes: a YAML file, or the options of the command line, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..metrics import check_names
+from ..operators import Operator, from_spec
+from ..operators.base import whole
+from ..presets import MODELS, Preset, preset
+from ..presets import SOLVERS as PRESETS
+from ..schedule import SPACINGS
+from ..solvers import SOLVERS
+from ..solvers.unguided import sample_unguided
+
+AS_GIVEN = "as given"  # the measurement itself, enlarged if it is smaller
+ALONE = "CSE alone"  # the model with its CSE, unguided (Fig. 7)
+NAMES = (AS_GIVEN, *PRESETS, ALONE)
+ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
+MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
+PRECISIONS = ("fp32", "bf16", "fp16")
+PATHS = ("images", "checkpoint", "weights")
+
+
+class ConfigError(ValueError):
+    """A table run that cannot be made."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One line of a table: an operator, a solver and its settings.
+
+    settings, steps and spacing replace those of the solver's preset; with steps, spacing and zeta given, no preset is asked. cse: a ControlNet file; checkpoint: another base model than the
+    table's (Table 9). published: the paper's figures, by the name of the metric.
+    """
+
+    name: str
+    operator: str
+    solver: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    steps: int | None = None
+    spacing: str | None = None
+    cse: Path | None = None
+    checkpoint: Path | None = None
+    prediction: str | None = None
+    published: dict[str, float] = field(default_factory=dict)
+
+    def slug(self) -> str:
+        """A folder name of the row."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.operator} {self.name}".lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A table. operators: specs by the names that rows use. images: a folder, of which the first `count` pictures by name are taken.
+
+    size: pictures are resized (shorter side) and centre-cropped to it; None takes them as they are, which must then be equal in size.
+    settings_for: whose presets fill in what rows leave out, one of `presets.MODELS`. seed: of the first picture, the next has the next one.
+    batch: pictures restored at once, which changes results by rounding alone. repeats: restorations of every picture, each with a seed of
+    its own (Table 3). published_n: over how many pictures the published figures are.
+    """
+
+    operators: dict[str, dict[str, Any]]
+    rows: tuple[Row, ...]
+    images: Path | None = None
+    checkpoint: Path | None = None
+    title: str = ""
+    note: str = ""
+    count: int | None = None
+    size: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    prompt: str = ""
+    prediction: str = "auto"
+    metrics: tuple[str, ...] = ("psnr", "ssim")
+    settings_for: str = MODELS[0]
+    weights: Path | None = None
+    memory: str = "auto"
+    batch: int = 1
+    repeats: int = 1
+    expected: str = ""
+    published_n: int | None = None
+
+    def operator(self, name: str) -> Operator:
+        return from_spec(dict(self.operators[name]), lambda file: find_weights(file, self.weights))
+
+    def plan(self, row: Row) -> Preset | None:
+        """Solver, settings, steps and spacing of a row; None for `as given`."""
+        if row.solver == AS_GIVEN:
+            return None
+        if row.solver == ALONE:
+            steps, spacing = ALONE_STEPS[self.settings_for]
+            found = Preset(ALONE, {"eta": 1.0}, steps, spacing, "the number of steps of DPS")
+        elif row.steps and row.spacing and "zeta" in row.settings:
+            return Preset(row.solver.removesuffix(" full"), dict(row.settings), row.steps, row.spacing, "config")
+        else:
+            found = preset(self.operator(row.operator), row.solver, self.settings_for)
+        if row.steps:
+            found = found.with_steps(row.steps)
+        return replace(found, settings=found.settings | row.settings, spacing=row.spacing or found.spacing)
+
+    def checkpoint_of(self, row: Row) -> Path:
+        return row.checkpoint or self.checkpoint
+
+
+def find_weights(file: str, folder: Path | None) -> Path:
+    path = (folder or Path()) / Path(file).name
+    if folder is None or not path.is_file():
+        raise ConfigError(f"operators: the weights file {file} is needed; name its folder with --weights (now {folder or 'not given'})")
+    return path
+
+
+def sampler(solver: str):
+    """The function behind a preset's solver."""
+    return sample_unguided if solver == ALONE else SOLVERS[solver]
+
+
+def _known(given: Mapping[str, Any], cls: type, where: str) -> None:
+    names = [f.name for f in fields(cls)]
+    unknown = sorted(set(given) - set(names))
+    if unknown:
+        raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(names)}")
+
+
+def read_config(file: Path, **changes: Any) -> Config:
+    """The config of a YAML file; paths in it are relative to it. `changes` that are not None come first. Raises ConfigError."""
+    import yaml
+
+    file = Path(file)
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"config: {file} cannot be read: {error}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"config: {file} must map names to values; docs/studies.md has an example")
+    for name in PATHS:
+        if given.get(name) is not None:
+            given[name] = _relative(given[name], file, name)
+    for row in given.get("rows") or []:
+        if isinstance(row, dict):
+            row |= {name: _relative(row[name], file, name) for name in ("cse", "checkpoint") if row.get(name) is not None}
+    return make_config(given | {name: value for name, value in changes.items() if value is not None}, str(file))
+
+
+def _relative(value: Any, file: Path, name: str) -> Path:
+    if not isinstance(value, str):
+        raise ConfigError(f"{file}: {name} is {value!r}; it must be a path")
+    return (file.parent / Path(value).expanduser()).resolve()
+
+
+def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
+    """A config of plain values, every part of it checked that can be checked without files. Raises ConfigError that names the part."""
+    _known(given, Config, where)
+    rows, operators = given.get("rows"), given.get("operators")
+    if not isinstance(operators, dict) or not operators or not all(isinstance(spec, dict) for spec in operators.values()):
+        raise ConfigError(f"{where}: operators must map names to operators, such as sr8: {{operator: SuperResolution, scale: 8}}")
+    if not isinstance(rows, (list, tuple)) or not rows:
+        raise ConfigError(f"{where}: rows must be a list of rows, such as {{operator: sr8, solver: DMAP}}")
+    values = dict(given) | {"rows": tuple(_row(row, f"{where}: row {i + 1}", operators) for i, row in enumerate(rows))}
+    if isinstance(values.get("metrics"), str):
+        values["metrics"] = [name.strip() for name in values["metrics"].split(",")]
+    values["metrics"] = tuple(values.get("metrics") or Config.metrics)
+    values |= {name: Path(values[name]) for name in PATHS if values.get(name) is not None}
+    try:
+        check_names(name for name in values["metrics"] if name != MIOU)
+        for name, least in (("count", 1), ("size", 8), ("published_n", 1)):
+            if values.get(name) is not None:
+                values[name] = whole(name, values[name], least)
+        for name, least, default in (("seed", 0, 0), ("batch", 1, 1), ("repeats", 1, 1)):
+            values[name] = whole(name, values.get(name, default), least)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    config = Config(**values)
+    for name, options in (("precision", PRECISIONS), ("settings_for", MODELS), ("prediction", ("auto", "eps", "v"))):
+        if getattr(config, name) not in options:
+            raise ConfigError(f"{where}: {name} is {getattr(config, name)!r}; it must be one of {'; '.join(options)}")
+    slugs = [row.slug() for row in config.rows]
+    twice = sorted({slug for slug in slugs if slugs.count(slug) > 1})
+    if twice:
+        raise ConfigError(f"{where}: several rows are called {twice[0]}; give each a name of its own (name: ...)")
+    return config
+
+
+def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: it is {given!r}; it must be a mapping such as {{operator: sr8, solver: DMAP}}")
+    _known(given, Row, where)
+    for name, options in (("operator", operators), ("solver", NAMES)):
+        if given.get(name) not in options:
+            raise ConfigError(f"{where}: {name} is {given.get(name)!r}; it must be one of {', '.join(options)}")
+    spacing, steps = given.get("spacing"), given.get("steps")
+    if spacing is not None and spacing not in SPACINGS:
+        raise ConfigError(f"{where}: spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
+    try:
+        steps = None if steps is None else whole("steps", steps, 2)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    if given["solver"] == ALONE and not given.get("cse"):
+        raise ConfigError(f"{where}: {ALONE!r} needs a cse, the ControlNet file")
+    paths = {name: Path(given[name]) for name in ("cse", "checkpoint") if given.get(name) is not None}
+    settings = given.get("settings") or {}
+    _check_settings(given["solver"], settings, where)
+    published = given.get("published") or {}
+    if not isinstance(published, dict) or not all(isinstance(v, (int, float)) for v in published.values()):
+        raise ConfigError(f"{where}: published must map metrics to numbers")
+    name = str(given.get("name") or given["solver"])
+    return Row(**dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published})
+
+
+def _check_settings(solver: str, settings: Any, where: str) -> None:
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: settings is {settings!r}; it must map names to values, such as {{zeta: 4.8}}")
+    known = []
+    if solver != AS_GIVEN:
+        parameters = inspect.signature(sampler(solver.removesuffix(" full"))).parameters.values()
+        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "callback")]
+    unknown = sorted(set(settings) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: {solver} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")

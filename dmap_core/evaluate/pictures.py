@@ -1,0 +1,89 @@
+"""The pictures of a table run: found, counted and measured before a run starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from ..cse.data import SUFFIXES, centred, open_rgb, to_tensor
+from .config import ConfigError
+
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file to be restored, and its place in the run, which decides its seed. repeat: which of several restorations of it, or None."""
+
+    file: Path
+    index: int
+    repeat: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.file.stem if self.repeat is None else f"{self.file.stem}-{self.repeat:04d}"
+
+    @cached_property
+    def identity(self) -> dict[str, str | int]:
+        return {"file": self.file.name, "sha256": hashlib.sha256(self.file.read_bytes()).hexdigest(), "index": self.index}
+
+    def open(self, size: int | None) -> Tensor:
+        """(1, 3, H, W) in [-1, 1]: upright, RGB; with a size, its shorter side resized to it (Lanczos) and the middle taken."""
+        picture = open_rgb(self.file)
+        return to_tensor(centred(picture, size) if size else picture).unsqueeze(0)
+
+
+def find_pictures(folder: Path, count: int | None, size: int | None, expected: str = "", repeats: int = 1) -> list[Picture]:
+    """The first `count` pictures of a folder by name, each `repeats` times. Raises ConfigError that says what is wrong with the folder or the files.
+
+    Only the headers are read. expected: a hint about which data set the folder should hold, for the message.
+    """
+    folder = Path(folder)
+    hint = f" This table expects {expected}." if expected else ""
+    if not folder.is_dir():
+        raise ConfigError(f"images: there is no folder {folder}.{hint}")
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ConfigError(f"images: the folder {folder} holds no pictures ({', '.join(SUFFIXES)}).{hint}")
+    if count is not None and len(files) < count:
+        raise ConfigError(f"images: {count} pictures are wanted and {folder} holds {len(files)}; lower --count or add pictures.{hint}")
+    files = files[:count]
+    twice = [stem for stem, n in Counter(file.stem for file in files).items() if n > 1]
+    if twice:
+        raise ConfigError(f"images: several files in {folder} are called {twice[0]}; results are named after the files, so rename them")
+    sizes = {file: _size(file) for file in files}
+    if size is None and len(set(sizes.values())) > 1:
+        common, _ = Counter(sizes.values()).most_common(1)[0]
+        odd = [file for file in files if sizes[file] != common]
+        raise ConfigError(
+            f"images: most pictures in {folder} are {common[0]}x{common[1]}, but {len(odd)} are not "
+            f"({', '.join(f'{file.name} {sizes[file][0]}x{sizes[file][1]}' for file in odd[:SHOWN])}). "
+            f"Give --size N to resize and centre-crop all of them to NxN"
+        )
+    if size is not None:
+        small = [file for file in files if min(sizes[file]) < size]
+        if small:
+            raise ConfigError(
+                f"images: {len(small)} pictures are smaller than {size}x{size} and would have to be enlarged "
+                f"({', '.join(f'{file.name} {sizes[file][0]}x{sizes[file][1]}' for file in small[:SHOWN])}); lower --size or take them out"
+            )
+    if repeats == 1:
+        return [Picture(file, i) for i, file in enumerate(files)]
+    return [Picture(file, i * repeats + k, k) for i, file in enumerate(files) for k in range(repeats)]
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """(width, height), after the camera's rotation."""
+    try:
+        with Image.open(file) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return (height, width) if turned else (width, height)
+    except Exception as error:  # a damaged file raises whatever its bytes mean
+        raise ConfigError(f"images: {file} cannot be read ({type(error).__name__}: {error}); mend or remove it") from error

@@ -1,0 +1,74 @@
+"""The files of a finished, or half finished, table run: table.md, table.csv, pictures.csv, plots and a sheet of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from ..cse.data import to_picture
+from ..metrics import SET_METRICS
+from .config import Config
+from .results import write_picture, write_text
+from .run import Job, measurement
+from .tables import Line, columns, label, markdown, pictures_csv, read_lines, table_csv
+
+SHEET_PICTURES = 4
+GAP, TEXT = 6, 13
+UNPLOTTED = ("denoiser_calls", "peak_memory")
+
+
+def write_table(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
+    """Everything that can be said about what is finished by now."""
+    lines = read_lines(config, jobs, out)
+    write_text(out / "table.md", markdown(config, jobs, lines))
+    write_text(out / "table.csv", table_csv(config, lines))
+    write_text(out / "pictures.csv", pictures_csv(config, jobs, out))
+    write_plots(config, lines, out)
+    for operator in dict.fromkeys(line.row.operator for line in lines):
+        write_picture(out / f"pictures-{operator}.png", sheet(config, jobs, lines, operator, out))
+    return lines
+
+
+def write_plots(config: Config, lines: Sequence[Line], out: Path) -> None:
+    """A picture of means and intervals for every column."""
+    from ..studies import plots
+
+    for name in columns(config, lines):
+        if name in UNPLOTTED or name in SET_METRICS:
+            continue
+        points = [(line.row.name, line.row.operator, *_limits(line, name)) for line in lines if line.values.get(name)]
+        if points:
+            (out / "plots").mkdir(exist_ok=True)
+            plots.save(plots.metric_plot(points, label(name)), out / "plots" / f"{name}.png")
+
+
+def _limits(line: Line, name: str) -> tuple[float, float, float]:
+    found = line.interval(name)
+    return found.mean, found.low, found.high
+
+
+def sheet(config: Config, jobs: Sequence[Job], lines: Sequence[Line], operator: str, out: Path) -> Image.Image:
+    """A picture with a row for each of the first originals: the measurement, what every row made of it, and the original."""
+    rows = [line.row for line in lines if line.row.operator == operator]
+    pictures = list(dict.fromkeys(job.picture for job in jobs))[:SHEET_PICTURES]
+    originals = {picture: picture.open(config.size) for picture in pictures}
+    height, width = originals[pictures[0]].shape[-2:]
+    names = ["measurement", *(row.name for row in rows), "original"]
+    font = ImageFont.load_default(size=TEXT)
+    page = Image.new("RGB", (len(names) * (width + GAP) + GAP, len(pictures) * (height + GAP) + 3 * TEXT), "white")
+    draw = ImageDraw.Draw(page)
+    for column, name in enumerate(names):
+        draw.text((GAP + column * (width + GAP), TEXT // 2), name, fill="black", font=font)
+    files = {(job.row.slug(), job.picture): job.file(out).with_suffix(".png") for job in jobs}
+    f = config.operator(operator)
+    for i, picture in enumerate(pictures):
+        y = measurement(f, originals[picture], [config.seed + picture.index])
+        tiles = [to_picture(f.picture(y)[0]).resize((width, height), Image.Resampling.NEAREST)]
+        for row in rows:
+            file = files[row.slug(), picture]
+            tiles.append(Image.open(file).convert("RGB") if file.exists() else Image.new("RGB", (width, height), "lightgray"))
+        for column, tile in enumerate([*tiles, to_picture(originals[picture][0])]):
+            page.paste(tile, (GAP + column * (width + GAP), 2 * TEXT + i * (height + GAP)))
+    return page

@@ -1,0 +1,86 @@
+"""A results folder: what it was made with, and every finished picture with its figures. Written whole or not at all.
+
+OUT/run.json                 the settings that all rows share; another run with other ones is refused
+OUT/<row>/row.json           the row's own settings, likewise
+OUT/<row>/<picture>.png      the restored picture
+OUT/<row>/<picture>.json     its figures; a picture is finished when this file is there
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .config import ConfigError
+
+SHOWN = 100  # characters of a value in a message
+
+
+def write_json(path: Path, value: Any) -> None:
+    _whole(path, lambda part: part.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="ascii"))
+
+
+def write_text(path: Path, text: str) -> None:
+    _whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    _whole(path, lambda part: picture.save(part, format="PNG"))
+
+
+def _whole(path: Path, write) -> None:
+    # processes may write the same file (run.json), each under a name of its own first
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"out: {path} could not be written (is the disk full?): {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """Raises ConfigError for a file that is none of ours."""
+    try:
+        return json.loads(path.read_text(encoding="ascii"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"out: {path} cannot be read ({error}); remove it to compute it again") from error
+
+
+def plain(value: Any) -> Any:
+    """As JSON would give it back: tuples become lists, paths and the like text."""
+    return json.loads(json.dumps(value, sort_keys=True, default=str))
+
+
+def check_same(path: Path, wanted: Mapping[str, Any]) -> None:
+    """Raises ConfigError, naming what differs, if the file is there and says something else than `wanted`."""
+    if not path.exists():
+        return
+    found, wanted = read_json(path), plain(wanted)
+    different = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+    if different:
+        listed = "; ".join(f"{name} was {str(found.get(name))[:SHOWN]} and is {str(wanted.get(name))[:SHOWN]}" for name in different)
+        raise ConfigError(
+            f"out: {path} holds results of other settings, which are not mixed: {listed}. Choose another folder, or remove it"
+        )
+
+
+def read_picture_json(path: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The figures of a finished picture; None if it is not finished. Raises ConfigError if it was made of another original."""
+    if not path.exists():
+        return None
+    entry = read_json(path)
+    if not path.with_suffix(".png").exists() and "diverged" not in entry:
+        return None  # the picture was taken away: make it again
+    if entry.get("original") != plain(identity):
+        raise ConfigError(
+            f"out: {path} was made of another picture, or of one at another place in the list (then {entry.get('original')}, now {identity}). "
+            "Keep the pictures of a run as they are, or choose another folder"
+        )
+    return entry

@@ -1,0 +1,310 @@
+"""The work of a table run: every row on every picture, shared between the processes that `accelerate launch` starts.
+
+Each (row, picture) is a job of its own, finished when its file is there. What a killed run has finished is never computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cse.data import to_picture, to_tensor
+from ..cse.network import fingerprint
+from ..errors import Diverged
+from ..metrics import PICTURE_METRICS, SET_METRICS, miou
+from ..operators import Operator
+from ..presets import Preset
+from ..restore import restore
+from ..schedule import SPACINGS, generators, randn_like
+from .config import ALONE, AS_GIVEN, MIOU, Config, ConfigError, Row, sampler
+from .pictures import Picture, find_pictures
+from .results import check_same, plain, read_picture_json, write_json, write_picture
+
+log = logging.getLogger("dmap.evaluate")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FOREVER = timedelta(weeks=4)  # processes wait for each other at the end, and one may have had the slow jobs
+LIMIT = 2**63  # of seeds
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} done, {remaining} left {postfix}"
+Measure = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Job:
+    row: Row
+    plan: Preset | None
+    picture: Picture
+
+    def file(self, out: Path) -> Path:
+        """Where its figures are; the picture is beside it."""
+        return out / self.row.slug() / f"{self.picture.name}.json"
+
+    def seed(self, config: Config) -> int:
+        return (config.seed + self.picture.index) % LIMIT
+
+    def entry(self) -> dict[str, Any]:
+        """What is written about it before there are figures."""
+        return {"original": self.picture.identity, "metrics": {}, "plan": asdict(self.plan) if self.plan else None}
+
+    def cost(self) -> float:
+        """About how many guided evaluations it takes: for the time left."""
+        if self.plan is None:
+            return 0.05
+        s, steps = self.plan.settings, self.plan.steps
+        if self.plan.solver == "DMAP":
+            return steps * (0.3 + s.get("K", 2))
+        if self.plan.solver == "FreeDoM":
+            return steps + (s["K"] - 1) * (s["last"] - s["first"] + 1)
+        if self.plan.solver == "ReSample":
+            return steps + s["iterations"] * 0.3 * (1 + (s["last"] - s["first"]) // s["every"])
+        return steps * {ALONE: 0.4, "PSLD": 1.5}.get(self.plan.solver, 1.0)
+
+
+def versions() -> dict[str, str]:
+    """Of what may change a figure."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in ("torch", "diffusers", "transformers", "accelerate", "numpy", "pillow", "torchmetrics", "lpips", "torch-fidelity"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return found
+
+
+class Models:
+    """Base models and CSEs of a run, opened when they are needed; the last ones are kept."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.base = lru_cache(maxsize=1)(self._base)
+        self.cse = lru_cache(maxsize=4)(self._cse)
+
+    def _base(self, path: Path, prediction: str):
+        from ..cse.diffusers_models import open_base
+
+        base = open_base(path, self.config.prompt, prediction)
+        base.to(self.device, DTYPES[self.config.precision])
+        if self.device.type == "cpu":  # a sixth faster there
+            base.unet.to(memory_format=torch.channels_last)
+            base.vae.to(memory_format=torch.channels_last)
+        return base
+
+    def _cse(self, path: Path, base_path: Path, prediction: str):
+        from ..priors.diffusers import open_cse
+
+        return open_cse(path, self.base(base_path, prediction))
+
+    def of(self, row: Row) -> tuple[Any, ...]:
+        """(base model, ControlNet or None, its metadata) of a row."""
+        base_path, prediction = self.config.checkpoint_of(row), row.prediction or self.config.prediction
+        base = self.base(base_path, prediction)
+        return (base, *(self.cse(row.cse, base_path, prediction) if row.cse else (None, None)))
+
+
+def measurement(operator: Operator, x: Tensor, seeds: Sequence[int]) -> Tensor:
+    """y of clean pictures x (B, 3, H, W), with the noise that the operator says it has, as the node Degrade draws it."""
+    y = operator.measure(x)
+    return y + operator.noise * randn_like(y, [g for seed in seeds for g in generators(seed, 1)]) if operator.noise else y
+
+
+def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """(pictures (B, 3, H, W) in [-1, 1], what each cost) of jobs of one row. Their seconds are shared out evenly."""
+    from ..priors.diffusers import DiffusersPrior, hint_for
+
+    row, plan = jobs[0].row, jobs[0].plan
+    seeds = [job.seed(config) for job in jobs]
+    y = measurement(operator, x, seeds)
+    if plan is None:
+        image, cost = operator.hint(y), {"seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}
+    else:
+        base, controlnet, metadata = models.of(row)
+        hint = hint_for(operator.hint(y), metadata) if controlnet else None
+        prior = DiffusersPrior(base, operator.image_size(y), controlnet, hint)
+        sigmas = SPACINGS[plan.spacing](base.sigmas.cpu(), plan.steps)
+        done = restore(prior, operator, y, prior.latent_shape(), sigmas, sampler(plan.solver), plan.settings, seeds, config.memory)
+        image, cost = done.image, {"seconds": done.seconds / len(jobs), "memory": done.memory, "peak_memory": done.peak_memory}
+        cost |= {"denoiser_calls": done.denoiser_calls, "decoder_calls": done.decoder_calls, "batch": len(jobs)}
+    with torch.no_grad():
+        residuals = operator.distance(operator(image), y).tolist()
+    return image, [cost | {"residual": residual} for residual in residuals]
+
+
+def shared_identity(config: Config) -> dict[str, Any]:
+    """Settings that decide the results of all rows."""
+    return {name: getattr(config, name) for name in ("seed", "size", "precision", "prompt")}
+
+
+def row_identity(config: Config, row: Row, plan: Preset | None, fingerprints: Callable[[Path], str]) -> dict[str, Any]:
+    """What decides a row's results."""
+    import hashlib
+
+    found = {"operator": config.operator(row.operator).spec(), "solver": row.solver}
+    if plan is not None:
+        found |= {"settings": plan.settings, "steps": plan.steps, "spacing": plan.spacing, "source": plan.source}
+        found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
+    if row.cse:
+        found["cse"] = f"{row.cse.name} {hashlib.sha256(row.cse.read_bytes()).hexdigest()[:16]}"
+    return plain(found)
+
+
+@lru_cache
+def checkpoint_identity(path: Path) -> str:
+    """Name and fingerprint of a checkpoint file, or of the files of a diffusers folder."""
+    from ..operators.weights import read_tensors
+
+    if path.is_dir():
+        files = sorted(file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.safetensors"))
+        return " ".join([path.name, *(fingerprint(read_tensors(file)) for file in files)])
+    return f"{path.name} {fingerprint(read_tensors(path))}"
+
+
+def check_files(config: Config) -> None:
+    """Raises ConfigError for files that are not there, before anything is computed."""
+    if config.images is None:
+        raise ConfigError("images: no folder of pictures is given (--images)")
+    needs_model = [row for row in config.rows if row.solver != AS_GIVEN]
+    for row in needs_model:
+        path = config.checkpoint_of(row)
+        if path is None:
+            raise ConfigError("checkpoint: no base model is given (--checkpoint)")
+        if not path.exists():
+            raise ConfigError(f"checkpoint: there is no {path}")
+    for row in config.rows:
+        if row.cse and not row.cse.is_file():
+            raise ConfigError(f"cse: there is no {row.cse} (row {row.name}); train it, or take the row out")
+
+
+def plan_jobs(config: Config) -> list[Job]:
+    """All jobs, those of one base model together, and within it picture by picture, so that an unfinished table compares equal pictures."""
+    check_files(config)
+    pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats)
+    plans = {}
+    for row in config.rows:
+        try:
+            plans[row] = config.plan(row)
+            operator = config.operator(row.operator)
+            operator.check(tuple(pictures[0].open(config.size).shape[-2:]), config.batch)
+        except ValueError as error:
+            raise ConfigError(f"row {row.name!r} ({row.operator}): {error}") from error
+        if MIOU in config.metrics and operator.name != "Segmentation":
+            raise ConfigError(f"metrics: miou is of segmentations, and row {row.name!r} has {operator.describe()}; make a table of its own")
+        if plans[row] and plans[row].solver == "PSLD" and not operator.linear:
+            raise ConfigError(f"row {row.name!r}: PSLD needs a linear operator, and {operator.describe()} is not; take the row out")
+    checkpoints = list(dict.fromkeys(config.checkpoint_of(row) for row in config.rows))
+    jobs = [Job(row, plans[row], picture) for picture in pictures for row in config.rows]
+    return sorted(jobs, key=lambda job: checkpoints.index(config.checkpoint_of(job.row)))
+
+
+def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
+    """The jobs in groups of up to `size` of one row, in about the same order."""
+    waiting: dict[str, list[Job]] = {}
+    found = []
+    for job in jobs:
+        group = waiting.setdefault(job.row.slug(), [])
+        group.append(job)
+        if len(group) == size:
+            found.append(waiting.pop(job.row.slug()))
+    return found + list(waiting.values())
+
+
+def evaluate(config: Config, out: Path) -> list[Job]:
+    """Restore what is not restored yet, then measure what is not measured yet. Returns the jobs of the table.
+
+    Raises ConfigError for what cannot be run, before any of it is. A job that diverges is a figure of the table and not the end of it.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+    from tqdm.auto import tqdm
+
+    jobs = plan_jobs(config)
+    measures = {name: PICTURE_METRICS[name].open(config.weights) for name in config.metrics if name in PICTURE_METRICS}
+    if MIOU in config.metrics:
+        measures[MIOU] = miou
+    for name in config.metrics:  # backbones that are missing should be known before the work and not after it
+        if name in SET_METRICS:
+            SET_METRICS[name].open(config.weights)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=FOREVER)
+    log.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
+    check_same(out / "run.json", shared_identity(config))
+    for row in config.rows:
+        identity = row_identity(config, row, jobs_plan(jobs, row), checkpoint_identity)
+        check_same(out / row.slug() / "row.json", identity)
+        if state.is_main_process:
+            write_json(out / row.slug() / "row.json", identity)
+    if state.is_main_process:
+        write_json(out / "run.json", shared_identity(config))
+        write_json(out / "versions.json", versions())
+    state.wait_for_everyone()
+    models = Models(config, state.device)
+    todo = [job for job in jobs if unfinished(job, out, measures)]
+    log.info("%d of %d jobs are to be done, by %d processes", len(todo), len(jobs), state.num_processes)
+    with state.split_between_processes(batches(todo, config.batch)) as mine:
+        total = sum(job.cost() for group in mine for job in group)
+        bar = tqdm(total=total, desc="restoring", disable=not state.is_local_main_process, bar_format=BAR)
+        for group in mine:
+            bar.set_postfix_str(f"{group[0].row.operator}, {group[0].row.name}, {group[0].picture.name}")
+            do(config, models, group, out, measures)
+            bar.update(sum(job.cost() for job in group))
+        bar.close()
+    state.wait_for_everyone()
+    return jobs
+
+
+def jobs_plan(jobs: list[Job], row: Row) -> Preset | None:
+    return next(job.plan for job in jobs if job.row is row)
+
+
+def unfinished(job: Job, out: Path, measures: dict[str, Any]) -> bool:
+    entry = read_picture_json(job.file(out), job.picture.identity)
+    return entry is None or ("diverged" not in entry and not measures.keys() <= entry["metrics"].keys())
+
+
+def do(config: Config, models: Models, jobs: Sequence[Job], out: Path, measures: dict[str, Measure]) -> None:
+    """Restore the pictures of jobs of one row, those that are not restored yet, and add the figures that are missing."""
+    new = [job for job in jobs if read_picture_json(job.file(out), job.picture.identity) is None]
+    if new:
+        operator = config.operator(new[0].row.operator).to(models.device)
+        x = torch.cat([job.picture.open(config.size) for job in new]).to(models.device)
+        try:
+            images, costs = restored(config, models, new, operator, x)
+        except Diverged as error:
+            if len(new) > 1:  # find out which
+                for job in new:
+                    do(config, models, [job], out, measures)
+            else:
+                log.warning("%s on %s: %s", new[0].row.name, new[0].picture.file.name, error)
+                write_json(new[0].file(out), plain(new[0].entry() | {"diverged": str(error)}))
+        else:
+            for job, image, cost in zip(new, images, costs, strict=True):
+                write_picture(job.file(out).with_suffix(".png"), to_picture(image))
+                write_json(job.file(out), plain(job.entry() | cost))
+    for job in jobs:
+        entry = read_picture_json(job.file(out), job.picture.identity)
+        missing = [] if "diverged" in entry else [name for name in measures if name not in entry["metrics"]]
+        if missing:
+            # figures are of the 8-bit picture that is there for everyone to see
+            image, x = saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)
+            operator = config.operator(job.row.operator)
+            for name in missing:
+                pair = (operator.measure(image), operator.measure(x)) if name == MIOU else ((image + 1) / 2, (x + 1) / 2)
+                entry["metrics"][name] = float(measures[name](*pair))
+            write_json(job.file(out), entry)
+
+
+def saved(file: Path) -> Tensor:
+    """(1, 3, H, W) in [-1, 1] of a restored picture."""
+    from PIL import Image
+
+    with Image.open(file) as picture:
+        return to_tensor(picture.convert("RGB")).unsqueeze(0)

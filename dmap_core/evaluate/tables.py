@@ -1,0 +1,243 @@
+"""What a results folder says: means with confidence intervals, paired differences, and the paper's figures beside them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..metrics import PICTURE_METRICS, SET_METRICS
+from ..metrics.distribution import frechet, frechet_warning, kernel
+from ..metrics.interval import Interval, mean_interval
+from .config import AS_GIVEN, Config, Row
+from .results import read_picture_json
+from .run import Job, saved
+
+LABELS = {"miou": "mIoU"}
+COSTS = {"residual": "residual", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
+BATCH = 16  # pictures whose features are taken at once
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the finished table. values: per picture, in the order of the pictures; diverged: how many have none. sets: FID and its like."""
+
+    row: Row
+    operator: str
+    values: dict[str, list[float]]
+    diverged: int
+    sets: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return len(self.values["seconds"])
+
+    def interval(self, name: str) -> Interval:
+        return mean_interval(self.values[name])
+
+
+def read_lines(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
+    """A line for every row of which at least one picture is finished."""
+    lines = []
+    for row in config.rows:
+        entries = [read_picture_json(job.file(out), job.picture.identity) for job in jobs if job.row is row]
+        good = [e for e in entries if e and "diverged" not in e]
+        if not good:
+            continue
+        values = {name: [e["metrics"][name] for e in good if name in e["metrics"]] for name in config.metrics if name not in SET_METRICS}
+        values |= {name: [float(e[name]) for e in good] for name in ("residual", "seconds", "denoiser_calls")}
+        values["peak_memory"] = [e["peak_memory"] / 2**30 for e in good if e.get("peak_memory")]
+        diverged = sum(1 for e in entries if e and "diverged" in e)
+        lines.append(Line(row, config.operator(row.operator).describe(), values, diverged, _sets(config, jobs, row, out)))
+    return lines
+
+
+def _sets(config: Config, jobs: Sequence[Job], row: Row, out: Path) -> dict[str, tuple[float, float | None]]:
+    """(value, its standard deviation or None) of the metrics of whole sets, by features that are taken once for all of them."""
+    import torch
+
+    found, features = {}, {}
+    for name in (name for name in config.metrics if name in SET_METRICS):
+        metric = SET_METRICS[name]
+        if metric.features not in features:
+            extract = metric.open(config.weights)
+            files = [job for job in jobs if job.row is row and job.file(out).with_suffix(".png").exists()]
+            if len(files) < 2:
+                continue
+            real = [job.picture.open(config.size) for job in files]
+            fake = [saved(job.file(out).with_suffix(".png")) for job in files]
+            features[metric.features] = [
+                torch.cat([extract((torch.cat(images[i : i + BATCH]) + 1) / 2) for i in range(0, len(images), BATCH)])
+                for images in (real, fake)
+            ]
+        if metric.features in features:
+            found[name] = (
+                (frechet(*features[metric.features]), None) if metric.distance == "frechet" else kernel(*features[metric.features])
+            )
+    return found
+
+
+def columns(config: Config, lines: Sequence[Line]) -> list[str]:
+    """Names of the columns that have figures."""
+    names = [name for name in config.metrics if name in SET_METRICS or any(line.values.get(name) for line in lines)]
+    return names + [name for name in COSTS if any(line.values[name] for line in lines)]
+
+
+def label(name: str) -> str:
+    metric = PICTURE_METRICS.get(name) or SET_METRICS.get(name)
+    return metric.label if metric else (LABELS | COSTS)[name]
+
+
+def digits(name: str) -> int:
+    metric = PICTURE_METRICS.get(name) or SET_METRICS.get(name)
+    return metric.digits if metric else {"miou": 4, "residual": 3, "seconds": 1, "denoiser_calls": 0, "peak_memory": 2}[name]
+
+
+def cell(line: Line, name: str) -> str:
+    d = digits(name)
+    if name in SET_METRICS:
+        value, spread = line.sets.get(name, (None, None))
+        return "" if value is None else f"{value:.{d}f}" + (f" (sd {spread:.{d}f})" if spread is not None else "")
+    if not line.values.get(name):
+        return ""
+    found = line.interval(name)
+    if name in ("denoiser_calls", "peak_memory", "seconds"):
+        return f"{found.mean:.{d}f}"
+    half = (found.high - found.low) / 2
+    return f"{found.mean:.{d}f}" + (f" +- {half:.{d}f}" if half == half else "")
+
+
+def published(config: Config, line: Line, name: str) -> str:
+    """The paper's figure; a distance between sets only beside one over as many pictures."""
+    value = line.row.published.get(name)
+    if value is None:
+        return ""
+    if name in SET_METRICS and line.n != config.published_n:
+        return f"not comparable: n is {config.published_n or 'unknown'} there"
+    return f"{value:g}"
+
+
+def settings_text(job: Job) -> str:
+    if job.plan is None:
+        return ""
+    parts = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in job.plan.settings.items()]
+    return ", ".join([*parts, f"{job.plan.steps} steps", job.plan.spacing])
+
+
+def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:
+    """The table with what has to be said about it."""
+    first = {job.row.slug(): job for job in reversed(jobs)}
+    parts = [f"# {config.title or 'Results'}", config.note.strip(), figures(config, lines)]
+    parts.append(
+        f"Means over n pictures and half the width of their 95 % confidence interval (Student's t over pictures). Seed {config.seed} and up, "
+        f"{config.precision}. Figures are of the saved 8-bit pictures; the residual ||f(x) - y|| is of the float ones, in [-1, 1]. "
+        "Seconds are wall time of one picture on the machine of the run, which may have been busy otherwise."
+    )
+    if any(line.row.published for line in lines):
+        size = f" over {config.published_n} pictures" if config.published_n else ""
+        parts.append(f"*paper*: published figures{size}, of other pictures and another model unless the settings below say the same.")
+    if any(SET_METRICS[name].distance == "frechet" for name in config.metrics if name in SET_METRICS):
+        parts.append(frechet_warning(max((line.n for line in lines), default=0), 2048) or "")
+    parts += [
+        differences(config, lines),
+        "## Settings\n\n" + grid(["operator", "row", "solver", "settings", "from"], _settings(lines, first)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def figures(config: Config, lines: Sequence[Line]) -> str:
+    """The figures alone, as a Markdown table."""
+    names = columns(config, lines)
+    papers = {name for line in lines for name in line.row.published}
+    head = ["operator", "row", "n"]
+    for name in names:
+        head += [label(name), "paper"] if name in papers else [label(name)]
+    body = []
+    for line in lines:
+        cells = [line.row.operator, line.row.name, f"{line.n}{f' ({line.diverged} diverged)' if line.diverged else ''}"]
+        for name in names:
+            cells += [cell(line, name), published(config, line, name)] if name in papers else [cell(line, name)]
+        body.append(cells)
+    return grid(head, body)
+
+
+def _settings(lines: Sequence[Line], first: dict[str, Job]) -> list[list[str]]:
+    found = []
+    for line in lines:
+        job = first[line.row.slug()]
+        extra = "".join(f", {what} {path.name}" for what, path in (("CSE", line.row.cse), ("model", line.row.checkpoint)) if path)
+        found.append([line.operator, line.row.name, line.row.solver, settings_text(job) + extra, job.plan.source if job.plan else ""])
+    return found
+
+
+def differences(config: Config, lines: Sequence[Line]) -> str:
+    """Paired differences to the first solver of every operator: what a comparison on the same pictures can tell, and means cannot."""
+    names = [name for name in config.metrics if name not in SET_METRICS]
+    body = []
+    for operator in dict.fromkeys(line.row.operator for line in lines):
+        group = [line for line in lines if line.row.operator == operator and line.row.solver != AS_GIVEN and not line.diverged]
+        for line in group[1:]:
+            cells = [operator, line.row.name, group[0].row.name]
+            n = min(line.n, group[0].n)
+            for name in names:
+                pairs = zip(line.values[name][:n], group[0].values[name][:n], strict=True)
+                found = mean_interval([a - b for a, b in pairs])
+                half = (found.high - found.low) / 2
+                cells.append(f"{found.mean:+.{digits(name)}f}" + (f" +- {half:.{digits(name)}f}" if half == half else ""))
+            body.append(cells)
+    if not body:
+        return ""
+    return "## Paired differences\n\n" + grid(["operator", "row", "minus", *map(label, names)], body)
+
+
+def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows)
+
+
+def table_csv(config: Config, lines: Sequence[Line]) -> str:
+    """A line for every row, with all digits: mean, limits of the interval, and the paper's figure of every column."""
+    records = []
+    for line in lines:
+        record: dict[str, Any] = {"operator": line.row.operator, "row": line.row.name, "n": line.n, "diverged": line.diverged}
+        for name in columns(config, lines):
+            if name in SET_METRICS:
+                record[name], record[f"{name}_sd"] = line.sets.get(name, ("", ""))
+            elif line.values.get(name):
+                found = line.interval(name)
+                record |= {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
+            if name in line.row.published:
+                record[f"{name}_paper"] = line.row.published[name]
+        records.append(record)
+    return _csv(records)
+
+
+def pictures_csv(config: Config, jobs: Sequence[Job], out: Path) -> str:
+    """A line for every row and picture."""
+    records = []
+    for job in jobs:
+        entry = read_picture_json(job.file(out), job.picture.identity)
+        if entry is None:
+            continue
+        record = {
+            "operator": job.row.operator,
+            "row": job.row.name,
+            "picture": job.picture.file.name,
+            "seed": config.seed + job.picture.index,
+        }
+        record |= {name: entry.get(name, "") for name in COSTS} | entry["metrics"] | {"diverged": entry.get("diverged", "")}
+        records.append(record)
+    return _csv(records)
+
+
+def _csv(records: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()

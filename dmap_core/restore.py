@@ -1,0 +1,77 @@
+"""One restoration from beginning to end: noise from a seed, a solver, the picture and what it cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operators import Operator
+from .posterior import Posterior
+from .prior import Prior
+from .schedule import generators, randn_like
+
+
+@dataclass
+class Restoration:
+    """image: (B, 3, H, W) in [-1, 1], not clamped. residuals[step][sample]. peak_memory: bytes on the GPU, None on the CPU."""
+
+    image: Tensor
+    seconds: float
+    denoiser_calls: int
+    decoder_calls: int
+    memory: str
+    peak_memory: int | None
+    residuals: list[list[float]] = field(default_factory=list)
+
+
+def initial_latent(shape: tuple[int, int, int], sigma: float, seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """x_T (B, C, h, w) in VE space for B seeds: sqrt(1 + sigma^2) eps, as the last step of a VP model is not quite pure noise."""
+    noise = torch.empty((len(seeds), *shape), device=device)
+    return (1 + sigma**2) ** 0.5 * randn_like(noise, [g for seed in seeds for g in generators(seed, 1)])
+
+
+def restore(
+    prior: Prior,
+    operator: Operator,
+    y: Tensor,
+    shape: tuple[int, int, int],
+    sigmas: Tensor,
+    solver: Callable[..., Tensor],
+    settings: dict[str, Any],
+    seeds: Sequence[int],
+    memory: str = "auto",
+    callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+) -> Restoration:
+    """A restoration for every seed, of one measurement y (1, c, h, w) or of one each (B, c, h, w). shape: (C, h, w) of a latent.
+
+    sigmas: (T + 1,) falling to 0. solver: one of `solvers.SOLVERS` with its settings. The noise of x_T comes from a sample's seed, that of
+    the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others.
+    """
+    device = y.device
+    posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
+    residuals: list[list[float]] = []
+
+    def record(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
+        residuals.append(residual.tolist())
+        if callback:
+            callback(step, denoised, z, residual)
+
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    started = time.perf_counter()
+    z = initial_latent(shape, float(sigmas[0]), seeds, device)
+    noise = [g for seed in seeds for g in generators(seed + 1, 1)]
+    z0 = solver(posterior, z, sigmas, **settings, generator=noise, callback=record)
+    with torch.no_grad():
+        image = prior.decode(z0)
+    if on_gpu:
+        torch.cuda.synchronize(device)
+    seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    return Restoration(image, seconds, posterior.denoiser_calls, posterior.decoder_calls, posterior.plan, peak, residuals)

@@ -1,0 +1,273 @@
+"""The studies of the paper's observations on the command line: `score-error`, `score-mean`, `diversity` and `toy`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("dmap.studies")
+PAPER_ZETAS = (0.05, 0.3, 1.0, 4.8)
+
+
+def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
+    error = commands.add_parser(
+        "score-error", help="Observation I, Fig. 1: how far DPS's score is from a conditional model's", formatter_class=formatter
+    )
+    _add_problem(error, cse_required=True)
+    error.add_argument("--steps", type=int, default=100, help="noise levels (default: 100)")
+    error.add_argument("--repeats", type=int, default=4, help="draws of the noise at every level (default: 4)")
+    error.set_defaults(run=score_error)
+
+    mean = commands.add_parser("score-mean", help="Observation II, Table 2: the mean of DPS's score at x_T", formatter_class=formatter)
+    _add_problem(mean, cse_required=False)
+    mean.add_argument("--steps", type=int, default=500, help="of the schedule whose first step is looked at (default: 500, the paper's)")
+    mean.add_argument("--samples", type=int, default=1000, help="draws of x_T (default: 1000, the paper's)")
+    mean.add_argument("--batch", type=int, default=1, help="of them at a time (default: 1)")
+    mean.set_defaults(run=score_mean)
+
+    from ..evaluate.command import add_arguments
+
+    spread = commands.add_parser(
+        "diversity",
+        help="Observation III, Fig. 3: how different the restorations of one picture are",
+        description="Restores every picture --repeats times, each with a seed of its own, as `evaluate` does (rows, resuming, several processes), "
+        "and writes means and standard deviations per pixel.",
+        formatter_class=formatter,
+    )
+    add_arguments(spread)
+    spread.add_argument("--repeats", type=int, help="restorations of every picture (the paper's: 50)")
+    spread.set_defaults(run=diversity)
+
+    toy = commands.add_parser(
+        "toy", help="A.4, Fig. 8: two Gaussians in the plane, of which everything is known", formatter_class=formatter
+    )
+    toy.add_argument("--out", type=Path, required=True, help="folder for the results")
+    toy.add_argument("--samples", type=int, default=1000, help="of every method (default: 1000)")
+    toy.add_argument("--zeta", type=float, default=0.05, help="of DPS (default: 0.05, the paper's)")
+    toy.add_argument("--seed", type=int, default=0)
+    toy.set_defaults(run=toy_example)
+
+
+def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
+    p.add_argument("--checkpoint", type=Path, required=True, help="the base model: a .safetensors or .ckpt file, or a diffusers folder")
+    p.add_argument("--picture", type=Path, required=True, help="a clean picture")
+    p.add_argument("--operator", required=True, help="the degradation, as JSON or a .json file")
+    p.add_argument("--out", type=Path, required=True, help="folder for the results")
+    p.add_argument("--cse", type=Path, required=cse_required, help="a ControlNet: the conditional model to compare with")
+    p.add_argument(
+        "--zeta", default=",".join(map(str, PAPER_ZETAS)), help=f"of DPS, with commas (default: {','.join(map(str, PAPER_ZETAS))})"
+    )
+    p.add_argument("--spacing", default="paper", help="of the noise levels: paper, exponential or karras (default: paper)")
+    p.add_argument("--size", type=int, help="resize and centre-crop the picture to this")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the denoiser (default: fp32)")
+    p.add_argument("--prompt", default="", help="default: empty, the paper's")
+    p.add_argument("--weights", type=Path, help="folder with the weights of learned operators")
+
+
+class Problem:
+    """A picture's measurement, the prior, and the conditional model if there is a CSE."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torch
+
+        from ..cse.diffusers_models import open_base
+        from ..cse.options import read_operator
+        from ..evaluate.pictures import Picture
+        from ..evaluate.run import DTYPES, measurement
+        from ..priors.diffusers import DiffusersPrior, hint_for, open_cse
+        from ..schedule import SPACINGS
+
+        if args.spacing not in SPACINGS:
+            raise ValueError(f"--spacing is {args.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+        for name in ("checkpoint", "picture", "cse"):
+            path = getattr(args, name)
+            if path is not None and not path.exists():
+                raise ValueError(f"--{name}: there is no {path}")
+        self.zetas = zetas(args.zeta)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.operator = read_operator(args.operator, args.weights).to(device)
+        self.x = Picture(args.picture, 0).open(args.size).to(device)
+        self.operator.check(tuple(self.x.shape[-2:]))
+        self.y = measurement(self.operator, self.x, [args.seed])
+        self.base = open_base(args.checkpoint, args.prompt).to(device, DTYPES[args.precision])
+        size = tuple(self.x.shape[-2:])
+        self.prior = DiffusersPrior(self.base, size)
+        self.conditional = None
+        if args.cse:
+            controlnet, metadata = open_cse(args.cse, self.base)
+            self.conditional = DiffusersPrior(self.base, size, controlnet, hint_for(self.operator.hint(self.y), metadata))
+        self.sigmas = SPACINGS[args.spacing](self.base.sigmas.cpu(), args.steps)
+
+
+def zetas(text: str) -> list[float]:
+    """Raises ValueError for what is no list of positive numbers."""
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--zeta is {text!r}; it must be numbers with commas between them") from error
+    if not all(zeta > 0 for zeta in found):
+        raise ValueError(f"--zeta is {text!r}; step sizes must be above 0")
+    return found
+
+
+def score_error(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..posterior import Posterior
+    from ..schedule import generators
+    from . import plots
+    from .score import score_errors, score_points, timesteps
+
+    problem = Problem(args)
+    y = problem.y.expand(args.repeats, -1, -1, -1)
+    with torch.no_grad():
+        z0 = problem.prior.encode(problem.x).expand(args.repeats, -1, -1, -1)
+    progress = _progress(args.steps, "noise levels")
+    points = score_points(
+        Posterior(problem.prior, problem.operator, y), z0, problem.sigmas, generators(args.seed, args.repeats), lambda i, point: progress()
+    )
+    with torch.no_grad():
+        conditional = [problem.conditional.denoise(point.z, point.sigma) for point in points]
+    errors = score_errors(points, conditional, problem.zetas)
+    t = timesteps(errors.sigmas, problem.base.sigmas)
+    write_csv(args.out / "score-error.csv", errors.rows(t))
+    plots.save(
+        plots.score_error_plot(errors, timesteps=t, title=f"Score error, {problem.operator.describe()}"), args.out / "score-error.png"
+    )
+    write_settings(args, args.out / "score-error.json")
+    log.info("%s", args.out / "score-error.png")
+
+
+def score_mean(args: argparse.Namespace) -> None:
+    from ..posterior import Posterior
+    from . import plots
+    from .score import plain_score_mean, score_means
+
+    problem = Problem(args)
+    posterior = Posterior(problem.prior, problem.operator, problem.y)
+    shape, (sigma, sigma_next) = problem.prior.latent_shape(), (float(s) for s in problem.sigmas[:2])
+    progress = _progress(args.samples, "samples")
+    found = score_means(
+        posterior, shape, sigma, sigma_next, problem.zetas, args.samples, args.batch, args.seed, lambda done, k: progress(done)
+    )
+    means = {key if isinstance(key, str) else f"DPS, zeta {key:g}": mean for key, mean in found.items()}
+    if problem.conditional:
+        means["CSE"] = plain_score_mean(
+            problem.conditional.denoise, shape, sigma, args.samples, args.batch, args.seed, device=problem.y.device
+        )
+    write_csv(args.out / "score-mean.csv", score_mean_rows(means))
+    plots.save(plots.score_mean_plot(means), args.out / "score-mean.png")
+    write_settings(args, args.out / "score-mean.json")
+    log.info("%s", args.out / "score-mean.png")
+
+
+def score_mean_rows(means: dict[str, Any]) -> list[dict[str, Any]]:
+    """A dict for every score, each statistic under a name that says what it is."""
+    return [
+        {
+            "score": name,
+            "samples": mean.k,
+            "mean over samples (mean of absolute values)": mean.true_mean,
+            "the same of a score without mean, from this few samples": mean.floor,
+            "norm of the mean over samples": mean.norm_of_mean,
+            "Table 2's: mean of |mean over latent channels|": mean.published,
+        }
+        for name, mean in means.items()
+    ]
+
+
+def diversity(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
+
+    from ..evaluate.command import config_of
+    from ..evaluate.report import write_table
+    from ..evaluate.run import evaluate
+
+    config = config_of(args, **({"repeats": args.repeats} if args.repeats else {}))
+    if config.repeats < 2:
+        raise ValueError("--repeats: a spread needs at least 2 restorations of a picture (the paper's: 50)")
+    jobs = evaluate(config, args.out)
+    if PartialState().is_main_process:
+        write_table(config, jobs, args.out)
+        write_diversity(config, jobs, args.out)
+
+
+def write_diversity(config: Any, jobs: Sequence[Any], out: Path) -> list[dict[str, Any]]:
+    """diversity.csv, and a plot for every picture, of a finished run with repeats."""
+    import torch
+
+    from ..evaluate.run import saved
+    from . import plots
+    from .diversity import diversity
+
+    records = []
+    for file in dict.fromkeys(job.picture.file for job in jobs):
+        found = []
+        for row in config.rows:
+            files = [job.file(out).with_suffix(".png") for job in jobs if job.row is row and job.picture.file == file]
+            files = [f for f in files if f.exists()]
+            if len(files) > 1:
+                spread = diversity((torch.cat([saved(f) for f in files]) + 1) / 2)
+                found.append((row.name, spread))
+                records.append(
+                    {"picture": file.name, "operator": row.operator, "row": row.name, "k": spread.k}
+                    | {"mean standard deviation": spread.mean_std, "standard error": spread.error}
+                )
+        plots.save(plots.diversity_plot(found), out / f"diversity-{file.stem}.png")
+        log.info("%s", out / f"diversity-{file.stem}.png")
+    write_csv(out / "diversity.csv", records)
+    return records
+
+
+def toy_example(args: argparse.Namespace) -> None:
+    """At the published measurement, where the posterior has one mode, and at one where it has two."""
+    from . import plots
+    from .toy import BIMODAL_Y, PUBLISHED_Y
+    from .toy import toy_example as example
+
+    toys = [example(samples=args.samples, zeta=args.zeta, dmap_zeta=2 * args.zeta, seed=args.seed, y=y) for y in (PUBLISHED_Y, BIMODAL_Y)]
+    write_csv(args.out / "toy.csv", [row for toy in toys for row in toy.rows()])
+    plots.save(plots.toy_plot(*toys), args.out / "toy.png")
+    write_settings(args, args.out / "toy.json")
+    log.info("%s", args.out / "toy.png")
+
+
+def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    import io
+
+    from ..evaluate.results import write_text
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(path, text.getvalue())
+
+
+def write_settings(args: argparse.Namespace, path: Path) -> None:
+    """What was asked for, and the versions of what computed it."""
+    from ..evaluate.results import write_text
+    from ..evaluate.run import versions
+
+    given = {name: value for name, value in vars(args).items() if name != "run"}
+    write_text(path, json.dumps({"settings": given, "versions": versions()}, indent=1, default=str) + "\n")
+
+
+def _progress(total: int, what: str):
+    """A function that moves a bar by one, or to a place."""
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=total, desc=what)
+
+    def move(done: int | None = None) -> None:
+        bar.update(1 if done is None else done - bar.n)
+        if bar.n >= total:
+            bar.close()
+
+    return move

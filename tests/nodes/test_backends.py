@@ -1,0 +1,93 @@
+"""The same restoration in ComfyUI and on diffusers: same file, measurement and noise, each with its own networks and samplers."""
+
+import importlib
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+CLOSE = 2e-4  # largest difference in [0, 1]; an 8-bit picture has steps of 4e-3
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def core(lab):
+    names = ("priors.diffusers", "cse.diffusers_models", "restore", "solvers", "schedule", "presets", "operators")
+    return {
+        name.split(".")[-1] if name != "priors.diffusers" else "priors": importlib.import_module(f"dmap_pack.dmap_core.{name}")
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def base(lab, core):
+    with torch.inference_mode(False):
+        return core["diffusers_models"].open_base(lab.ROOT / "demo" / lab.CHECKPOINT).to(torch.device("cpu"), torch.float32)
+
+
+def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11):
+    """(picture (1, H, W, 3) in [0, 1], denoiser calls)."""
+    with torch.inference_mode(False), torch.no_grad():
+        y = operator.measure(lab.as_core(lab.picture().clone()))
+        size = operator.image_size(y)
+        controlnet, hint = None, None
+        if cse:
+            controlnet, metadata = core["priors"].open_cse(cse, base)
+            hint = core["priors"].hint_for(operator.hint(y), metadata)
+        prior = core["priors"].DiffusersPrior(base, size, controlnet, hint)
+        sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS)
+        solve = core["solvers"].SOLVERS[solver]
+        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, settings, [seed])
+        return ((done.image + 1) / 2).movedim(1, -1).clamp(0, 1), done.denoiser_calls
+
+
+def in_comfyui(lab, operator, solver, settings, cse=None, seed=11):
+    problem = lab.problem(operator=operator)
+    if cse:
+        control, _, _ = lab.call("DMAP_CSEControlNetLoader", cse=cse.name)
+        problem["positive"] = lab.call(
+            "DMAP_ApplyCSE",
+            conditioning=problem["positive"],
+            cse=control,
+            measurement=problem["measurement"],
+            operator=operator,
+            strength=1.0,
+            start_percent=0.0,
+            end_percent=1.0,
+        )
+    guider = lab.call("DMAP_DPSGuider", **problem)
+    sampler = importlib.import_module("dmap_pack.nodes.samplers").sampler_of(solver, settings)
+    latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(STEPS, spacing="exponential"))
+    return lab.call("VAEDecode", samples={"samples": latents}, vae=problem["vae"]).clamp(0, 1), guider.report.denoiser_calls
+
+
+CASES = {
+    "DPS": ("SuperResolution", {"scale": 8}, "DPS", {"zeta": 4.0}, False),
+    "DMAP": ("SuperResolution", {"scale": 4}, "DMAP", {"zeta": 8.0, "K": 2}, False),
+    "DSG": ("GaussianBlur", {"kernel_size": 31, "sigma": 2.0}, "DSG", {"zeta": 0.5}, False),
+    "PSLD": ("SuperResolution", {"scale": 4}, "PSLD", {"zeta": 2.0, "gamma": 0.1}, False),
+    "DMAP with a CSE": ("SuperResolution", {"scale": 4}, "DMAP", {"zeta": 8.0, "K": 2}, True),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_backends_make_the_same_picture(lab, core, base, case):
+    name, settings, solver, how, with_cse = CASES[case]
+    operator = getattr(core["operators"], name)(**settings)
+    cse = lab.ROOT / "models" / "controlnet" / "dmap-demo-cse-sr4.safetensors" if with_cse else None
+    theirs, their_calls = on_diffusers(lab, core, base, operator, solver, how, cse)
+    ours, our_calls = in_comfyui(lab, operator, solver, how, cse)
+    assert ours.shape == theirs.shape and our_calls == their_calls
+    assert float(ours.std()) > 0.02, "a picture of one colour would prove nothing"
+    difference = float((ours - theirs).abs().max())
+    assert difference <= CLOSE, difference
+
+
+def test_another_seed_makes_another_picture(lab, core, base):
+    """The comparison above would notice noise that differs."""
+    name, settings, solver, how, _ = CASES["DMAP"]
+    operator = getattr(core["operators"], name)(**settings)
+    theirs, _ = on_diffusers(lab, core, base, operator, solver, how, seed=12)
+    ours, _ = in_comfyui(lab, operator, solver, how)
+    assert float((ours - theirs).abs().max()) > 100 * CLOSE
