@@ -36,7 +36,8 @@ def ssim(image: Tensor, reference: Tensor) -> Tensor:
     """(B,) structural similarity of Wang et al. (2004), at most 1, float32. Higher is better.
 
     Gaussian window of 11x11 pixels, sigma 1.5, K1 0.01, K2 0.03, every channel by itself. The mean is over the windows that lie inside
-    the picture, as in the paper; a mean over windows that hang over the border, as torchmetrics takes it, differs in the third digit.
+    the picture, as in the paper; torchmetrics takes in those that hang over the border, too.
+    Its figures of 128x128 pictures were 0.01 to 0.05 higher.
     """
     with needed("SSIM", "torchmetrics"):
         from torchmetrics.functional.image import structural_similarity_index_measure
@@ -95,7 +96,7 @@ class FeatureDistance(Measuring):
     def features(self, image: Tensor) -> list[Tensor]:
         """image: (B, 3, H, W) in [0, 1]. The last features before every halving, and the very last."""
         network, found = self.network, []
-        x = network._swish(network._bn0(network._conv_stem(image)))
+        x = network._swish(network._bn0(network._conv_stem(2 * image - 1)))
         for block in network._blocks:
             y = block(x)
             if y.shape[-1] != x.shape[-1]:
