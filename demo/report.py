@@ -41,7 +41,7 @@ TABLES = ("table4", "table1", "table5", "table9", "table10")
 PRIOR = HERE / "dmap-demo-prior.safetensors"
 CSE = ROOT / "models" / "controlnet" / "dmap-demo-cse-sr4.safetensors"
 PICTURE = HERE / "held-out" / "dmap-demo-00.png"
-OPERATOR = '{"operator": "SuperResolution", "scale": 4}'
+OPERATOR = '{"operator":"SuperResolution","scale":4}'
 ZETAS = "0.05,0.3,1.0,4.8,7.5"
 FULL = {"count": None, "repeats": None, "samples": 1000, "noises": 8}
 QUICK = {"count": 2, "repeats": 4, "samples": 32, "noises": 2}
@@ -67,8 +67,10 @@ def once(study, args: SimpleNamespace, result: Path) -> None:
     """Run a study whose result is not there yet with these settings, in the main process."""
     settings = result.with_suffix(".json")
     wanted = json.loads(json.dumps(vars(args), default=str))
-    if result.exists() and settings.exists() and json.loads(settings.read_text())["settings"] == wanted:
-        return
+    if result.exists() and settings.exists():
+        found = json.loads(settings.read_text())["settings"]
+        if {name: found.get(name) for name in wanted} == wanted:
+            return
     if PartialState().is_main_process:
         study(args)
 

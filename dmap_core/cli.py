@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from .evaluate import command as evaluate
 from .studies import commands as studies
 
-MISSING = "this needs {0}, which is not installed: pip install accelerate diffusers transformers torchmetrics matplotlib pyyaml tqdm"
+MISSING = (
+    "this needs {0}, which is not installed: pip install accelerate diffusers transformers torchmetrics matplotlib scipy pyyaml tqdm psutil"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         sys.exit(f"error: {MISSING.format(error.name)}")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {' '.join(map(str.strip, str(error).splitlines()))}")  # those of other packages may have several lines
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import Diverged
 from .operators import Operator
 from .posterior import Posterior
 from .prior import Prior
@@ -51,6 +52,7 @@ def restore(
 
     sigmas: (T + 1,) falling to 0. solver: one of `solvers.SOLVERS` with its settings. The noise of x_T comes from a sample's seed, that of
     the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others.
+    Raises errors.Diverged for NaN, and what the solver raises.
     """
     device = y.device
     posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
@@ -70,6 +72,8 @@ def restore(
     z0 = solver(posterior, z, sigmas, **settings, generator=noise, callback=record)
     with torch.no_grad():
         image = prior.decode(z0)
+    if not torch.isfinite(image).all():
+        raise Diverged("the decoded picture holds NaN or infinity; lower zeta, or run the model and the VAE in fp32")
     if on_gpu:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started

@@ -2,12 +2,12 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cse, guiders, host, host_cse, operators, samplers, sheets
+from . import cse, guiders, host, host_cse, metrics, operators, samplers, sheets, studies
 
 
 class DMAPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*operators.NODES, *guiders.NODES, *samplers.NODES, *cse.NODES, *sheets.NODES]
+        return [*operators.NODES, *guiders.NODES, *samplers.NODES, *cse.NODES, *sheets.NODES, *metrics.NODES, *studies.NODES]
 
 
 async def comfy_entrypoint() -> DMAPExtension:

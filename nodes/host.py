@@ -224,7 +224,7 @@ def null_conditioning(model):
 
 @dataclass
 class Report:
-    """What one sampling run cost and reached. residuals[step][sample]."""
+    """What one sampling run cost and reached. residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none."""
 
     solver: str
     operator: str
@@ -232,14 +232,16 @@ class Report:
     seconds: float = 0.0
     denoiser_calls: int = 0
     decoder_calls: int = 0
+    peak_memory: int | None = None
     residuals: list[list[float]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
+        peak = f" with a peak of {self.peak_memory / 2**30:.1f} GiB" if self.peak_memory else ""
         return (
             f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
-            f"{self.seconds:.1f} s, memory plan {self.memory}, final residual ||f(x) - y|| = {last}"
+            f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
             + "".join(f". Warning: {warning}" for warning in self.warnings)
         )
 
@@ -312,6 +314,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         name = sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler"
         self.report = Report(name, self.operator.describe(), warnings=self.warnings)
         original_conds = self.original_conds
+        device = comfy.model_management.get_torch_device()
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad():
@@ -320,6 +326,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                 return super().sample(noise, latent_image, sampler, sigmas, *args, seed=((seed or 0) + SEED_SHIFT) % 2**64, **kwargs)
         finally:
             self.original_conds = original_conds
+            self.report.peak_memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
             self._finish_report(time.perf_counter() - started)
             self._posterior = None
 

@@ -37,6 +37,9 @@ def tiny_checkpoint(path, seed=0, width=64):
         state[f"first_stage_model.taesd_{part}.{int(n) + first}.{rest}"] = tensor
     last = max(int(name.split(".")[2]) for name in state if ".taesd_encoder." in name)
     state[f"first_stage_model.taesd_encoder.{last}.weight"] *= 30  # latents of a variance near 1
+    last = max(int(name.split(".")[2]) for name in state if ".taesd_decoder." in name)
+    state[f"first_stage_model.taesd_decoder.{last}.weight"] *= 4  # pictures between black and white, where they were nearly black
+    state[f"first_stage_model.taesd_decoder.{last}.bias"] += 0.5
     state["first_stage_model.vae_scale"] = torch.tensor(0.18215)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path
@@ -47,7 +50,7 @@ def tiny_cse(path, checkpoint, seed=0, **metadata):
     unet = {name.removeprefix(UNET): tensor for name, tensor in load_file(checkpoint).items() if name.startswith(UNET)}
     generator = torch.Generator().manual_seed(seed)
     weights = initial_controlnet(unet, seed)
-    for name, tensor in weights.items():
+    for tensor in weights.values():
         if not tensor.any() and tensor.ndim == 4:
             tensor.normal_(0, 0.1, generator=generator)
     write_cse(path, weights, CSEMetadata(**metadata), torch.float32)

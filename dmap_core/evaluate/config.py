@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..memory import PLANS
 from ..metrics import check_names
 from ..operators import Operator, from_spec
 from ..operators.base import whole
@@ -25,6 +26,8 @@ ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
 PRECISIONS = ("fp32", "bf16", "fp16")
 PATHS = ("images", "checkpoint", "weights")
+TEXTS = ("title", "note", "prompt", "expected")
+PREDICTIONS = ("auto", "eps", "v")
 
 
 class ConfigError(ValueError):
@@ -96,7 +99,7 @@ class Config:
         if row.solver == ALONE:
             steps, spacing = ALONE_STEPS[self.settings_for]
             found = Preset(ALONE, {"eta": 1.0}, steps, spacing, "the number of steps of DPS")
-        elif row.steps and row.spacing and "zeta" in row.settings:
+        elif row.steps and row.spacing and _essential(row.solver) <= row.settings.keys():
             return Preset(row.solver.removesuffix(" full"), dict(row.settings), row.steps, row.spacing, "config")
         else:
             found = preset(self.operator(row.operator), row.solver, self.settings_for)
@@ -120,9 +123,21 @@ def sampler(solver: str):
     return sample_unguided if solver == ALONE else SOLVERS[solver]
 
 
+def _settings(solver: str) -> dict[str, inspect.Parameter]:
+    """The settings of a row's solver."""
+    parameters = inspect.signature(sampler(solver.removesuffix(" full"))).parameters
+    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in ("generator", "callback")}
+
+
+def _essential(solver: str) -> set[str]:
+    """The settings that a row must have to do without a preset: those without a default, or whose default fits one number of steps only."""
+    found = {name for name, p in _settings(solver).items() if p.default is p.empty or name in ("first", "last", "every")}
+    return found | ({"K"} if solver.endswith(" full") else set())
+
+
 def _known(given: Mapping[str, Any], cls: type, where: str) -> None:
     names = [f.name for f in fields(cls)]
-    unknown = sorted(set(given) - set(names))
+    unknown = sorted(str(name) for name in given if name not in names)
     if unknown:
         raise ConfigError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(names)}")
 
@@ -141,7 +156,8 @@ def read_config(file: Path, **changes: Any) -> Config:
     for name in PATHS:
         if given.get(name) is not None:
             given[name] = _relative(given[name], file, name)
-    for row in given.get("rows") or []:
+    rows = given.get("rows")
+    for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict):
             row |= {name: _relative(row[name], file, name) for name in ("cse", "checkpoint") if row.get(name) is not None}
     return make_config(given | {name: value for name, value in changes.items() if value is not None}, str(file))
@@ -164,7 +180,12 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
     values = dict(given) | {"rows": tuple(_row(row, f"{where}: row {i + 1}", operators) for i, row in enumerate(rows))}
     if isinstance(values.get("metrics"), str):
         values["metrics"] = [name.strip() for name in values["metrics"].split(",")]
+    if not isinstance(values.get("metrics") or [], (list, tuple)):
+        raise ConfigError(f"{where}: metrics is {values['metrics']!r}; it must be a list of names")
     values["metrics"] = tuple(values.get("metrics") or Config.metrics)
+    for name in TEXTS:
+        if not isinstance(values.get(name, ""), str):
+            raise ConfigError(f"{where}: {name} is {values[name]!r}; it must be text")
     values |= {name: Path(values[name]) for name in PATHS if values.get(name) is not None}
     try:
         check_names(name for name in values["metrics"] if name != MIOU)
@@ -176,7 +197,8 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     config = Config(**values)
-    for name, options in (("precision", PRECISIONS), ("settings_for", MODELS), ("prediction", ("auto", "eps", "v"))):
+    choices = {"precision": PRECISIONS, "settings_for": MODELS, "prediction": PREDICTIONS, "memory": ("auto", *PLANS)}
+    for name, options in choices.items():
         if getattr(config, name) not in options:
             raise ConfigError(f"{where}: {name} is {getattr(config, name)!r}; it must be one of {'; '.join(options)}")
     slugs = [row.slug() for row in config.rows]
@@ -190,12 +212,14 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: it is {given!r}; it must be a mapping such as {{operator: sr8, solver: DMAP}}")
     _known(given, Row, where)
-    for name, options in (("operator", operators), ("solver", NAMES)):
+    choices = {"operator": tuple(operators), "solver": NAMES}
+    choices |= {
+        name: options for name, options in (("spacing", tuple(SPACINGS)), ("prediction", PREDICTIONS)) if given.get(name) is not None
+    }
+    for name, options in choices.items():
         if given.get(name) not in options:
-            raise ConfigError(f"{where}: {name} is {given.get(name)!r}; it must be one of {', '.join(options)}")
-    spacing, steps = given.get("spacing"), given.get("steps")
-    if spacing is not None and spacing not in SPACINGS:
-        raise ConfigError(f"{where}: spacing is {spacing!r}; it must be one of {', '.join(SPACINGS)}")
+            raise ConfigError(f"{where}: {name} is {given.get(name)!r}; it must be one of {', '.join(map(str, options))}")
+    steps = given.get("steps")
     try:
         steps = None if steps is None else whole("steps", steps, 2)
     except ValueError as error:
@@ -206,7 +230,7 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     settings = given.get("settings") or {}
     _check_settings(given["solver"], settings, where)
     published = given.get("published") or {}
-    if not isinstance(published, dict) or not all(isinstance(v, (int, float)) for v in published.values()):
+    if not isinstance(published, dict) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in published.values()):
         raise ConfigError(f"{where}: published must map metrics to numbers")
     name = str(given.get("name") or given["solver"])
     return Row(**dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published})
@@ -215,10 +239,11 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
 def _check_settings(solver: str, settings: Any, where: str) -> None:
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: settings is {settings!r}; it must map names to values, such as {{zeta: 4.8}}")
-    known = []
-    if solver != AS_GIVEN:
-        parameters = inspect.signature(sampler(solver.removesuffix(" full"))).parameters.values()
-        known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in ("generator", "callback")]
-    unknown = sorted(set(settings) - set(known))
+    known = {} if solver == AS_GIVEN else _settings(solver)
+    unknown = sorted(str(name) for name in settings if name not in known)
     if unknown:
         raise ConfigError(f"{where}: {solver} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
+    for name, value in settings.items():
+        kinds, what = (str, "text") if isinstance(known[name].default, str) else ((int, float), "a number")
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ConfigError(f"{where}: the setting {name} is {value!r}; it must be {what}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,9 @@ from torch import Tensor
 from ..cse.data import SUFFIXES, centred, open_rgb, to_tensor
 from .config import ConfigError
 
+log = logging.getLogger("dmap.evaluate")
 SHOWN = 4
+TAKEN = "row"  # row.json is beside the pictures' figures
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,10 @@ def find_pictures(folder: Path, count: int | None, size: int | None, expected: s
         raise ConfigError(f"images: {count} pictures are wanted and {folder} holds {len(files)}; lower --count or add pictures.{hint}")
     files = files[:count]
     twice = [stem for stem, n in Counter(file.stem for file in files).items() if n > 1]
+    if repeats == 1 and any(file.stem == TAKEN for file in files):
+        raise ConfigError(
+            f"images: a file in {folder} is called {TAKEN}, which is what the settings beside the results are called; rename it"
+        )
     if twice:
         raise ConfigError(f"images: several files in {folder} are called {twice[0]}; results are named after the files, so rename them")
     sizes = {file: _size(file) for file in files}
@@ -66,13 +73,15 @@ def find_pictures(folder: Path, count: int | None, size: int | None, expected: s
             f"({', '.join(f'{file.name} {sizes[file][0]}x{sizes[file][1]}' for file in odd[:SHOWN])}). "
             f"Give --size N to resize and centre-crop all of them to NxN"
         )
-    if size is not None:
-        small = [file for file in files if min(sizes[file]) < size]
-        if small:
-            raise ConfigError(
-                f"images: {len(small)} pictures are smaller than {size}x{size} and would have to be enlarged "
-                f"({', '.join(f'{file.name} {sizes[file][0]}x{sizes[file][1]}' for file in small[:SHOWN])}); lower --size or take them out"
-            )
+    small = [file for file in files if size is not None and min(sizes[file]) < size]
+    if small:  # as the paper does with most of ImageNet; a folder of thumbnails by mistake should be noticed, though
+        log.warning(
+            "%d of %d pictures are smaller than %d pixels and are enlarged (%s): what was restored of them cannot be sharper than they are",
+            len(small),
+            len(files),
+            size,
+            ", ".join(f"{file.name} {sizes[file][0]}x{sizes[file][1]}" for file in small[:SHOWN]),
+        )
     if repeats == 1:
         return [Picture(file, i) for i, file in enumerate(files)]
     return [Picture(file, i * repeats + k, k) for i, file in enumerate(files) for k in range(repeats)]

@@ -8,6 +8,7 @@ OUT/<row>/<picture>.json     its figures; a picture is finished when this file i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -41,7 +42,8 @@ def _whole(path: Path, write) -> None:
         write(part)
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as where the folder could not be made
+            part.unlink()
         raise ConfigError(f"out: {path} could not be written (is the disk full?): {error}") from error
 
 

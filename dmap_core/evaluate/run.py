@@ -61,9 +61,9 @@ class Job:
         if self.plan.solver == "DMAP":
             return steps * (0.3 + s.get("K", 2))
         if self.plan.solver == "FreeDoM":
-            return steps + (s["K"] - 1) * (s["last"] - s["first"] + 1)
+            return steps + (s.get("K", 2) - 1) * (s["last"] - s["first"] + 1)
         if self.plan.solver == "ReSample":
-            return steps + s["iterations"] * 0.3 * (1 + (s["last"] - s["first"]) // s["every"])
+            return steps + s.get("iterations", 200) * 0.3 * (1 + (s["last"] - s["first"]) // s["every"])
         return steps * {ALONE: 0.4, "PSLD": 1.5}.get(self.plan.solver, 1.0)
 
 
@@ -151,7 +151,7 @@ def row_identity(config: Config, row: Row, plan: Preset | None, fingerprints: Ca
 
     found = {"operator": config.operator(row.operator).spec(), "solver": row.solver}
     if plan is not None:
-        found |= {"settings": plan.settings, "steps": plan.steps, "spacing": plan.spacing, "source": plan.source}
+        found |= {"settings": plan.settings, "steps": plan.steps, "spacing": plan.spacing}
         found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
     if row.cse:
         found["cse"] = f"{row.cse.name} {hashlib.sha256(row.cse.read_bytes()).hexdigest()[:16]}"
@@ -237,26 +237,28 @@ def evaluate(config: Config, out: Path) -> list[Job]:
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=FOREVER)
     log.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
     check_same(out / "run.json", shared_identity(config))
-    for row in config.rows:
-        identity = row_identity(config, row, jobs_plan(jobs, row), checkpoint_identity)
-        check_same(out / row.slug() / "row.json", identity)
-        if state.is_main_process:
-            write_json(out / row.slug() / "row.json", identity)
+    identities = {
+        out / row.slug() / "row.json": row_identity(config, row, jobs_plan(jobs, row), checkpoint_identity) for row in config.rows
+    }
+    for file, identity in identities.items():
+        check_same(file, identity)
     if state.is_main_process:
+        for file, identity in identities.items():
+            write_json(file, identity)
         write_json(out / "run.json", shared_identity(config))
         write_json(out / "versions.json", versions())
     state.wait_for_everyone()
     models = Models(config, state.device)
     todo = [job for job in jobs if unfinished(job, out, measures)]
+    state.wait_for_everyone()  # a process that looks when others are at work would see another list, and take other parts of it
     log.info("%d of %d jobs are to be done, by %d processes", len(todo), len(jobs), state.num_processes)
     with state.split_between_processes(batches(todo, config.batch)) as mine:
         total = sum(job.cost() for group in mine for job in group)
-        bar = tqdm(total=total, desc="restoring", disable=not state.is_local_main_process, bar_format=BAR)
-        for group in mine:
-            bar.set_postfix_str(f"{group[0].row.operator}, {group[0].row.name}, {group[0].picture.name}")
-            do(config, models, group, out, measures)
-            bar.update(sum(job.cost() for job in group))
-        bar.close()
+        with tqdm(total=total, desc="restoring", disable=not state.is_local_main_process, bar_format=BAR) as bar:
+            for group in mine:
+                bar.set_postfix_str(f"{group[0].row.operator}, {group[0].row.name}, {group[0].picture.name}")
+                do(config, models, group, out, measures)
+                bar.update(sum(job.cost() for job in group))
     state.wait_for_everyone()
     return jobs
 

@@ -23,10 +23,11 @@ BATCH = 16  # pictures whose features are taken at once
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the finished table. values: per picture, in the order of the pictures; diverged: how many have none. sets: FID and its like."""
+    """A row of the finished table. values: per picture, in the order of `pictures`; diverged: how many have none. sets: FID and its like."""
 
     row: Row
     operator: str
+    pictures: list[str]
     values: dict[str, list[float]]
     diverged: int
     sets: dict[str, tuple[float, float | None]] = field(default_factory=dict)
@@ -40,18 +41,21 @@ class Line:
 
 
 def read_lines(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
-    """A line for every row of which at least one picture is finished."""
+    """A line for every row of which at least one picture is finished, or has diverged."""
     lines = []
+    names = [name for name in config.metrics if name not in SET_METRICS]
     for row in config.rows:
-        entries = [read_picture_json(job.file(out), job.picture.identity) for job in jobs if job.row is row]
-        good = [e for e in entries if e and "diverged" not in e]
-        if not good:
+        found = {job.picture.name: read_picture_json(job.file(out), job.picture.identity) for job in jobs if job.row is row}
+        entries = {name: e for name, e in found.items() if e and ("diverged" in e or e["metrics"].keys() >= set(names))}
+        if not entries:
             continue
-        values = {name: [e["metrics"][name] for e in good if name in e["metrics"]] for name in config.metrics if name not in SET_METRICS}
+        pictures = [name for name, entry in entries.items() if "diverged" not in entry]
+        good = [entries[name] for name in pictures]
+        values = {name: [e["metrics"][name] for e in good] for name in names}
         values |= {name: [float(e[name]) for e in good] for name in ("residual", "seconds", "denoiser_calls")}
         values["peak_memory"] = [e["peak_memory"] / 2**30 for e in good if e.get("peak_memory")]
-        diverged = sum(1 for e in entries if e and "diverged" in e)
-        lines.append(Line(row, config.operator(row.operator).describe(), values, diverged, _sets(config, jobs, row, out)))
+        sets = _sets(config, jobs, row, out)
+        lines.append(Line(row, config.operator(row.operator).describe(), pictures, values, len(entries) - len(good), sets))
     return lines
 
 
@@ -100,7 +104,7 @@ def cell(line: Line, name: str) -> str:
     d = digits(name)
     if name in SET_METRICS:
         value, spread = line.sets.get(name, (None, None))
-        return "" if value is None else f"{value:.{d}f}" + (f" (sd {spread:.{d}f})" if spread is not None else "")
+        return "" if value is None else f"{value:.{d}f}" + (f" (sd {spread:.{d}f})" if spread is not None and spread == spread else "")
     if not line.values.get(name):
         return ""
     found = line.interval(name)
@@ -181,22 +185,27 @@ def differences(config: Config, lines: Sequence[Line]) -> str:
         group = [line for line in lines if line.row.operator == operator and line.row.solver != AS_GIVEN and not line.diverged]
         for line in group[1:]:
             cells = [operator, line.row.name, group[0].row.name]
-            n = min(line.n, group[0].n)
-            for name in names:
-                pairs = zip(line.values[name][:n], group[0].values[name][:n], strict=True)
-                found = mean_interval([a - b for a, b in pairs])
-                half = (found.high - found.low) / 2
-                cells.append(f"{found.mean:+.{digits(name)}f}" + (f" +- {half:.{digits(name)}f}" if half == half else ""))
-            body.append(cells)
+            body.append(cells + [_difference(line, group[0], name) for name in names])
     if not body:
         return ""
     return "## Paired differences\n\n" + grid(["operator", "row", "minus", *map(label, names)], body)
 
 
+def _difference(line: Line, first: Line, name: str) -> str:
+    """Over the pictures that both have; empty where there are none, or two infinite figures."""
+    others = dict(zip(first.pictures, first.values[name], strict=True))
+    values = [a - others[picture] for picture, a in zip(line.pictures, line.values[name], strict=True) if picture in others]
+    if not values or any(value != value for value in values):
+        return ""
+    found = mean_interval(values)
+    half = (found.high - found.low) / 2
+    return f"{found.mean:+.{digits(name)}f}" + (f" +- {half:.{digits(name)}f}" if half == half else "")
+
+
 def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """A Markdown table. A bar or a line's end in a cell would break it."""
     rows = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(" ".join(str(cell).replace("|", "/").split()) for cell in row) + " |" for row in rows)
 
 
 def table_csv(config: Config, lines: Sequence[Line]) -> str:

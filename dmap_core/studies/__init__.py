@@ -1,6 +1,6 @@
 """The paper's studies: its three observations about DPS (Sec. 3.2 to 3.4), the toy example (A.4), and pictures of their results.
 
-`score` and `diversity` compute, `toy` samples, and `plots` draws with matplotlib, which is imported only there and only when something is drawn.
+`score` and `diversity` compute, `toy` samples, and `plots` draws with matplotlib, which is imported only there, when something is drawn.
 """
 
 from .diversity import Diversity

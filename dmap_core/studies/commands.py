@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,9 @@ def score_mean(args: argparse.Namespace) -> None:
     posterior = Posterior(problem.prior, problem.operator, problem.y)
     shape, (sigma, sigma_next) = problem.prior.latent_shape(), (float(s) for s in problem.sigmas[:2])
     progress = _progress(args.samples, "samples")
-    found = score_means(
+    means = score_means(
         posterior, shape, sigma, sigma_next, problem.zetas, args.samples, args.batch, args.seed, lambda done, k: progress(done)
     )
-    means = {key if isinstance(key, str) else f"DPS, zeta {key:g}": mean for key, mean in found.items()}
     if problem.conditional:
         means["CSE"] = plain_score_mean(
             problem.conditional.denoise, shape, sigma, args.samples, args.batch, args.seed, device=problem.y.device
@@ -167,11 +166,11 @@ def score_mean(args: argparse.Namespace) -> None:
     log.info("%s", args.out / "score-mean.png")
 
 
-def score_mean_rows(means: dict[str, Any]) -> list[dict[str, Any]]:
+def score_mean_rows(means: Mapping[str | float, Any]) -> list[dict[str, Any]]:
     """A dict for every score, each statistic under a name that says what it is."""
     return [
         {
-            "score": name,
+            "score": name if isinstance(name, str) else f"DPS, zeta {name:g}",
             "samples": mean.k,
             "mean over samples (mean of absolute values)": mean.true_mean,
             "the same of a score without mean, from this few samples": mean.floor,

@@ -13,7 +13,7 @@ from torch import Tensor
 class Diversity:
     """The spread of k restorations of one measurement, in units of [0, 1] pictures.
 
-    mean: (3, H, W); std: (H, W), the standard deviation over the samples, unbiased (k - 1), of every channel, then the mean over the channels;
+    mean: (3, H, W); std: (H, W), the standard deviation over the samples, unbiased (k - 1), of every channel, then the mean over channels;
     mean_std: its mean over the pixels; error: the jackknife standard error of mean_std over the samples, NaN for k = 2, where no deviation
     is left when one sample is taken away.
     """

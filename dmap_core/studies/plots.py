@@ -1,8 +1,8 @@
 """Pictures of the studies' results, as matplotlib Figures that belong to no window and no global state.
 
-Every function takes what `score`, `diversity`, `toy` or a table gives and returns a Figure, 9 inches and 900 pixels wide (less for one or two
-pictures); `render` and `save` make it pixels. A method has the same colour in every picture, one that colour-blind people can tell from the
-others: most are those of Okabe and Ito (2008). Raises ValueError if matplotlib is missing.
+Every function takes what `score`, `diversity`, `toy` or a table gives and returns a Figure, 9 inches and 900 pixels wide (less for one
+or two pictures); `render` and `save` make it pixels. A method has the same colour in every picture, one that colour-blind people can tell
+from the others: most are those of Okabe and Ito (2008). Raises ValueError if matplotlib is missing.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _toy_panel(axes: Any, toy: Toy, name: str, points: np.ndarray) -> None:
 
 @_styled
 def metric_plot(rows: Sequence[tuple[str, str, float, float, float]], label: str, title: str = "") -> Figure:
-    """A table's column: (method, group, mean, low, high) as points with their confidence intervals, from top to bottom, under their groups' names.
+    """A table's column: (method, group, mean, low, high) as points with confidence intervals, top to bottom, under the groups' names.
 
     Rows of a group stand together. NaN for low and high draws no interval. label: the metric's name, with its unit and which way is better.
     """
@@ -309,7 +309,7 @@ def metric_plot(rows: Sequence[tuple[str, str, float, float, float]], label: str
 
 @_styled
 def steps_plot(series: Mapping[str, Sequence[Interval]], title: str = "") -> Figure:
-    """Table 5: a panel for every metric, in it (label, mean, low, high) of every pair of T and K. Panels with the same labels share them."""
+    """Table 5: a panel for every metric, in it (label, mean, low, high) of every pair of T and K. The labels are shared."""
     if not series or not all(series.values()):
         raise ValueError("series is empty or has a metric without values; give (label, mean, low, high) for every metric")
     labels = list(dict.fromkeys(name for intervals in series.values() for name, *_ in intervals))

@@ -23,12 +23,15 @@ UNCONDITIONAL = "unconditional"
 
 
 def vp_score(z: Tensor, denoised: Tensor, sigma: float) -> Tensor:
-    """grad_x log p(x) at x = z / sqrt(1 + sigma^2), (B, C, h, w), from the denoised latent: Tweedie's formula (Eq. 4) the other way round."""
+    """grad_x log p(x) at x = z / sqrt(1 + sigma^2), (B, C, h, w), from the denoised latent: Tweedie's formula (Eq. 4) solved for it."""
     return (math.sqrt(1 + sigma**2) / sigma**2) * (denoised - z)
 
 
 def dps_score(z: Tensor, denoised: Tensor, grad: Tensor, zeta: float, sigma: float, sigma_next: float) -> Tensor:
-    """DPS's estimate of the conditional score (Prop. 1, Eq. 9). grad: of the residual with respect to z; zeta in VE units; zeta = 0 is no guidance."""
+    """DPS's estimate of the conditional score (Prop. 1, Eq. 9).
+
+    grad: of the residual with respect to z. zeta: in VE units; 0 is no guidance.
+    """
     return vp_score(z, guided_denoised(denoised, grad, zeta, sigma, sigma_next), sigma)
 
 
@@ -51,7 +54,7 @@ def score_points(
     generator,
     callback: Callable[[int, ScorePoint], None] | None = None,
 ) -> list[ScorePoint]:
-    """z = z0 + sigma eps at every level of a schedule that falls to 0 (all but the 0), fresh noise at each, and the residual's gradient there.
+    """z = z0 + sigma eps at every level of a schedule that falls to 0 (all but the 0), fresh noise at each, and the gradient there.
 
     z0: (B, C, h, w), clean latents; for Fig. 1 one picture B times, which the noise makes different. generator: one, or one per sample.
     callback(step, point) after every level. One gradient per level serves all zetas, since DPS's score is linear in zeta.
@@ -220,7 +223,7 @@ class ScoreMean:
 
     @property
     def floor(self) -> float:
-        """What `true_mean` is for a score of mean 0, only because k is finite: sqrt(2 / (pi k)) times the standard deviation, the mean over elements."""
+        """What `true_mean` is for a score of mean 0, only because k is finite: sqrt(2 / (pi k)) std, the mean over the elements."""
         return math.sqrt(2 / (math.pi * self.k)) * float(self.std.mean())
 
     @property
@@ -278,7 +281,10 @@ def plain_score_mean(
     callback: Callable[[int, int], None] | None = None,
     device: torch.device | str = "cpu",
 ) -> ScoreMean:
-    """The same for a conditional model, at the very samples of `score_means`. denoise(z, sigma): its denoised latent; device: where z is made."""
+    """The same for a conditional model, at the very samples of `score_means`.
+
+    denoise(z, sigma): its denoised latent. device: where it wants z.
+    """
     mean = ScoreMean()
     for z in _first_latents(shape, sigma, k, batch, seed, device):
         mean.update(vp_score(z, denoise(z, sigma), sigma))

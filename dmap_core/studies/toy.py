@@ -1,14 +1,14 @@
 """The toy example (A.4, Fig. 8): two Gaussians in the plane, of which a measurement shows the first coordinate.
 
 With the published numbers, sigma_0 = 0.3 and y = (0.5, 0), the true posterior is not the two-modal one that Fig. 8 shows: the lower mode is
-5 sigma_0 from y and the upper one 1.67, so that its weight is exp(-1.5^2 / 0.18) / exp(-0.5^2 / 0.18) = 1.5e-5. Nor do DPS's samples concentrate
-in one mode: 64 % are in the upper and 36 % in the lower one, which the measurement all but rules out. At y = (0, 0), BIMODAL_Y, the posterior
-has two equal modes, and DPS and DMAP have half of their samples in each.
+5 sigma_0 from y and the upper one 1.67, so that its weight is exp(-1.5^2 / 0.18) / exp(-0.5^2 / 0.18) = 1.5e-5. Nor do DPS's samples
+concentrate in one mode: 64 % are in the upper and 36 % in the lower one, which the measurement all but rules out. At y = (0, 0),
+BIMODAL_Y, the posterior has two equal modes, and DPS and DMAP have half of their samples in each.
 
-DSG and DMAP put their samples on a sphere because a Gaussian in many dimensions has its mass there. In the plane it is a circle, near which a
-Gaussian has no particular mass, so that the two are out of their element. Measured with the defaults at y = (0.5, 0): DSG at the published mix rate
-of 0.08 is hardly guided (mean residual 0.63, of unguided samples 1.0); DMAP fits better than DPS (0.012 to 0.027) and has 78 % of its samples
-in the upper mode, but its modes are some 10 % too narrow.
+DSG and DMAP put their samples on a sphere because a Gaussian in many dimensions has its mass there. In the plane it is a circle, near
+which a Gaussian has no particular mass, so that the two are out of their element. Measured with the defaults at y = (0.5, 0): DSG at the
+published mix rate of 0.08 is hardly guided (mean residual 0.63, of unguided samples 1.0); DMAP fits better than DPS (0.012 to 0.027) and
+has 78 % of its samples in the upper mode, but its modes are some 10 % too narrow.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ class Summary:
 
 @dataclass(frozen=True)
 class Toy:
-    """samples: (n, 2) points of every method, TRUE among them; summaries: their figures; true: the closed form's, and weights and means (2, 2) of
-    the posterior's modes, lower first. settings: what `toy_example` was called with."""
+    """samples: (n, 2) points of every method, TRUE among them; summaries: their figures; true: those of the closed form.
+
+    weights (2,) and means (2, 2): of the true posterior's modes, lower first. settings: what `toy_example` was called with.
+    """
 
     samples: dict[str, Tensor]
     summaries: dict[str, Summary]
@@ -74,7 +76,7 @@ class Toy:
 
 
 def karras_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
-    """(steps + 1,) float64 noise levels evenly spaced in sigma^(1 / rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022, Eq. 5)."""
+    """(steps + 1,) float64 noise levels evenly spaced in sigma^(1 / rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022)."""
     whole("steps", steps, 2)
     if not 0 < sigma_min < sigma_max:
         raise ValueError(f"sigma_min is {sigma_min} and sigma_max {sigma_max}; they must satisfy 0 < sigma_min < sigma_max")
@@ -101,9 +103,10 @@ def toy_example(
 ) -> Toy:
     """DPS, DSG and DMAP on the toy example, and exact samples of its true posterior.
 
-    steps: Karras levels from sigma_max to sigma_min, then 0. zeta: DPS's, published. dsg_zeta: a mix rate, the paper's for pictures. dmap_zeta: twice
-    DPS's, as for pictures; K: its gradient steps. sigma_0: of both Gaussians. y: the measurement, whose second coordinate is 0. sigma_y: its noise in the
-    closed form, as good as none. The solvers start from the same latents. sigma_min, dsg_zeta, dmap_zeta and K are not published. About a second.
+    steps: Karras levels from sigma_max to sigma_min, then 0. zeta: DPS's, published. dsg_zeta: a mix rate, the paper's for pictures.
+    dmap_zeta: twice DPS's, as for pictures; K: its gradient steps. sigma_0: of both Gaussians. y: the measurement, whose second coordinate
+    is 0. sigma_y: its noise in the closed form, as good as none. sigma_min, dsg_zeta, dmap_zeta and K are not published. The solvers start
+    from the same latents. Takes about a second.
     """
     whole("samples", samples, 2)
     if len(y) != 2 or y[1] != 0 or not math.isfinite(y[0]):

@@ -15,6 +15,7 @@ NODES = {
     "DMAP_DPSSampler": "DPSSampler",
     "DMAP_DSGSampler": "DSGSampler",
     "DMAP_Degrade": "Degrade",
+    "DMAP_DiversityStudy": "Diversity Study",
     "DMAP_EmptyMeasurementLatent": "Empty Measurement Latent",
     "DMAP_FreeDoMSampler": "FreeDoMSampler",
     "DMAP_OperatorCompose": "Operator: Compose",
@@ -30,8 +31,14 @@ NODES = {
     "DMAP_OperatorSuperResolution": "Operator: Super-Resolution",
     "DMAP_PSLDSampler": "PSLDSampler",
     "DMAP_ReSampleSampler": "ReSampleSampler",
+    "DMAP_RestorationMetrics": "RestorationMetrics",
     "DMAP_SamplingReport": "DMAP Sampling Report",
+    "DMAP_ScoreErrorStudy": "Score Error Study",
+    "DMAP_ScoreMeanStudy": "Score Mean Study",
     "DMAP_SelfGenerateCSEDataset": "SelfGenerateCSEDataset",
+    "DMAP_SolverStudy": "Solver Study",
+    "DMAP_StepsStudy": "Steps Study",
+    "DMAP_ToyStudy": "Toy Study",
     "DMAP_TrainCSE": "TrainCSE",
 }
 
@@ -51,6 +58,7 @@ INPUTS = {
     "DMAP_DPSSampler": "zeta eta optimizer",
     "DMAP_DSGSampler": "zeta eta",
     "DMAP_Degrade": "image operator noise_sigma seed",
+    "DMAP_DiversityStudy": "images_1 images_2 images_3 images_4 names",
     "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size",
     "DMAP_FreeDoMSampler": "zeta K first last travel eta",
     "DMAP_OperatorCompose": "first second third fourth",
@@ -66,8 +74,14 @@ INPUTS = {
     "DMAP_OperatorSuperResolution": "scale",
     "DMAP_PSLDSampler": "zeta gamma transpose eta",
     "DMAP_ReSampleSampler": "zeta first last every iterations learning_rate factor space tweedie eta",
+    "DMAP_RestorationMetrics": "restored reference perceptual distribution operator measurement report",
     "DMAP_SamplingReport": "guider latent",
+    "DMAP_ScoreErrorStudy": "guider conditional picture sigmas zetas repeats noise_seed",
+    "DMAP_ScoreMeanStudy": "guider sigmas zetas samples batch noise_seed conditional",
     "DMAP_SelfGenerateCSEDataset": "model positive vae count steps cfg width height seed save_name negative",
+    "DMAP_SolverStudy": "guider_1 reference steps zeta noise_seed guider_2 names spacing",
+    "DMAP_StepsStudy": "guider reference budget K zeta dsg_zeta spacing noise_seed",
+    "DMAP_ToyStudy": "zeta K steps samples y0 noise_seed dsg_zeta dmap_zeta",
     "DMAP_TrainCSE": "model vae conditioning operator folder save_name steps batch_size accumulation learning_rate precision size seed save_every "
     "gradient_checkpointing pictures validation hint_range snr_gamma licence unreadable",
 }
@@ -86,6 +100,13 @@ OUTPUTS = {
     "DMAP_SamplingReport": ["STRING", "STRING"],
     "DMAP_SelfGenerateCSEDataset": ["IMAGE", "STRING"],
     "DMAP_TrainCSE": ["CONTROL_NET", "IMAGE", "IMAGE", "STRING"],
+    "DMAP_RestorationMetrics": ["STRING", "STRING", "IMAGE", "IMAGE"],
+    "DMAP_ScoreErrorStudy": ["IMAGE", "STRING"],
+    "DMAP_ScoreMeanStudy": ["IMAGE", "STRING"],
+    "DMAP_DiversityStudy": ["IMAGE", "IMAGE", "IMAGE", "STRING"],
+    "DMAP_ToyStudy": ["IMAGE", "STRING", "STRING"],
+    "DMAP_StepsStudy": ["IMAGE", "IMAGE", "STRING"],
+    "DMAP_SolverStudy": ["IMAGE", "IMAGE", "STRING"],
 }
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
 OPTIONS = {
@@ -104,6 +125,8 @@ OPTIONS = {
     "unreadable": "refuse skip",
     "folder": ["the pictures input"],  # before folders of the machine
     "settings_for": "Stable Diffusion, 512 pixels|demo prior, 128 pixels",
+    "perceptual": "none|LPIPS alex|LPIPS vgg|EfficientNet-Lite0",
+    "distribution": "none|FID and KID|EfficientNet-Lite0",
 }
 # Combos that list files.
 FILES = {"weights", "cse"}
@@ -111,6 +134,8 @@ FILES = {"weights", "cse"}
 CONNECTIONS = {"model", "positive", "negative", "vae", "operator", "measurement", "image", "mask", "kernel", "guider", "latent", "original"}
 CONNECTIONS |= {"conditioning", "cse", "pictures", "validation"}
 CONNECTIONS |= {f"{name}_{i}" for name in ("image", "report") for i in PLACES}
+CONNECTIONS |= {"restored", "reference", "report", "picture", "sigmas", "conditional", "guider_1", "guider_2"}
+CONNECTIONS |= {f"images_{i}" for i in range(1, 5)}
 
 
 def test_node_ids_and_names(lab):
@@ -190,6 +215,6 @@ def test_there_is_no_help_page_of_a_node_that_is_gone(lab):
     assert sorted(path.stem for path in (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs").glob("*.md")) == sorted(NODES)
 
 
-@pytest.mark.parametrize("node_id", ["DMAP_SamplingReport", "DMAP_SelfGenerateCSEDataset", "DMAP_TrainCSE"])
+@pytest.mark.parametrize("node_id", ["DMAP_RestorationMetrics", "DMAP_SamplingReport", "DMAP_SelfGenerateCSEDataset", "DMAP_TrainCSE"])
 def test_it_runs_without_a_node_after_it(lab, node_id):
     assert lab.NODES[node_id].GET_SCHEMA().is_output_node

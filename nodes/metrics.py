@@ -1,0 +1,383 @@
+"""RestorationMetrics: how good restored pictures are, as text, as a table and as a map of errors."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ..dmap_core.metrics import PICTURE_METRICS, SET_METRICS, WEIGHTS, error_map, frechet, frechet_warning, kernel, mean_interval, miou
+from ..dmap_core.metrics.pictures import saved
+from ..dmap_core.operators import Operator as CoreOperator
+from ..dmap_core.operators import Segmentation
+from ..dmap_core.operators.segmentation import CLASSES
+from ..dmap_core.presets import parts
+from . import host, host_studies
+from .operators import Operator
+from .pictures import measurement_to_core, to_core
+
+NAME = "RestorationMetrics"
+# word of the combo: (names in the catalogue, key of the weights file)
+PERCEPTUAL = {
+    "none": ((), None),
+    "LPIPS alex": (("lpips-alex",), "alex"),
+    "LPIPS vgg": (("lpips-vgg",), "vgg"),
+    "EfficientNet-Lite0": (("features",), None),
+}
+DISTRIBUTION = {
+    "none": ((), None),
+    "FID and KID": (("fid", "kid"), "inception"),
+    "EfficientNet-Lite0": (("fd-efficientnet", "kd-efficientnet"), None),
+}
+FORMULAS = ("psnr", "ssim")  # always given; they have no network
+ROWS = 16  # pictures with a line of their own in the table
+FONT = 18  # pixels
+HEADER = 18  # characters of a line in a column's head
+FOOTER = 84  # characters of a line below the table
+MARGIN = 16
+LEAST = 256  # pixels: smaller error maps are enlarged, so that their numbers can be read
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # black, violet, red, orange, pale yellow: ever lighter
+
+
+class RestorationMetrics(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="DMAP_RestorationMetrics",
+            display_name="RestorationMetrics",
+            category="DMAP/studies",
+            description="How close restored pictures are to their originals and to the measurement: PSNR, SSIM and more, for every picture and on "
+            "average, as text and as a table, and where the errors are.",
+            inputs=[
+                io.Image.Input("restored", tooltip="The restored pictures, RGB, from VAEDecode."),
+                io.Image.Input(
+                    "reference", tooltip="The undamaged pictures of the same size: one for all, or one for each restored picture."
+                ),
+                io.Combo.Input(
+                    "perceptual",
+                    options=list(PERCEPTUAL),
+                    default="none",
+                    tooltip="How different the pictures look to a network. LPIPS is what papers give; it needs a Python package and a weights file (see the help). "
+                    "EfficientNet-Lite0 stands in where those cannot be had; its numbers are others.",
+                ),
+                io.Combo.Input(
+                    "distribution",
+                    options=list(DISTRIBUTION),
+                    default="none",
+                    tooltip="How different the set of restored pictures is from the set of references. Means little below thousands of pictures.",
+                ),
+                Operator.Input(
+                    "operator",
+                    optional=True,
+                    tooltip="The damage. With the measurement: how well the pictures explain it, ||f(x) - y||. For 'Operator: Segmentation' also mIoU.",
+                ),
+                io.MultiType.Input(
+                    "measurement",
+                    types=[io.Image, io.Mask],
+                    optional=True,
+                    tooltip="The damaged picture, the same that DPSGuider got: one for all, or one for each restored picture.",
+                ),
+                io.String.Input(
+                    "report",
+                    optional=True,
+                    force_input=True,
+                    tooltip="The json output of DMAP Sampling Report: seconds, denoiser calls, memory plan and peak memory of the GPU are then given, too.",
+                ),
+            ],
+            outputs=[
+                io.String.Output(display_name="text"),
+                io.String.Output(display_name="json"),
+                io.Image.Output(display_name="table"),
+                io.Image.Output(display_name="error_map", tooltip="For every picture where it differs from its reference, on one scale."),
+            ],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def execute(cls, restored, reference, perceptual, distribution, operator=None, measurement=None, report=None) -> io.NodeOutput:
+        run = read_report(report) if report else None
+        with host_studies.measuring():
+            restored, reference, y = _given(*host.normal((restored, reference)), operator, host.normal(measurement), distribution)
+            found = measured(restored, reference, perceptual, distribution, operator, y, run)
+            maps = error_pictures(restored, error_map(restored, reference))
+        text = found.text()
+        return io.NodeOutput(text, found.json(), table(found), maps, ui=ui.PreviewText(text))
+
+
+def _given(
+    restored: Tensor, reference: Tensor, operator: CoreOperator | None, measurement: Tensor | None, distribution: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Both sets of pictures (B, 3, H, W) in [0, 1], and y. Raises ValueError, naming the input, for what does not go together."""
+    restored, reference = (picture(image, f"{NAME}: {name}") for image, name in ((restored, "restored"), (reference, "reference")))
+    size, wanted = (tuple(x.shape[-2:]) for x in (restored, reference))
+    if size != wanted:
+        raise ValueError(f"{NAME}: restored is {size[1]}x{size[0]} and reference {wanted[1]}x{wanted[0]}; crop or resize one of them")
+    if distribution != "none" and min(len(restored), len(reference)) < 2:
+        raise ValueError(
+            f"{NAME}: distribution compares sets of pictures, and there are {len(restored)} restored and {len(reference)} reference; "
+            "give several of both, or set it to none"
+        )
+    if len(reference) not in (1, len(restored)):
+        raise ValueError(f"{NAME}: reference holds {len(reference)} pictures for {len(restored)} restored ones; give one, or one for each")
+    if (operator is None) != (measurement is None):
+        given, missing = ("operator", "measurement") if measurement is None else ("measurement", "operator")
+        raise ValueError(f"{NAME}: {given} is connected but {missing} is not; connect both or neither")
+    if operator is None:
+        return restored, reference.expand_as(restored), None
+    y = measurement_to_core(measurement, operator, f"{NAME}: measurement")
+    if operator.image_size(y) != size:
+        made = operator.image_size(y)
+        raise ValueError(
+            f"{NAME}: measurement and {operator.describe()} belong to pictures of {made[1]}x{made[0]}, but restored is {size[1]}x{size[0]}"
+        )
+    if len(y) not in (1, len(restored)):
+        raise ValueError(f"{NAME}: measurement holds {len(y)} for {len(restored)} restored pictures; give one, or one for each")
+    return restored, reference.expand_as(restored), y.expand(len(restored), -1, -1, -1)
+
+
+def picture(image: Tensor, name: str) -> Tensor:
+    """(B, H, W, 3) -> (B, 3, H, W) in [0, 1], as they would be saved. Raises ValueError, naming the input."""
+    to_core(image, name)
+    return saved(image.movedim(-1, 1), name)
+
+
+def read_report(report: str) -> dict[str, Any]:
+    """What the json of DMAP Sampling Report says about the cost of a run. Raises ValueError for anything else."""
+    try:
+        told = json.loads(report)
+        run = {name: kind(told[name]) for name, kind in REPORTED.items()}
+        return run | ({"peak_memory": int(told["peak_memory"])} if told.get("peak_memory") else {})  # of a GPU
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{NAME}: report is no report; connect the json output of DMAP Sampling Report") from error
+
+
+REPORTED = {"solver": str, "operator": str, "memory": str, "seconds": float, "denoiser_calls": int}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metric's value of every picture. digits: behind the point; None: so many that the largest value has four in all."""
+
+    name: str
+    label: str
+    values: list[float]
+    digits: int | None
+
+    def show(self, value: float) -> str:
+        return f"{value:.{self._digits()}f}"
+
+    def _digits(self) -> int:
+        if self.digits is not None:
+            return self.digits
+        largest = max(self.values)
+        return max(0, 3 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 3
+
+    def mean(self) -> str:
+        """The mean and half of its 95 % interval, which a single picture does not have."""
+        interval = mean_interval(self.values)
+        half = (interval.high - interval.low) / 2
+        return self.show(interval.mean) + ("" if math.isnan(half) else f" +- {self.show(half)}")
+
+
+@dataclass(frozen=True)
+class Found:
+    """size: (H, W); sets: (name, label, value, its deviation over subsets or NaN), already in digits; run: the report's, if there is one."""
+
+    size: tuple[int, int]
+    columns: list[Column]
+    sets: list[tuple[str, str, float, float, int]]
+    warnings: list[str]
+    run: dict[str, Any] | None
+
+    @property
+    def count(self) -> int:
+        return len(self.columns[0].values)
+
+    def title(self) -> str:
+        return f"{self.count} picture{'s' if self.count > 1 else ''} of {self.size[1]}x{self.size[0]}"
+
+    def footer(self) -> list[str]:
+        """What is said of the pictures as a whole."""
+        lines = ["+- is half of the 95 % confidence interval of the mean"] if self.count > 1 else []
+        for _, label, value, deviation, digits in self.sets:
+            spread = "" if math.isnan(deviation) else f", standard deviation over subsets {deviation:.{digits}f}"
+            lines.append(f"{label}: {value:.{digits}f} (n {self.count}{spread})")
+        lines += [f"Warning: {warning}" for warning in self.warnings]
+        if self.run:
+            r = self.run
+            peak = f" with a peak of {r['peak_memory'] / 2**30:.1f} GiB" if "peak_memory" in r else ""
+            cost = f"{r['seconds']:.1f} s, {r['denoiser_calls']} denoiser calls, memory plan {r['memory']}{peak}"
+            lines.append(f"{r['solver']} on {r['operator']}: {cost}")
+        return lines
+
+    def text(self) -> str:
+        return "\n".join([self.title(), *(f"{c.label}: {c.mean()} (n {self.count})" for c in self.columns), *self.footer()])
+
+    def json(self) -> str:
+        """Limits that one picture does not have are null; the PSNR of equal pictures is the string inf, for JSON knows no such number."""
+        means = {}
+        for c in self.columns:
+            i = mean_interval(c.values)
+            means[c.name] = {"label": c.label, "mean": _plain(i.mean), "low": _plain(i.low), "high": _plain(i.high), "n": i.n}
+        return json.dumps(
+            {
+                "pictures": [{c.name: _plain(c.values[i]) for c in self.columns} for i in range(self.count)],
+                "means": means,
+                "sets": {
+                    n: {"label": label, "value": _plain(v), "deviation": _plain(d), "n": self.count} for n, label, v, d, _ in self.sets
+                },
+                "warnings": self.warnings,
+                "run": self.run,
+            }
+        )
+
+
+def _plain(value: float) -> float | str | None:
+    return None if math.isnan(value) else str(value) if math.isinf(value) else value
+
+
+def measured(
+    restored: Tensor,
+    reference: Tensor,
+    perceptual: str,
+    distribution: str,
+    operator: CoreOperator | None,
+    y: Tensor | None,
+    run: dict[str, Any] | None,
+) -> Found:
+    """All that was asked for; missing packages and weights are named before anything is computed."""
+    (names, key), (set_names, set_key) = PERCEPTUAL[perceptual], DISTRIBUTION[distribution]
+    metrics = [PICTURE_METRICS[name] for name in (*FORMULAS, *names)]
+    networks = [metric.open(_folder(key)) for metric in metrics]
+    set_metrics = [SET_METRICS[name] for name in set_names]
+    features = set_metrics[0].open(_folder(set_key)) if set_metrics else None
+    mean_interval([0.0, 1.0])  # raises for a package that is missing
+    for network in [*networks[len(FORMULAS) :], *([features] if features else [])]:
+        host_studies.place(network)
+
+    bar = host_studies.Bar(len(restored))
+    values: list[list[float]] = [[] for _ in metrics]
+    ours, theirs = [], []
+    for image, wanted in zip(restored.split(1), reference.split(1), strict=True):
+        for into, network in zip(values, networks, strict=True):
+            into.append(float(network(image, wanted)))
+        if features:
+            ours.append(features(image).cpu())
+            theirs.append(features(wanted).cpu())
+        bar.move()
+    columns = [Column(m.name, m.label, v, m.digits) for m, v in zip(metrics, values, strict=True)]
+    columns += _measurement_columns(restored, operator, y) if operator else []
+    sets, warnings = _sets(set_metrics, torch.cat(theirs), torch.cat(ours)) if features else ([], [])
+    return Found(tuple(restored.shape[-2:]), columns, sets, warnings, run)
+
+
+def _folder(key: str | None):
+    return host_studies.weights_folder(WEIGHTS[key].file if key else None)
+
+
+def _measurement_columns(restored: Tensor, operator: CoreOperator, y: Tensor) -> list[Column]:
+    pairs = list(zip(restored.split(1), y.split(1), strict=True))
+    segments = isinstance(parts(operator)[-1], Segmentation)
+    label = "cross-entropy of f(x) and y" if segments else "residual ||f(x)-y||"
+    columns = [Column("residual", label, [float(host_studies.residuals(operator, image, one)) for image, one in pairs], None)]
+    if segments:
+        labels = [host_studies.with_operator(operator, image, lambda f, x: f.measure(2 * x - 1)) for image, _ in pairs]
+        values = [float(miou(ours, one, len(CLASSES))) for ours, (_, one) in zip(labels, pairs, strict=True)]
+        columns.append(Column("miou", "mIoU", values, 4))
+    return columns
+
+
+def _sets(metrics: Sequence[Any], real: Tensor, fake: Tensor) -> tuple[list[tuple[str, str, float, float, int]], list[str]]:
+    found = []
+    for metric in metrics:
+        value, deviation = (frechet(real, fake), math.nan) if metric.distance == "frechet" else kernel(real, fake)
+        found.append((metric.name, metric.label, value, deviation, metric.digits))
+    warning = frechet_warning(len(fake), fake.shape[1])
+    return found, [warning] if warning else []
+
+
+# pictures of it
+
+
+def table(found: Found) -> Tensor:
+    """(1, H, W, 3) in [0, 1]: a line for each of the first pictures, their means, and what is said of all of them."""
+    font = ImageFont.load_default(size=FONT)
+    line = round(1.5 * FONT)
+    shown = range(min(found.count, ROWS))
+    columns = [(["picture"], [str(i + 1) for i in shown] + ["mean"])]
+    for c in found.columns:
+        columns.append((textwrap.wrap(c.label, HEADER, break_on_hyphens=False), [c.show(c.values[i]) for i in shown] + [c.mean()]))
+    widths = [max(font.getlength(text) for text in (*head, *cells)) for head, cells in columns]
+    footer = [f"{found.count - ROWS} more pictures are in the means and in the json output"] if found.count > ROWS else []
+    footer = [part for text in [*footer, *found.footer()] for part in textwrap.wrap(text, FOOTER)]
+    heads = max(len(head) for head, _ in columns)
+    right = [2 * MARGIN + round(sum(widths[: i + 1])) + 2 * MARGIN * i for i in range(len(widths))]
+    width = max(right[-1], MARGIN + round(max((font.getlength(text) for text in (*footer, found.title())), default=0))) + MARGIN
+    top = MARGIN + line + MARGIN // 2
+    lines = top + line * heads, top + line * (heads + len(shown)) + MARGIN // 2, top + line * (heads + len(shown) + 1) + MARGIN
+    page = Image.new("RGB", (width, lines[2] + line * len(footer) + (MARGIN if footer else 0)), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((MARGIN, MARGIN), found.title(), fill="black", font=font)
+    for y in (lines[0], lines[1]):
+        draw.line([(MARGIN, y), (right[-1], y)], fill="gray")
+    for (head, cells), x in zip(columns, right, strict=True):
+        for i, text in enumerate(head):
+            draw.text((x, top + line * (heads - len(head) + i)), text, fill="black", font=font, anchor="ra")
+        for i, text in enumerate(cells):
+            y = lines[1] if i == len(shown) else lines[0] + line * i
+            draw.text((x, y + 5), text, fill="black", font=font, anchor="ra")
+    for i, text in enumerate(footer):
+        draw.text((MARGIN, lines[2] + line * i), text, fill="black", font=font)
+    return to_image([page])
+
+
+def error_pictures(restored: Tensor, errors: Tensor) -> Tensor:
+    """(B, H, W, 3) in [0, 1]: each map of errors (1, H, W) in colours, with a bar that says what they mean. All have the scale of the largest error."""
+    top = float(errors.max())
+    height, width = restored.shape[-2:]
+    factor = max(1, math.ceil(LEAST / min(height, width)))
+    pages = []
+    for error in errors[:, 0].cpu().numpy():
+        coloured = Image.fromarray(heat(error / top if top > 0 else error))
+        pages.append(_with_bar(coloured.resize((width * factor, height * factor), Image.Resampling.NEAREST), top))
+    return to_image(pages)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """(H, W) in [0, 1] -> (H, W, 3) uint8 in the colours of HEAT."""
+    places = np.linspace(0, 1, len(HEAT))
+    return np.stack([np.interp(values, places, channel) for channel in zip(*HEAT, strict=True)], axis=-1).round().astype(np.uint8)
+
+
+def _with_bar(coloured: Image.Image, top: float) -> Image.Image:
+    width, height = coloured.size
+    size = max(14, height // 28)
+    font = ImageFont.load_default(size=size)
+    bar, gap = size, size // 2
+    labels = {0.0: "0", **({0.5: f"{top / 2:.3g}", 1.0: f"{top:.3g}"} if top > 0 else {})}
+    page = Image.new("RGB", (round(width + 3 * gap + bar + max(map(font.getlength, labels.values()))), height + 2 * size), "white")
+    page.paste(coloured, (0, 0))
+    ramp = heat(np.linspace(1, 0, height - size)[:, None].repeat(bar, axis=1))
+    page.paste(Image.fromarray(ramp), (width + gap, size // 2))
+    draw = ImageDraw.Draw(page)
+    for part, text in labels.items():
+        draw.text((width + 2 * gap + bar, size // 2 + (1 - part) * (height - size)), text, fill="black", font=font, anchor="lm")
+    draw.text((2, height + size), "|restored - reference|", fill="black", font=font, anchor="lm")
+    return page
+
+
+def to_image(pages: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """Pictures of one size, 8 bits -> (B, H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(page, dtype=np.float32) for page in pages])) / 255
+
+
+NODES = [RestorationMetrics]

@@ -1,0 +1,569 @@
+"""Table runs on a base model as small as diffusers' blocks allow: what is computed, once, and what survives."""
+
+import csv
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from host import import_torchvision
+from PIL import Image
+from tiny_models import pictures, tiny_checkpoint, tiny_cse
+
+from dmap_core.errors import Diverged
+from dmap_core.evaluate import report, results, run, tables
+from dmap_core.evaluate.config import ConfigError, make_config
+from dmap_core.operators import Noisy, SuperResolution
+from dmap_core.presets import MODELS, SOLVERS
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 300  # until a process is taken for hung
+SR8 = {"operator": "SuperResolution", "scale": 8}
+STEPS = {"steps": 2, "spacing": "exponential"}
+DPS = {"operator": "sr8", "solver": "DPS", "settings": {"zeta": 5.0}, **STEPS}
+DMAP = {"operator": "sr8", "solver": "DMAP", "settings": {"zeta": 5.0, "K": 2}, **STEPS}
+GIVEN = {"operator": "sr8", "solver": "as given"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_the_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        import_torchvision()
+        yield
+
+
+@pytest.fixture(scope="module")
+def given(on_the_cpu, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("given")
+    base = tiny_checkpoint(folder / "base.safetensors")
+    cse = tiny_cse(folder / "cse.safetensors", base, prediction="v", hint_range="-1..1")
+    return SimpleNamespace(base=base, cse=cse, photos=pictures(folder / "photos", 4))
+
+
+@pytest.fixture(scope="module")
+def table(given):
+    def table(rows=(GIVEN, DPS, DMAP), **more):
+        common = {"images": given.photos, "checkpoint": given.base, "count": 2, "size": 32, "metrics": ["psnr"], "prediction": "v"}
+        return make_config({"operators": {"sr8": SR8, "gray": {"operator": "Grayscale"}}, "rows": list(rows)} | common | more)
+
+    return table
+
+
+def make(config, out):
+    jobs = run.evaluate(config, out)
+    lines = tables.read_lines(config, jobs, out)
+    results.write_text(out / "table.csv", tables.table_csv(config, lines))
+    results.write_text(out / "pictures.csv", tables.pictures_csv(config, jobs, out))
+    results.write_text(out / "table.md", tables.markdown(config, jobs, lines))
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def finished(table, tmp_path_factory):
+    """A whole run of three rows on two pictures, not to be changed."""
+    config, out = table(), tmp_path_factory.mktemp("finished") / "out"
+    report.write_table(config, run.evaluate(config, out), out)
+    return out
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(solver, seeds) of every restoration."""
+    seen, restore = [], run.restore
+
+    def spy(*given, **more):
+        seen.append((given[5].__name__, list(given[7])))
+        return restore(*given, **more)
+
+    monkeypatch.setattr(run, "restore", spy)
+    return seen
+
+
+@pytest.fixture
+def nothing_to_restore(monkeypatch):
+    def fails(*_, **__):
+        raise AssertionError("something was restored")
+
+    monkeypatch.setattr(run, "restore", fails)
+    monkeypatch.setattr("dmap_core.cse.diffusers_models.open_base", fails)
+
+
+def files(out, pattern="*"):
+    """Contents and times of all files below."""
+    return {str(f.relative_to(out)): (f.read_bytes(), f.stat().st_mtime_ns) for f in out.rglob(pattern) if f.is_file()}
+
+
+def untimed(path):
+    """A CSV file without its seconds."""
+    records = list(csv.DictReader(io.StringIO(path.read_text())))
+    assert records
+    return [{name: value for name, value in record.items() if not name.startswith("seconds")} for record in records]
+
+
+def same_tables(a, b):
+    return untimed(a / "table.csv") == untimed(b / "table.csv") and untimed(a / "pictures.csv") == untimed(b / "pictures.csv")
+
+
+def refused(config, out):
+    with pytest.raises(ConfigError) as caught:
+        run.evaluate(config, out)
+    return str(caught.value)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_whole_run(finished, given):
+    names = {f"sr8-{row}/{picture}.{kind}" for row in ("as-given", "dps", "dmap") for picture in "01" for kind in ("png", "json")}
+    names |= {f"sr8-{row}/row.json" for row in ("as-given", "dps", "dmap")} | {"run.json", "versions.json"}
+    names |= {"table.md", "table.csv", "pictures.csv", "pictures-sr8.png"}
+    names |= {f"plots/{name}.png" for name in ("psnr", "residual", "seconds")}
+    assert set(files(finished)) == names
+    for row, calls in (("as-given", 0), ("dps", 2), ("dmap", 2 + 1 * 2)):
+        for i in (0, 1):
+            entry = json.loads((finished / f"sr8-{row}" / f"{i}.json").read_text())
+            original = Image.open(given.photos / f"{i}.png").resize((38, 32), Image.Resampling.LANCZOS)
+            assert original.size[0] == round(48 * 32 / 40)
+            assert entry["original"]["file"] == f"{i}.png" and entry["denoiser_calls"] == calls
+            assert Image.open(finished / f"sr8-{row}" / f"{i}.png").size == (32, 32)
+            x = run.Picture(given.photos / f"{i}.png", i).open(32)[0].permute(1, 2, 0).numpy()
+            x = ((x + 1) * 127.5).round()
+            error = ((pixels(finished / f"sr8-{row}" / f"{i}.png") - x) ** 2).mean()
+            assert entry["metrics"]["psnr"] == pytest.approx(10 * np.log10(255**2 / error), abs=1e-3)
+
+
+def test_the_picture_is_that_of_its_seed(finished, given, table):
+    """The second picture's is the seed after the first one's; restored here by hand."""
+    from dmap_core.cse.diffusers_models import open_base
+    from dmap_core.priors.diffusers import DiffusersPrior
+    from dmap_core.restore import restore
+    from dmap_core.schedule import exponential_sigmas
+    from dmap_core.solvers import sample_dps
+
+    base, f = open_base(given.base, prediction="v"), SuperResolution(8)
+    y = f(run.Picture(given.photos / "1.png", 1).open(32))
+    sigmas = exponential_sigmas(base.sigmas, 2)
+    done = restore(DiffusersPrior(base, (32, 32)), f, y, (4, 4, 4), sigmas, sample_dps, {"zeta": 5.0}, [1])
+    wanted = ((done.image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.abs(pixels(finished / "sr8-dps" / "1.png") - wanted).max() <= 1
+    entry = json.loads((finished / "sr8-dps" / "1.json").read_text())
+    residual = float((f(done.image) - y).norm())
+    assert entry["residual"] == pytest.approx(residual, rel=1e-3)
+    assert untimed(finished / "pictures.csv")[4] == {
+        "operator": "sr8",
+        "row": "DPS",
+        "picture": "1.png",
+        "seed": "1",
+        "residual": str(entry["residual"]),
+        "denoiser_calls": "2",
+        "peak_memory": "",
+        "psnr": str(entry["metrics"]["psnr"]),
+        "diverged": "",
+    }
+
+
+def test_a_finished_run_is_left_alone(copy, table, nothing_to_restore):
+    before = files(copy, "*.png") | files(copy, "[01].json")
+    make(table(), copy)
+    kept = {name: found for name, found in (files(copy, "*.png") | files(copy, "[01].json")).items() if name.startswith("sr8-")}
+    assert len(kept) == 12 and kept.items() <= before.items()
+
+
+def test_more_pictures_later(copy, table, calls):
+    before = files(copy, "[01].*")
+    jobs = make(table(count=3), copy)
+    assert sorted(calls) == [("sample_dmap", [2]), ("sample_dps", [2])]
+    assert len(jobs) == 9 and files(copy, "[01].*") == before
+    assert [(r["row"], r["n"]) for r in untimed(copy / "table.csv")] == [("as given", "3"), ("DPS", "3"), ("DMAP", "3")]
+
+
+def test_fewer_pictures_later(copy, table, nothing_to_restore):
+    make(table(count=1), copy)
+    assert {r["n"] for r in untimed(copy / "table.csv")} == {"1"}
+
+
+def test_more_rows_later(copy, table, calls):
+    make(table([DPS, {**DPS, "name": "PF-ODE", "settings": {"zeta": 5.0, "eta": 0.0}}]), copy)
+    assert calls == [("sample_dps", [0]), ("sample_dps", [1])]
+    assert [r["row"] for r in untimed(copy / "table.csv")] == ["DPS", "PF-ODE"]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".json"])
+def test_what_was_taken_away_is_computed_again(finished, copy, table, calls, suffix):
+    (copy / "sr8-dps" / "0").with_suffix(suffix).unlink()
+    make(table(), copy)
+    assert calls == [("sample_dps", [0])]
+    assert pixels(copy / "sr8-dps" / "0.png").tolist() == pixels(finished / "sr8-dps" / "0.png").tolist()
+    assert same_tables(copy, finished)  # though this one was finished last
+
+
+def test_a_metric_later_is_of_the_saved_pictures(copy, table, nothing_to_restore):
+    Image.new("RGB", (32, 32), "gray").save(copy / "sr8-dps" / "0.png")
+    make(table(metrics=["psnr", "ssim"]), copy)
+    entries = {(r["row"], r["picture"]): r for r in untimed(copy / "pictures.csv")}
+    assert all(0 < float(r["ssim"]) <= 1 for r in entries.values())
+    assert float(entries["DPS", "0.png"]["ssim"]) < 0.9 and len({r["ssim"] for r in entries.values()}) == 6
+    assert entries["DPS", "0.png"]["psnr"] == str(json.loads((copy / "sr8-dps" / "0.json").read_text())["metrics"]["psnr"])
+
+
+CHANGES = {
+    "seed": {"seed": 1},
+    "size": {"size": 24},
+    "precision": {"precision": "bf16"},
+    "prompt": {"prompt": "a"},
+    "settings": {"rows": [GIVEN, DPS, {**DMAP, "settings": {"zeta": 0.6, "K": 2}}]},
+    "steps": {"rows": [GIVEN, DPS, {**DMAP, "steps": 3}]},
+    "spacing": {"rows": [GIVEN, DPS, {**DMAP, "spacing": "paper"}]},
+    "solver": {"rows": [GIVEN, DPS, {**DPS, "name": "DMAP"}]},
+    "operator": {"operators": {"sr8": {"operator": "SuperResolution", "scale": 4}}},
+    "prediction": {"rows": [GIVEN, DPS, {**DMAP, "prediction": "eps"}]},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_results_of_other_settings_are_not_mixed(copy, table, nothing_to_restore, name):
+    before = files(copy)
+    message = refused(table(**CHANGES[name]), copy)
+    assert "holds results of other settings" in message and f"{name} was " in message and "Choose another folder" in message
+    assert files(copy) == before
+
+
+def test_another_model_or_cse(given, table, tmp_path, nothing_to_restore, monkeypatch):
+    config, out = table([{**DPS, "cse": str(given.cse)}], count=1), tmp_path / "out"
+    identity = run.row_identity(config, config.rows[0], config.plan(config.rows[0]), run.checkpoint_identity)
+    results.write_json(out / "sr8-dps" / "row.json", identity)
+    other = tiny_cse(tmp_path / "cse.safetensors", given.base, seed=1)
+    assert "cse was cse.safetensors" in refused(table([{**DPS, "cse": str(other)}], count=1), out)
+    assert "cse was cse.safetensors" in refused(table([DPS], count=1), out)
+    base = tiny_checkpoint(tmp_path / "base.safetensors", seed=1)
+    message = refused(table([{**DPS, "cse": str(given.cse)}], count=1, checkpoint=base), out)
+    assert "checkpoint was base.safetensors" in message and "cse was" not in message
+
+
+@pytest.mark.parametrize("what", ["changed", "moved"])
+def test_originals_that_are_no_longer_the_same(copy, given, table, tmp_path, nothing_to_restore, what):
+    photos = shutil.copytree(given.photos, tmp_path / "photos")
+    if what == "changed":
+        Image.open(photos / "0.png").rotate(180).save(photos / "0.png")
+    else:
+        shutil.copy(photos / "3.png", photos / "-first.png")
+    before = files(copy)
+    message = refused(table(images=photos, count=2 if what == "changed" else 3), copy)
+    assert "0.json was made of another picture, or of one at another place in the list" in message
+    assert {name: found for name, found in files(copy).items() if "row" not in name and "/" in name}.items() <= before.items()
+
+
+def test_batches_change_nothing_but_rounding(finished, table, tmp_path, calls):
+    make(table(batch=2), tmp_path / "out")
+    assert calls == [("sample_dps", [0, 1]), ("sample_dmap", [0, 1])]
+    for row in ("dps", "dmap"):
+        for i in (0, 1):
+            assert np.abs(pixels(tmp_path / f"out/sr8-{row}/{i}.png") - pixels(finished / f"sr8-{row}/{i}.png")).max() <= 1
+            assert json.loads((tmp_path / f"out/sr8-{row}/{i}.json").read_text())["batch"] == 2
+
+
+def test_repeats_have_seeds_of_their_own(finished, table, tmp_path, calls):
+    make(table([DPS], count=1, repeats=3), tmp_path)
+    assert calls == [("sample_dps", [i]) for i in range(3)]
+    found = [pixels(tmp_path / f"sr8-dps/0-000{k}.png") for k in range(3)]
+    assert np.array_equal(found[0], pixels(finished / "sr8-dps" / "0.png"))
+    assert all(np.abs(a - b).max() > 3 for a, b in ((found[0], found[1]), (found[1], found[2]), (found[0], found[2])))
+    assert [(r["picture"], r["seed"]) for r in untimed(tmp_path / "pictures.csv")] == [("0.png", str(k)) for k in range(3)]
+
+
+def test_one_that_diverges_does_not_end_the_others(table, tmp_path, monkeypatch, caplog):
+    seen, restore = [], run.restore
+
+    def spy(*given, **more):
+        seen.append(list(given[7]))
+        if 1 in given[7]:
+            raise Diverged("step 1 of 2: NaN; lower zeta")
+        return restore(*given, **more)
+
+    monkeypatch.setattr(run, "restore", spy)
+    config = table([DPS, DMAP], count=3, batch=3)
+    make(config, tmp_path)
+    assert seen == [[0, 1, 2], [0], [1], [2]] * 2
+    assert json.loads((tmp_path / "sr8-dps" / "1.json").read_text())["diverged"] == "step 1 of 2: NaN; lower zeta"
+    assert not (tmp_path / "sr8-dps" / "1.png").exists() and "DPS on 1.png: step 1 of 2: NaN" in caplog.text
+    assert [(r["row"], r["n"], r["diverged"]) for r in untimed(tmp_path / "table.csv")] == [("DPS", "2", "1"), ("DMAP", "2", "1")]
+    assert "| 2 (1 diverged) |" in (tmp_path / "table.md").read_text()
+    assert [r["diverged"] for r in untimed(tmp_path / "pictures.csv")] == ["", "", *["step 1 of 2: NaN; lower zeta"] * 2, "", ""]
+    seen.clear()
+    make(config, tmp_path)
+    assert seen == []
+
+
+def test_a_row_that_always_diverges_stays_in_the_table(table, tmp_path):
+    make(table([DPS, {**DPS, "name": "absurd", "settings": {"zeta": 1e38}}]), tmp_path)
+    assert [(r["row"], r["n"], r["diverged"]) for r in untimed(tmp_path / "table.csv")] == [("DPS", "2", "0"), ("absurd", "0", "2")]
+    assert "| absurd | 0 (2 diverged) |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_every_solver_runs(table, tmp_path, solver):
+    """With the settings of its preset, scaled to three steps."""
+    rows = [{"operator": "sr8", "solver": solver, "steps": 3, "settings": {"iterations": 2} if solver == "ReSample" else {}}]
+    make(table(rows, count=1, settings_for=MODELS[1]), tmp_path)
+    (line,) = untimed(tmp_path / "table.csv")
+    assert (line["n"], line["diverged"]) in (("1", "0"), ("0", "1"))
+    assert (line["n"], solver) != ("0", "DSG")
+
+
+def test_rows_with_a_cse(given, table, tmp_path, calls):
+    rows = [
+        {"operator": "sr8", "solver": "CSE alone", "cse": str(given.cse), **STEPS},
+        {**DPS, "name": "DPS + CSE", "cse": str(given.cse), "settings": {"zeta": 50}},
+        {**DPS, "settings": {"zeta": 50}},
+    ]
+    make(table(rows, count=1), tmp_path)
+    assert calls == [("sample_unguided", [0]), ("sample_dps", [0]), ("sample_dps", [0])]
+    found = [pixels(tmp_path / f"sr8-{name}" / "0.png") for name in ("cse-alone", "dps-cse", "dps")]
+    assert all(np.abs(a - b).max() > 3 for a, b in ((found[0], found[1]), (found[1], found[2]), (found[0], found[2])))
+    assert "CSE cse.safetensors" in (tmp_path / "table.md").read_text()
+    entry = json.loads((tmp_path / "sr8-cse-alone" / "0.json").read_text())
+    assert entry["denoiser_calls"] == 2
+
+
+def test_several_base_models(given, table, tmp_path, calls, monkeypatch):
+    """One after the other, so that every one is opened once."""
+    from dmap_core.cse import diffusers_models
+
+    opened, open_base = [], diffusers_models.open_base
+    monkeypatch.setattr(diffusers_models, "open_base", lambda path, *rest: opened.append(path.name) or open_base(path, *rest))
+    other = tiny_checkpoint(tmp_path / "other.safetensors", seed=1)
+    make(table([DPS, {**DPS, "name": "other", "checkpoint": str(other)}, DMAP]), tmp_path / "out")
+    assert opened == ["base.safetensors", "other.safetensors"]
+    assert np.abs(pixels(tmp_path / "out/sr8-dps/0.png") - pixels(tmp_path / "out/sr8-other/0.png")).max() > 3
+
+
+MISSING = {
+    "checkpoint": ({"checkpoint": "nowhere.safetensors"}, "checkpoint: there is no nowhere.safetensors"),
+    "no checkpoint": ({"checkpoint": None}, r"checkpoint: no base model is given \(--checkpoint\)"),
+    "a row's checkpoint": ({"rows": [{**DPS, "checkpoint": "nowhere.ckpt"}]}, "checkpoint: there is no nowhere.ckpt"),
+    "cse": ({"rows": [DPS, {**DMAP, "cse": "nowhere.safetensors"}]}, r"cse: there is no nowhere.safetensors \(row DMAP\); train it"),
+    "images": ({"images": "nowhere"}, "images: there is no folder nowhere. This table expects faces"),
+    "no images": ({"images": None}, r"images: no folder of pictures is given \(--images\)"),
+    "count": ({"count": 9}, "images: 9 pictures are wanted and .* holds 4"),
+    "scale": ({"size": 36}, r"row 'as given' \(sr8\): .*36x36"),
+    "setting of an operator": ({"operators": {"sr8": {"operator": "SuperResolution", "factor": 8}}}, r"row 'as given' \(sr8\): .*factor"),
+    "operator": ({"operators": {"sr8": {"operator": "Rain"}}}, r"row 'as given' \(sr8\): unknown operator 'Rain'"),
+    "linear": (
+        {
+            "operators": {"sr8": {"operator": "Jpeg", "quality": 10}},
+            "rows": [{**DPS, "solver": "PSLD", "settings": {"zeta": 1, "gamma": 1}}],
+        },
+        "row 'PSLD': PSLD needs a linear operator",
+    ),
+    "miou": ({"metrics": ["miou"]}, "metrics: miou is of segmentations, and row 'as given' has SuperResolution"),
+    "weights of a metric": ({"metrics": ["lpips-vgg"], "weights": "nowhere"}, "the weights file vgg16-397923af.pth is missing"),
+    "weights of a set's metric": ({"metrics": ["fid"], "weights": "nowhere"}, "weights file weights-inception.* is missing"),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_is_said_before_anything_is_done(table, tmp_path, nothing_to_restore, monkeypatch, name):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    more, message = MISSING[name]
+    count = {} if name in ("count", "images", "no images") else {"count": None}
+    with pytest.raises(ValueError, match=message):
+        run.evaluate(table(**count | {"expected": "faces"} | more), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_given_needs_no_model(table, tmp_path, nothing_to_restore):
+    make(table([GIVEN], checkpoint=None), tmp_path)
+    (line,) = untimed(tmp_path / "table.csv")
+    assert line["denoiser_calls"] == "0.0" and line["n"] == "2"
+
+
+def test_pictures_that_come_back_unharmed(given, table, tmp_path):
+    """Their PSNR is infinite, and so are their mean's and their differences' figures, where there are any."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.open(given.photos / "0.png").convert("L").convert("RGB").save(photos / "gray.png")
+    rows = [{**GIVEN, "operator": "gray"}, {**DPS, "operator": "gray"}, {**DMAP, "operator": "gray"}]
+    operators = {"gray": {"operator": "Inpainting", "size": [32, 32], "box": [8, 8]}}
+    config = table(rows, images=photos, operators=operators, count=1)
+    jobs = run.evaluate(config, tmp_path / "out")
+    for job in jobs:
+        file = job.file(tmp_path / "out")
+        results.write_json(file, json.loads(file.read_text()) | {"metrics": {"psnr": float("inf")}})
+    report.write_table(config, jobs, tmp_path / "out")
+    assert {r["psnr"] for r in untimed(tmp_path / "out" / "table.csv")} == {"inf"}
+
+
+def test_noise_is_the_pictures_own():
+    x, f = torch.rand(2, 3, 32, 32) * 2 - 1, Noisy(SuperResolution(2), 0.1)
+    y = run.measurement(f, x, [5, 6])
+    noise = y - f.measure(x)
+    assert noise.std(dim=(1, 2, 3)).tolist() == pytest.approx([0.2, 0.2], rel=0.1)
+    assert torch.equal(run.measurement(f, x[1:], [6]), y[1:])
+    assert float(torch.corrcoef(noise.flatten(1))[0, 1]) == pytest.approx(0, abs=0.15)
+    assert torch.equal(run.measurement(SuperResolution(2), x, [5, 6]), SuperResolution(2)(x))
+
+
+def test_jobs_come_picture_by_picture(table):
+    jobs = run.plan_jobs(table(count=3))
+    assert [(job.picture.name, job.row.name) for job in jobs] == [(i, row) for i in "012" for row in ("as given", "DPS", "DMAP")]
+    groups = run.batches(jobs, 2)
+    assert [[job.picture.name for job in group] for group in groups] == [["0", "1"]] * 3 + [["2"]] * 3
+    assert all(len({job.row.name for job in group}) == 1 for group in groups)
+    assert run.batches(jobs, 1) == [[job] for job in jobs]
+
+
+def test_a_full_disk(copy, table, monkeypatch):
+    (copy / "sr8-dps" / "0.json").unlink()
+    before, replace = files(copy), os.replace
+
+    def full(part, path):
+        if str(path).endswith("0.png"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return replace(part, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        message = refused(table(), copy)
+    assert "0.png could not be written (is the disk full?): [Errno 28] No space left" in message
+    after = files(copy)
+    assert after.keys() == before.keys() and not list(copy.rglob("*.part"))
+    assert after["sr8-dps/0.png"] == before["sr8-dps/0.png"]
+    make(table(), copy)
+    assert {r["n"] for r in untimed(copy / "table.csv")} == {"2"}
+
+
+def test_what_a_killed_process_left_half_written_is_no_result(copy, table, calls):
+    (copy / "sr8-dps" / "0.json").rename(copy / "sr8-dps" / "0.json.77.part")
+    (copy / "sr8-dps" / "0.png").rename(copy / "sr8-dps" / "0.png.77.part")
+    make(table(), copy)
+    assert calls == [("sample_dps", [0])]
+
+
+def test_a_damaged_result_is_named(copy, table):
+    (copy / "sr8-dps" / "0.json").write_text('{"metrics": ')
+    message = refused(table(), copy)
+    assert "sr8-dps/0.json cannot be read" in message and "remove it to compute it again" in message
+
+
+def start(script, argv, log, **environment):
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            [sys.executable, *map(str, script), *map(str, argv)],
+            cwd=log.parent,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+
+
+def wait(process, log, condition=lambda: False):
+    """Until the condition holds, or the process ends, whose exit status this is."""
+    end = time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < end:
+            if condition():
+                return None
+            if process.poll() is not None:
+                return process.returncode
+            time.sleep(0.005)
+        raise AssertionError(f"no end after {SECONDS} seconds:\n{log.read_text()}")
+    finally:
+        if process.poll() is None and not condition():
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def config_file(given, folder, **more):
+    """On the command line, and as `read_config` makes it."""
+    text = {
+        "operators": {"sr8": SR8},
+        "images": str(given.photos),
+        "checkpoint": str(given.base),
+        "size": 32,
+        "metrics": ["psnr"],
+        "prediction": "v",
+    }
+    (folder / "table.yaml").write_text(yaml.safe_dump(text | more))
+    return folder / "table.yaml"
+
+
+def test_killed_and_started_again(given, table, tmp_path):
+    rows = [GIVEN, {**DPS, "steps": 4}, DMAP]
+    file, out, log = config_file(given, tmp_path, rows=rows), tmp_path / "out", tmp_path / "log"
+    process = start([ROOT / "tests" / "launch.py", "dmap_core.cli"], ["evaluate", "--config", file, "--out", out], log)
+    assert wait(process, log, lambda: len(list(out.glob("*/[0-9].json"))) >= 4) is None, log.read_text()
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = files(out, "[0-9].json")
+    assert 4 <= len(before) < 12 and not (out / "table.csv").exists()
+    measured = {name: found for name, found in before.items() if b"psnr" in found[0]}  # the last one may be without its figures
+    restored = {name: found for name, found in files(out, "[0-9].png").items() if name.replace("png", "json") in before}
+    again, whole = table(rows, count=None), tmp_path / "whole"
+    make(again, out)
+    assert len(measured) >= 3 and measured.items() <= files(out, "[0-9].json").items() and len(files(out, "[0-9].json")) == 12
+    assert restored.keys() == {name.replace("json", "png") for name in before} and restored.items() <= files(out, "[0-9].png").items()
+    make(again, whole)
+    assert same_tables(out, whole)
+    assert {n: c for n, (c, _) in files(out, "[0-9].png").items()} == {n: c for n, (c, _) in files(whole, "[0-9].png").items()}
+
+
+TWO = f"""
+import os, sys, time
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from host import import_torchvision
+import_torchvision()
+from dmap_core import cli
+from dmap_core.evaluate import run
+
+looked, end = run.unfinished, []
+def late(job, out, measures):
+    end.append(time.monotonic() + 6 * (os.environ["RANK"] == "1"))
+    while time.monotonic() < end[0] and len(list(out.glob("*/[0-9].json"))) < 2:
+        time.sleep(0.01)
+    return looked(job, out, measures)
+run.unfinished = late
+cli.main(sys.argv[1:])
+"""
+
+
+def test_two_processes(given, table, tmp_path):
+    """Of which one looks late which jobs are left, when the other could have done two already."""
+    rows = [GIVEN, DPS, DMAP]
+    file, out = config_file(given, tmp_path, rows=rows), tmp_path / "out"
+    (tmp_path / "two.py").write_text(TWO)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
+    argv = ["evaluate", "--config", file, "--out", out]
+    both = [start([tmp_path / "two.py"], argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)]
+    assert [wait(process, log) for process, log in zip(both, logs, strict=True)] == [0, 0], logs[0].read_text() + logs[1].read_text()
+    assert "12 of 12 jobs are to be done, by 2 processes" in logs[0].read_text() and "jobs are to be done" not in logs[1].read_text()
+    make(table(rows, count=None), tmp_path / "alone")
+    assert same_tables(out, tmp_path / "alone")
+    found, wanted = files(out, "[0-9].png"), files(tmp_path / "alone", "[0-9].png")
+    assert len(found) == 12 and {n: c for n, (c, _) in found.items()} == {n: c for n, (c, _) in wanted.items()}
+    assert not list(out.rglob("*.part"))
