@@ -8,6 +8,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from .evaluate import command as evaluate
 from .studies import commands as studies
 
@@ -38,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {MISSING.format(error.name)}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(map(str.strip, str(error).splitlines()))}")  # those of other packages may have several lines
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: the GPU has too little memory; lower --batch or --size, or set memory to checkpoint in a config ({error})")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .schedule import generators, randn_like
 
 @dataclass
 class Restoration:
-    """image: (B, 3, H, W) in [-1, 1], not clamped. residuals[step][sample]. peak_memory: bytes on the GPU, None on the CPU."""
+    """image: (B, 3, H, W) in [-1, 1], not clamped. peak_memory: bytes on the GPU, None on the CPU."""
 
     image: Tensor
     seconds: float
@@ -27,7 +27,6 @@ class Restoration:
     decoder_calls: int
     memory: str
     peak_memory: int | None
-    residuals: list[list[float]] = field(default_factory=list)
 
 
 def initial_latent(shape: tuple[int, int, int], sigma: float, seeds: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
@@ -56,20 +55,13 @@ def restore(
     """
     device = y.device
     posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
-    residuals: list[list[float]] = []
-
-    def record(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
-        residuals.append(residual.tolist())
-        if callback:
-            callback(step, denoised, z, residual)
-
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     z = initial_latent(shape, float(sigmas[0]), seeds, device)
     noise = [g for seed in seeds for g in generators(seed + 1, 1)]
-    z0 = solver(posterior, z, sigmas, **settings, generator=noise, callback=record)
+    z0 = solver(posterior, z, sigmas, **settings, generator=noise, callback=callback)
     with torch.no_grad():
         image = prior.decode(z0)
     if not torch.isfinite(image).all():
@@ -78,4 +70,4 @@ def restore(
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return Restoration(image, seconds, posterior.denoiser_calls, posterior.decoder_calls, posterior.plan, peak, residuals)
+    return Restoration(image, seconds, posterior.denoiser_calls, posterior.decoder_calls, posterior.plan, peak)

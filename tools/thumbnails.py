@@ -4,7 +4,7 @@
     python tools/thumbnails.py
 
 The pictures are those that demo/run.py restored with DMAP; workflows that compare solvers show docs/all-solvers.png, which
-demo-all-solvers.json makes, those of the CSE docs/cse.png, which demo-cse.json makes. Stable Diffusion 2.0 has not run for them: the
+demo-all-solvers.json makes, and so on: see SHEETS. Stable Diffusion 2.0 has not run for them: the
 thumbnails of sd2-*.json show the demo prior on the same kind of damage, and say so.
 """
 
@@ -15,7 +15,15 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
-SHEETS = {"-all-solvers": ROOT / "docs" / "all-solvers.png", "-cse": ROOT / "docs" / "cse.png"}  # by how a workflow's name ends
+DOCS = ROOT / "docs"
+SHEETS = {  # by how a workflow's name ends
+    "-all-solvers": DOCS / "all-solvers.png",
+    "-cse": DOCS / "cse.png",
+    "-metrics": DOCS / "metrics.png",
+    "-observations": DOCS / "observations.png",
+    "-steps-and-solvers": DOCS / "steps.png",
+    "-toy": DOCS / "toy.png",
+}
 SIDE = 384  # three times the demo's 128 pixels, and a multiple of every degraded size: nearest neighbours stay even squares
 QUALITY = 85
 MAX_BYTES = 40_000

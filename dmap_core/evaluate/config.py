@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..memory import PLANS
-from ..metrics import check_names
+from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
 from ..operators import Operator, from_spec
 from ..operators.base import whole
 from ..presets import MODELS, Preset, preset
@@ -24,6 +24,7 @@ ALONE = "CSE alone"  # the model with its CSE, unguided (Fig. 7)
 NAMES = (AS_GIVEN, *PRESETS, ALONE)
 ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
+COSTS = ("residual", "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
 PRECISIONS = ("fp32", "bf16", "fp16")
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")
@@ -232,6 +233,10 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     published = given.get("published") or {}
     if not isinstance(published, dict) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in published.values()):
         raise ConfigError(f"{where}: published must map metrics to numbers")
+    columns = (*PICTURE_METRICS, *SET_METRICS, MIOU, *COSTS)
+    unknown = [str(name) for name in published if name not in columns]
+    if unknown:
+        raise ConfigError(f"{where}: published has {', '.join(unknown)}; it can have {', '.join(columns)}")
     name = str(given.get("name") or given["solver"])
     return Row(**dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published})
 

@@ -64,7 +64,7 @@ def sheet(config: Config, jobs: Sequence[Job], lines: Sequence[Line], operator: 
     files = {(job.row.slug(), job.picture): job.file(out).with_suffix(".png") for job in jobs}
     f = config.operator(operator)
     for i, picture in enumerate(pictures):
-        y = measurement(f, originals[picture], [config.seed + picture.index])
+        y = measurement(f, originals[picture], [next(job for job in jobs if job.picture == picture).seed(config)])
         tiles = [to_picture(f.picture(y)[0]).resize((width, height), Image.Resampling.NEAREST)]
         for row in rows:
             file = files[row.slug(), picture]

@@ -32,6 +32,7 @@ log = logging.getLogger("dmap.evaluate")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FOREVER = timedelta(weeks=4)  # processes wait for each other at the end, and one may have had the slow jobs
 LIMIT = 2**63  # of seeds
+SEEDS = 3  # of every picture
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} done, {remaining} left {postfix}"
 Measure = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,7 +48,8 @@ class Job:
         return out / self.row.slug() / f"{self.picture.name}.json"
 
     def seed(self, config: Config) -> int:
-        return (config.seed + self.picture.index) % LIMIT
+        """Of x_T. The next one is that of the steps, as in a graph, and the one after it the measurement noise's: no noise is used twice."""
+        return (config.seed + SEEDS * self.picture.index) % LIMIT
 
     def entry(self) -> dict[str, Any]:
         """What is written about it before there are figures."""
@@ -89,6 +91,10 @@ class Models:
         self.config, self.device = config, device
         self.base = lru_cache(maxsize=1)(self._base)
         self.cse = lru_cache(maxsize=4)(self._cse)
+        self.operator = lru_cache(maxsize=None)(self._operator)
+
+    def _operator(self, name: str) -> Operator:
+        return self.config.operator(name).to(self.device)
 
     def _base(self, path: Path, prediction: str):
         from ..cse.diffusers_models import open_base
@@ -113,9 +119,9 @@ class Models:
 
 
 def measurement(operator: Operator, x: Tensor, seeds: Sequence[int]) -> Tensor:
-    """y of clean pictures x (B, 3, H, W), with the noise that the operator says it has, as the node Degrade draws it."""
+    """y of clean pictures x (B, 3, H, W), with the noise that the operator says it has. seeds: of the restorations."""
     y = operator.measure(x)
-    return y + operator.noise * randn_like(y, [g for seed in seeds for g in generators(seed, 1)]) if operator.noise else y
+    return y + operator.noise * randn_like(y, [g for seed in seeds for g in generators(seed + 2, 1)]) if operator.noise else y
 
 
 def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -249,6 +255,9 @@ def evaluate(config: Config, out: Path) -> list[Job]:
         write_json(out / "versions.json", versions())
     state.wait_for_everyone()
     models = Models(config, state.device)
+    for name, measure in measures.items():
+        if name != MIOU:
+            measure.to(state.device)
     todo = [job for job in jobs if unfinished(job, out, measures)]
     state.wait_for_everyone()  # a process that looks when others are at work would see another list, and take other parts of it
     log.info("%d of %d jobs are to be done, by %d processes", len(todo), len(jobs), state.num_processes)
@@ -276,7 +285,7 @@ def do(config: Config, models: Models, jobs: Sequence[Job], out: Path, measures:
     """Restore the pictures of jobs of one row, those that are not restored yet, and add the figures that are missing."""
     new = [job for job in jobs if read_picture_json(job.file(out), job.picture.identity) is None]
     if new:
-        operator = config.operator(new[0].row.operator).to(models.device)
+        operator = models.operator(new[0].row.operator)
         x = torch.cat([job.picture.open(config.size) for job in new]).to(models.device)
         try:
             images, costs = restored(config, models, new, operator, x)
@@ -296,8 +305,8 @@ def do(config: Config, models: Models, jobs: Sequence[Job], out: Path, measures:
         missing = [] if "diverged" in entry else [name for name in measures if name not in entry["metrics"]]
         if missing:
             # figures are of the 8-bit picture that is there for everyone to see
-            image, x = saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)
-            operator = config.operator(job.row.operator)
+            image, x = (t.to(models.device) for t in (saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)))
+            operator = models.operator(job.row.operator)
             for name in missing:
                 pair = (operator.measure(image), operator.measure(x)) if name == MIOU else ((image + 1) / 2, (x + 1) / 2)
                 entry["metrics"][name] = float(measures[name](*pair))

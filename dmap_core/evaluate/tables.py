@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from ..metrics.distribution import frechet, frechet_warning, kernel
 from ..metrics.interval import Interval, mean_interval
 from .config import AS_GIVEN, Config, Row
 from .results import read_picture_json
-from .run import Job, saved
+from .run import SEEDS, Job, saved
 
 LABELS = {"miou": "mIoU"}
 COSTS = {"residual": "residual", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
+DIMENSIONS = {"fid": 2048, "fd-efficientnet": 1280}  # of the features of Frechet distances
 BATCH = 16  # pictures whose features are taken at once
 
 
@@ -42,7 +44,7 @@ class Line:
 
 def read_lines(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
     """A line for every row of which at least one picture is finished, or has diverged."""
-    lines = []
+    lines, features = [], Features(config)
     names = [name for name in config.metrics if name not in SET_METRICS]
     for row in config.rows:
         found = {job.picture.name: read_picture_json(job.file(out), job.picture.identity) for job in jobs if job.row is row}
@@ -54,33 +56,51 @@ def read_lines(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
         values = {name: [e["metrics"][name] for e in good] for name in names}
         values |= {name: [float(e[name]) for e in good] for name in ("residual", "seconds", "denoiser_calls")}
         values["peak_memory"] = [e["peak_memory"] / 2**30 for e in good if e.get("peak_memory")]
-        sets = _sets(config, jobs, row, out)
+        sets = _sets(features, [job for job in jobs if job.row is row], out)
         lines.append(Line(row, config.operator(row.operator).describe(), pictures, values, len(entries) - len(good), sets))
     return lines
 
 
-def _sets(config: Config, jobs: Sequence[Job], row: Row, out: Path) -> dict[str, tuple[float, float | None]]:
-    """(value, its standard deviation or None) of the metrics of whole sets, by features that are taken once for all of them."""
-    import torch
+class Features:
+    """Features of sets of pictures, on the GPU if there is one; those of the originals are computed once for all rows."""
 
-    found, features = {}, {}
-    for name in (name for name in config.metrics if name in SET_METRICS):
-        metric = SET_METRICS[name]
-        if metric.features not in features:
-            extract = metric.open(config.weights)
-            files = [job for job in jobs if job.row is row and job.file(out).with_suffix(".png").exists()]
-            if len(files) < 2:
-                continue
-            real = [job.picture.open(config.size) for job in files]
-            fake = [saved(job.file(out).with_suffix(".png")) for job in files]
-            features[metric.features] = [
-                torch.cat([extract((torch.cat(images[i : i + BATCH]) + 1) / 2) for i in range(0, len(images), BATCH)])
-                for images in (real, fake)
-            ]
-        if metric.features in features:
-            found[name] = (
-                (frechet(*features[metric.features]), None) if metric.distance == "frechet" else kernel(*features[metric.features])
-            )
+    def __init__(self, config: Config):
+        import torch
+
+        self.config, self.device = config, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.extractors: dict[str, Any] = {}
+        self.originals: dict[tuple, Any] = {}
+
+    def _of(self, name: str, pictures: Sequence[Callable[[], Any]]):
+        """(n, D) of pictures that are opened when their turn comes."""
+        import torch
+
+        metric = next(metric for metric in SET_METRICS.values() if metric.features == name)
+        if name not in self.extractors:
+            self.extractors[name] = metric.open(self.config.weights)
+            self.extractors[name].to(self.device)
+        parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+        return torch.cat([self.extractors[name](((torch.cat([p() for p in part]) + 1) / 2).to(self.device)).cpu() for part in parts])
+
+    def pair(self, name: str, jobs: Sequence[Job], out: Path) -> tuple[Any, Any]:
+        """(those of the originals, those of the restored pictures) of finished jobs."""
+        key = (name, *(job.picture for job in jobs))
+        if key not in self.originals:
+            self.originals[key] = self._of(name, [partial(job.picture.open, self.config.size) for job in jobs])
+        return self.originals[key], self._of(name, [partial(saved, job.file(out).with_suffix(".png")) for job in jobs])
+
+
+def _sets(features: Features, jobs: Sequence[Job], out: Path) -> dict[str, tuple[float, float | None]]:
+    """(value, its standard deviation or None) of the metrics of whole sets for a row's jobs."""
+    names = [name for name in features.config.metrics if name in SET_METRICS]
+    jobs = [job for job in jobs if job.file(out).with_suffix(".png").exists()]
+    if len(jobs) < 2:
+        return {}
+    pairs = {feature: features.pair(feature, jobs, out) for feature in {SET_METRICS[name].features for name in names}}
+    found = {}
+    for name in names:
+        pair = pairs[SET_METRICS[name].features]
+        found[name] = (frechet(*pair), None) if SET_METRICS[name].distance == "frechet" else kernel(*pair)
     return found
 
 
@@ -136,15 +156,15 @@ def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:
     first = {job.row.slug(): job for job in reversed(jobs)}
     parts = [f"# {config.title or 'Results'}", config.note.strip(), figures(config, lines)]
     parts.append(
-        f"Means over n pictures and half the width of their 95 % confidence interval (Student's t over pictures). Seed {config.seed} and up, "
+        f"Means over n pictures and half the width of their 95 % confidence interval (Student's t over pictures). Seeds {config.seed}, {config.seed + SEEDS} and so on, "
         f"{config.precision}. Figures are of the saved 8-bit pictures; the residual ||f(x) - y|| is of the float ones, in [-1, 1]. "
         "Seconds are wall time of one picture on the machine of the run, which may have been busy otherwise."
     )
     if any(line.row.published for line in lines):
         size = f" over {config.published_n} pictures" if config.published_n else ""
         parts.append(f"*paper*: published figures{size}, of other pictures and another model unless the settings below say the same.")
-    if any(SET_METRICS[name].distance == "frechet" for name in config.metrics if name in SET_METRICS):
-        parts.append(frechet_warning(max((line.n for line in lines), default=0), 2048) or "")
+    n = max((line.n for line in lines), default=0)
+    parts += [frechet_warning(n, DIMENSIONS[name]) or "" for name in config.metrics if name in DIMENSIONS]
     parts += [
         differences(config, lines),
         "## Settings\n\n" + grid(["operator", "row", "solver", "settings", "from"], _settings(lines, first)),
@@ -236,7 +256,7 @@ def pictures_csv(config: Config, jobs: Sequence[Job], out: Path) -> str:
             "operator": job.row.operator,
             "row": job.row.name,
             "picture": job.picture.file.name,
-            "seed": config.seed + job.picture.index,
+            "seed": job.seed(config),
         }
         record |= {name: entry.get(name, "") for name in COSTS} | entry["metrics"] | {"diverged": entry.get("diverged", "")}
         records.append(record)

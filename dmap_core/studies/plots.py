@@ -319,7 +319,7 @@ def steps_plot(series: Mapping[str, Sequence[Interval]], title: str = "") -> Fig
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, (metric, intervals) in zip(grid.flat, series.items(), strict=False):
         for name, mean, low, high in intervals:
-            _interval(axes, labels.index(name), mean, low, high, colour("DMAP"))
+            _interval(axes, labels.index(name), mean, low, high, colour(name))
         axes.set_xlabel(_wrapped(metric, 66 // columns))
         axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="y", length=0)

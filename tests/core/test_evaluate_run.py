@@ -165,7 +165,7 @@ def test_the_picture_is_that_of_its_seed(finished, given, table):
     base, f = open_base(given.base, prediction="v"), SuperResolution(8)
     y = f(run.Picture(given.photos / "1.png", 1).open(32))
     sigmas = exponential_sigmas(base.sigmas, 2)
-    done = restore(DiffusersPrior(base, (32, 32)), f, y, (4, 4, 4), sigmas, sample_dps, {"zeta": 5.0}, [1])
+    done = restore(DiffusersPrior(base, (32, 32)), f, y, (4, 4, 4), sigmas, sample_dps, {"zeta": 5.0}, [3])
     wanted = ((done.image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(finished / "sr8-dps" / "1.png") - wanted).max() <= 1
     entry = json.loads((finished / "sr8-dps" / "1.json").read_text())
@@ -175,7 +175,7 @@ def test_the_picture_is_that_of_its_seed(finished, given, table):
         "operator": "sr8",
         "row": "DPS",
         "picture": "1.png",
-        "seed": "1",
+        "seed": "3",
         "residual": str(entry["residual"]),
         "denoiser_calls": "2",
         "peak_memory": "",
@@ -194,7 +194,7 @@ def test_a_finished_run_is_left_alone(copy, table, nothing_to_restore):
 def test_more_pictures_later(copy, table, calls):
     before = files(copy, "[01].*")
     jobs = make(table(count=3), copy)
-    assert sorted(calls) == [("sample_dmap", [2]), ("sample_dps", [2])]
+    assert sorted(calls) == [("sample_dmap", [6]), ("sample_dps", [6])]
     assert len(jobs) == 9 and files(copy, "[01].*") == before
     assert [(r["row"], r["n"]) for r in untimed(copy / "table.csv")] == [("as given", "3"), ("DPS", "3"), ("DMAP", "3")]
 
@@ -206,7 +206,7 @@ def test_fewer_pictures_later(copy, table, nothing_to_restore):
 
 def test_more_rows_later(copy, table, calls):
     make(table([DPS, {**DPS, "name": "PF-ODE", "settings": {"zeta": 5.0, "eta": 0.0}}]), copy)
-    assert calls == [("sample_dps", [0]), ("sample_dps", [1])]
+    assert calls == [("sample_dps", [0]), ("sample_dps", [3])]
     assert [r["row"] for r in untimed(copy / "table.csv")] == ["DPS", "PF-ODE"]
 
 
@@ -277,7 +277,7 @@ def test_originals_that_are_no_longer_the_same(copy, given, table, tmp_path, not
 
 def test_batches_change_nothing_but_rounding(finished, table, tmp_path, calls):
     make(table(batch=2), tmp_path / "out")
-    assert calls == [("sample_dps", [0, 1]), ("sample_dmap", [0, 1])]
+    assert calls == [("sample_dps", [0, 3]), ("sample_dmap", [0, 3])]
     for row in ("dps", "dmap"):
         for i in (0, 1):
             assert np.abs(pixels(tmp_path / f"out/sr8-{row}/{i}.png") - pixels(finished / f"sr8-{row}/{i}.png")).max() <= 1
@@ -286,11 +286,11 @@ def test_batches_change_nothing_but_rounding(finished, table, tmp_path, calls):
 
 def test_repeats_have_seeds_of_their_own(finished, table, tmp_path, calls):
     make(table([DPS], count=1, repeats=3), tmp_path)
-    assert calls == [("sample_dps", [i]) for i in range(3)]
+    assert calls == [("sample_dps", [3 * i]) for i in range(3)]  # a restoration takes its own, and the two after it
     found = [pixels(tmp_path / f"sr8-dps/0-000{k}.png") for k in range(3)]
     assert np.array_equal(found[0], pixels(finished / "sr8-dps" / "0.png"))
     assert all(np.abs(a - b).max() > 3 for a, b in ((found[0], found[1]), (found[1], found[2]), (found[0], found[2])))
-    assert [(r["picture"], r["seed"]) for r in untimed(tmp_path / "pictures.csv")] == [("0.png", str(k)) for k in range(3)]
+    assert [(r["picture"], r["seed"]) for r in untimed(tmp_path / "pictures.csv")] == [("0.png", str(3 * k)) for k in range(3)]
 
 
 def test_one_that_diverges_does_not_end_the_others(table, tmp_path, monkeypatch, caplog):
@@ -298,14 +298,14 @@ def test_one_that_diverges_does_not_end_the_others(table, tmp_path, monkeypatch,
 
     def spy(*given, **more):
         seen.append(list(given[7]))
-        if 1 in given[7]:
+        if 3 in given[7]:  # the second picture
             raise Diverged("step 1 of 2: NaN; lower zeta")
         return restore(*given, **more)
 
     monkeypatch.setattr(run, "restore", spy)
     config = table([DPS, DMAP], count=3, batch=3)
     make(config, tmp_path)
-    assert seen == [[0, 1, 2], [0], [1], [2]] * 2
+    assert seen == [[0, 3, 6], [0], [3], [6]] * 2
     assert json.loads((tmp_path / "sr8-dps" / "1.json").read_text())["diverged"] == "step 1 of 2: NaN; lower zeta"
     assert not (tmp_path / "sr8-dps" / "1.png").exists() and "DPS on 1.png: step 1 of 2: NaN" in caplog.text
     assert [(r["row"], r["n"], r["diverged"]) for r in untimed(tmp_path / "table.csv")] == [("DPS", "2", "1"), ("DMAP", "2", "1")]

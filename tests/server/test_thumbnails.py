@@ -21,7 +21,8 @@ def close(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
 
 
 def test_degraded_on_the_left_and_restored_on_the_right(tmp_path: Path):
-    pairs = [name for name in NAMES if not name.endswith(("-all-solvers", "-cse"))]
+    plots = ("-all-solvers", "-cse", "-metrics", "-observations", "-steps-and-solvers", "-toy")
+    pairs = [name for name in NAMES if not name.endswith(plots)]
     for kind in {name.partition("-")[2] for name in pairs}:
         folder = tmp_path / "results" / kind
         folder.mkdir(parents=True)
