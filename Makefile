@@ -35,8 +35,14 @@ setup-browser:
 demo: setup
 	@$(PYTHON) demo/run.py $(ARGS)
 
+# Tests of files are independent; those with a ComfyUI or a browser share it, and stay in one process.
 test: setup-browser
+ifeq ($(ARGS),)
+	@$(PYTHON) -m pytest tests/core tests/demo --numprocesses 2 --dist loadfile
+	@$(PYTHON) -m pytest tests/nodes tests/server tests/browser
+else
 	@$(PYTHON) -m pytest $(ARGS)
+endif
 
 serve: setup
 	@$(PYTHON) tests/host.py $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -8,7 +8,6 @@ work if torchrun or accelerate launch starts this.
 """
 
 import argparse
-import csv
 import json
 import logging
 import shutil
@@ -26,6 +25,7 @@ from host import import_torchvision  # noqa: E402
 
 import_torchvision()
 
+import story  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 
 from dmap_core.evaluate.config import read_config  # noqa: E402
@@ -33,7 +33,6 @@ from dmap_core.evaluate.report import write_table  # noqa: E402
 from dmap_core.evaluate.results import write_text  # noqa: E402
 from dmap_core.evaluate.run import evaluate, versions  # noqa: E402
 from dmap_core.evaluate.tables import figures, grid  # noqa: E402
-from dmap_core.metrics.interval import mean_interval  # noqa: E402
 from dmap_core.studies import commands  # noqa: E402
 
 CONFIGS = ROOT / "studies" / "configs" / "demo"
@@ -42,7 +41,7 @@ PRIOR = HERE / "dmap-demo-prior.safetensors"
 CSE = ROOT / "models" / "controlnet" / "dmap-demo-cse-sr4.safetensors"
 PICTURE = HERE / "held-out" / "dmap-demo-00.png"
 OPERATOR = '{"operator":"SuperResolution","scale":4}'
-ZETAS = "0.05,0.3,1.0,4.8,7.5"
+ZETAS = ",".join(story.ZETAS)
 PAPER_ZETAS = "0.05,0.3,1.0,4.8"
 FULL = {"count": None, "repeats": None, "samples": 1000, "fewer": 250, "noises": 8}
 QUICK = {"count": 2, "repeats": 4, "samples": 32, "fewer": 32, "noises": 2}
@@ -86,129 +85,6 @@ def table(name: str, out: Path, sizes: dict, quick: bool):
     return config, jobs, write_table(config, jobs, out / name) if PartialState().is_main_process else []
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def line_of(lines: list, operator: str, name: str):
-    return next(line for line in lines if line.row.operator == operator and line.row.name == name)
-
-
-def paired(lines: list, operator: str, a: str, b: str, metric: str = "psnr") -> str:
-    """What the difference a - b is on the same pictures, in words."""
-    first, second = line_of(lines, operator, a), line_of(lines, operator, b)
-    found = mean_interval([x - y for x, y in zip(first.values[metric], second.values[metric], strict=True)])
-    sure = "" if found.low > 0 or found.high < 0 else ", which is within the error"
-    return f"{found.mean:+.2f} dB (95 % interval {found.low:+.2f} to {found.high:+.2f}, n {found.n}{sure})"
-
-
-def observation_1(out: Path, table1: list) -> str:
-    rows = read_csv(out / "score-error" / "score-error.csv")
-    plain = {row["sigma"]: float(row["mean"]) for row in rows if row["method"] == "unconditional"}
-    norm = {row["sigma"]: float(row["conditional_norm"]) for row in rows}
-    body, above = [], {}
-    for zeta in ZETAS.split(","):
-        errors = {row["sigma"]: float(row["mean"]) for row in rows if row["zeta"] and float(row["zeta"]) == float(zeta)}
-        above[zeta] = sum(errors[s] > plain[s] for s in plain)
-        ratio = [errors[s] / plain[s] for s in plain]
-        psnr = line_of(table1, "sr4", f"DPS zeta {zeta}")
-        body.append(
-            [f"DPS, zeta {zeta}", f"{above[zeta]} of {len(plain)}", f"{sorted(ratio)[len(ratio) // 2]:.2f}", psnr.interval("psnr").text(2)]
-        )
-    alone = line_of(table1, "sr4", "CSE alone").interval("psnr").text(2)
-    relative = sorted(plain[s] / norm[s] for s in plain)[len(plain) // 2]
-    head = ["score", "noise levels with a larger error than the unconditional score", "median ratio of the errors", "PSNR of DPS (dB)"]
-    holds = all(above[z] == len(plain) for z in ZETAS.split(",")[2:])
-    best = max(ZETAS.split(","), key=lambda z: line_of(table1, "sr4", f"DPS zeta {z}").interval("psnr").mean)
-    verdict = (
-        "As in the paper, DPS's score is further from the conditional model's than the unconditional score is, for every zeta of 1 and above at every level"
-        if holds
-        else "Not at every level is DPS's score further from the conditional model's than the unconditional score is, for a zeta of 1 and above"
-    )
-    return (
-        "## Observation I: the error of DPS's score (Fig. 1)\n\n"
-        f"The conditional model is the demo CSE, trained with 100 pictures (alone it restores with {alone} dB); StableSR cannot be had for this prior. "
-        f"Super-resolution x4, the first held-out picture, {rows[0]['n']} draws of noise at each of the {len(plain)} levels of DPS's schedule. The "
-        f"unconditional score itself is off by {100 * relative:.0f} % of the conditional score's norm (median over the levels).\n\n"
-        "![score error over noise levels](score-error.png)\n\n" + grid(head, body) + "\n\n"
-        f"{verdict}. The best PSNR of these has zeta {best}: {'a larger error goes with better pictures' if float(best) >= 4.8 else 'here the largest error does not go with the best pictures'}. "
-        "The ratio grows with the step: Prop. 1 divides zeta by the share of noise that a step removes.\n"
-    )
-
-
-def score_mean_grid(rows: list[dict[str, str]]) -> str:
-    names = list(rows[0])
-    return grid(names, [[row[names[0]], row["samples"], *(f"{float(row[name]):.4f}" for name in names[2:])] for row in rows])
-
-
-def observation_2(out: Path) -> str:
-    few, many = (read_csv(out / name / "score-mean.csv") for name in ("score-mean", "score-mean-500"))
-    mean, floor = list(few[0])[2:4]
-    plain = few[0]
-    found = {}
-    for rows in (few, many):
-        last = [row for row in rows if row["score"].startswith("DPS")][-1]
-        found[len(found)] = (
-            f"{last['score']} shows {float(last[mean]):.3f}, {float(last[mean]) / float(last[floor]):.1f} times what chance would"
-        )
-    cse = next(row for row in few if row["score"] == "CSE")
-    return (
-        "## Observation II: the mean of DPS's score at x_T (Table 2)\n\n"
-        "With the 20 noise levels that DPS has here:\n\n![mean of the score](score-mean.png)\n\n" + score_mean_grid(few) + "\n\n"
-        "With the paper's 500 levels, between the first two of which less noise is removed, so that the same zeta makes a larger part of the score "
-        "(zeta 7.5 at 20 levels is worth 0.3 at 500, by the rule of B.3):\n\n" + score_mean_grid(many) + "\n\n"
-        f"A score of the samples' density has mean 0; {plain['samples']} samples show {float(plain[floor]):.3f} of it by chance, the unconditional score "
-        f"{float(plain[mean]):.3f}. At 20 levels {found[0]}; at 500 levels {found[1]}; the CSE's {float(cse[mean]):.3f} at 20 levels is "
-        f"{float(cse[mean]) / float(cse[floor]):.1f} times. Table 2's figures near 0.4 are no mean over samples: a unit Gaussian of four channels gives 0.399 for "
-        "its statistic, whatever the number of samples.\n"
-    )
-
-
-def observation_3(out: Path) -> str:
-    rows = read_csv(out / "diversity" / "diversity.csv")
-    found = {row["row"]: row for row in rows}
-    key, error = "mean standard deviation", "standard error"
-    body = [[row["row"], row["k"], f"{float(row[key]):.4f} +- {float(row[error]):.4f}"] for row in rows]
-    ratio = float(found["DPS zeta 7.5"][key]) / float(found["CSE alone"][key])
-    file = next(path.name for path in sorted((out / "diversity").glob("diversity-*.png")))
-    return (
-        "## Observation III: how different the restorations of one picture are (Fig. 3, Table 3)\n\n"
-        f"![means and standard deviations per pixel]({file})\n\n"
-        + grid(["row", "k", "mean standard deviation, of [0, 1], and its standard error"], body)
-        + f"\n\nDPS with the zeta that works spreads {ratio:.2f} times as much as the conditional model"
-        f"{', as in the paper much less' if ratio < 0.7 else ', which is not the small part of it that the paper finds'}. "
-        "With zeta 0.05 it is hardly guided and spreads as the prior does.\n"
-    )
-
-
-def toy(out: Path) -> str:
-    rows = read_csv(out / "toy" / "toy.csv")
-    body = [[row["y"], row["method"], *(f"{float(row[name]):.4g}" for name in ("upper", "mean", "std", "residual"))] for row in rows]
-    head = ["y", "method", "part in the upper mode", "mean of the second coordinate", "its standard deviation", "mean residual"]
-    return (
-        "## The toy example (A.4, Fig. 8)\n\n![samples in the plane](toy.png)\n\n" + grid(head, body) + "\n\n"
-        "With the published numbers (sigma_0 0.3, y = 0.5) the true posterior has one mode, not the two of Fig. 8, and DPS leaves a third of its samples in the "
-        "other one. At y = 0, where there are two modes, DPS finds both. So this toy does not show that DPS seeks a mode.\n"
-    )
-
-
-def claims(tables: dict, quick: bool) -> str:
-    """The paper's claims about the methods, each with what came out here."""
-    lines4, lines5, lines9 = (tables[name][2] for name in ("table4", "table5", "table9"))
-    points = []
-    for operator in dict.fromkeys(line.row.operator for line in lines4):
-        points.append(f"- DMAP (same) minus DPS, {operator}: {paired(lines4, operator, 'DMAP', 'DPS')}.")
-        points.append(f"- DMAP full minus DMAP (same), {operator}: {paired(lines4, operator, 'DMAP full', 'DMAP')}.")
-        points.append(f"- DMAP (same) minus DSG, {operator}: {paired(lines4, operator, 'DMAP', 'DSG')}.")
-    points.append(f"- DPS + CSE minus DPS, sr4: {paired(lines4, 'sr4', 'DPS + CSE', 'DPS')}.")
-    points.append(f"- DMAP + CSE minus DMAP, sr4: {paired(lines4, 'sr4', 'DMAP + CSE', 'DMAP')}.")
-    points.append(f"- T 10, K 2 minus T 20, K 1, sr8: {paired(lines5, 'sr8', 'DMAP, T 10, K 2', 'DMAP, T 20, K 1')}.")
-    points.append(f"- T 10, K 2 minus T 5, K 4, sr8: {paired(lines5, 'sr8', 'DMAP, T 10, K 2', 'DMAP, T 5, K 4')}.")
-    points.append(f"- Ancestral steps minus PF-ODE, DPS, sr8: {paired(lines9, 'sr8', 'DPS ancestral', 'DPS PF-ODE')}.")
-    return "## The paper's claims about methods, as paired differences of PSNR\n\n" + "\n".join(points) + "\n"
-
-
 def report(out: Path, docs: Path, tables: dict, quick: bool) -> None:
     """Write README.md and copy the plots that it shows."""
     docs.mkdir(parents=True, exist_ok=True)
@@ -239,10 +115,13 @@ def report(out: Path, docs: Path, tables: dict, quick: bool) -> None:
         "LPIPS, FID and KID need backbones that are not shipped, so the EfficientNet-Lite0 feature distance stands in for LPIPS; with n this small "
         "no FID would mean anything.\n\n" + seconds(tables)
     )
-    observations = [observation_1(out, tables["table1"][2]), observation_2(out), observation_3(out), toy(out)]
+    told = story.observations(out, tables)
     made = "## Made with\n\n" + grid(["package", "version"], [[k, v] for k, v in versions().items()])
     first, *others = sections
-    write_text(docs / "README.md", "\n\n".join([head, first, claims(tables, quick), *observations, *others, made]) + "\n")
+    write_text(
+        docs / "README.md",
+        "\n\n".join([head, story.in_short(told), first, story.claims(tables), *(part.whole for part in told), *others, made]) + "\n",
+    )
     log.info("%s", docs / "README.md")
 
 

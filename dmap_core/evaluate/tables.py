@@ -211,10 +211,15 @@ def differences(config: Config, lines: Sequence[Line]) -> str:
     return "## Paired differences\n\n" + grid(["operator", "row", "minus", *map(label, names)], body)
 
 
-def _difference(line: Line, first: Line, name: str) -> str:
-    """Over the pictures that both have; empty where there are none, or two infinite figures."""
+def paired(line: Line, first: Line, name: str) -> list[float]:
+    """A metric's value minus that of another row, for every picture that both have."""
     others = dict(zip(first.pictures, first.values[name], strict=True))
-    values = [a - others[picture] for picture, a in zip(line.pictures, line.values[name], strict=True) if picture in others]
+    return [a - others[picture] for picture, a in zip(line.pictures, line.values[name], strict=True) if picture in others]
+
+
+def _difference(line: Line, first: Line, name: str) -> str:
+    """Empty where no picture has both, or both are infinite."""
+    values = paired(line, first, name)
     if not values or any(value != value for value in values):
         return ""
     found = mean_interval(values)

@@ -218,6 +218,8 @@ def write_diversity(config: Any, jobs: Sequence[Any], out: Path) -> list[dict[st
                     {"picture": file.name, "operator": row.operator, "row": row.name, "k": spread.k}
                     | {"mean standard deviation": spread.mean_std, "standard error": spread.error}
                 )
+        if not found:
+            raise ValueError(f"diversity: no row has two restorations of {file.name} that did not diverge; lower zeta")
         plots.save(plots.diversity_plot(found), out / f"diversity-{file.stem}.png")
         log.info("%s", out / f"diversity-{file.stem}.png")
     write_csv(out / "diversity.csv", records)
