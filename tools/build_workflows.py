@@ -560,10 +560,10 @@ They need `pip install matplotlib torchmetrics`. Minutes on a CPU.""",
     given = {"reference": demo["original"], "zeta": 7.5, "spacing": "exponential"}
     steps = g.add("DMAP_StepsStudy", 3, guider=demo["guider"], budget=20, dsg_zeta=0.6, **given)
     g.add("SaveImage", 4, title="Steps: save", size=(520, 400), images=(steps, 0), filename_prefix="dmap-demo/steps")
-    g.add("SaveImage", 5, title="Steps: pictures", size=(520, 400), images=(steps, 1), filename_prefix="dmap-demo/steps-pictures")
+    g.add("SaveImage", 6, title="Steps: pictures", size=(520, 400), images=(steps, 1), filename_prefix="dmap-demo/steps-pictures")
     solvers = g.add("DMAP_SolverStudy", 3, guider_1=demo["guider"], steps=20, names="demo prior", **given)
     g.add("SaveImage", 4, title="Solvers: save", size=(520, 400), images=(solvers, 0), filename_prefix="dmap-demo/solvers")
-    g.add("SaveImage", 5, title="Solvers: pictures", size=(520, 400), images=(solvers, 1), filename_prefix="dmap-demo/solvers-pictures")
+    g.add("SaveImage", 6, title="Solvers: pictures", size=(520, 400), images=(solvers, 1), filename_prefix="dmap-demo/solvers-pictures")
     return g
 
 
@@ -583,7 +583,7 @@ Two Gaussians in the plane, of which a measurement shows the first coordinate. E
     for y0, name in ((0.5, "published"), (0.0, "two modes")):
         study = g.add("DMAP_ToyStudy", 0, title=f"Toy: {name}", y0=y0)
         g.add("SaveImage", 1, title=f"Toy: {name}: save", size=(620, 330), images=(study, 0), filename_prefix="dmap-demo/toy")
-        g.add("PreviewAny", 2, title=f"Toy: {name}: numbers", size=(420, 240), source=(study, 1))
+        g.add("PreviewAny", 3, title=f"Toy: {name}: numbers", size=(420, 240), source=(study, 1))
     return g
 
 
