@@ -44,7 +44,7 @@ OPERATOR = '{"operator":"SuperResolution","scale":4}'
 ZETAS = ",".join(story.ZETAS)
 PAPER_ZETAS = "0.05,0.3,1.0,4.8"
 FULL = {"count": None, "repeats": None, "samples": 1000, "fewer": 250, "noises": 8}
-QUICK = {"count": 2, "repeats": 4, "samples": 32, "fewer": 32, "noises": 2}
+QUICK = {"count": 2, "repeats": 3, "samples": 32, "fewer": 32, "noises": 2}
 
 log = logging.getLogger("report")
 
