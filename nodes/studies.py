@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..dmap_core.evaluate.results import csv_text
 from ..dmap_core.metrics import PICTURE_METRICS, mean_interval
 from ..dmap_core.metrics.backbones import needed
 from ..dmap_core.schedule import SPACINGS, check_sigmas, generators
@@ -115,14 +114,6 @@ def one_picture(image: Tensor, name: str) -> Tensor:
     if len(image) != 1:
         raise ValueError(f"{name}: {len(image)} pictures are given, and this study is about one; choose it with ImageFromBatch")
     return to_core(image, name)
-
-
-def csv_text(records: Sequence[dict[str, Any]]) -> str:
-    text = StringIO()
-    writer = csv.DictWriter(text, list(records[0]), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
 
 
 def drawn(figure: Any) -> Tensor:

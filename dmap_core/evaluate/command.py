@@ -35,7 +35,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--cse", type=Path, help="a ControlNet that takes part in every row (without --config)")
     p.add_argument("--count", type=int, help="take the first so many pictures by name")
     p.add_argument("--size", type=int, help="resize and centre-crop all pictures to this")
-    p.add_argument("--seed", type=int, help="of the first picture; the next has the next one")
+    p.add_argument("--seed", type=int, help="of the first picture; each takes three, for its start, its steps and measurement noise")
     p.add_argument("--precision", choices=PRECISIONS, help="of the denoiser (the autoencoder is fp32)")
     p.add_argument("--metrics", help=f"with commas between them (default: {DEFAULT_METRICS})")
     p.add_argument("--weights", type=Path, help="folder with weights of metrics' backbones and of learned operators")

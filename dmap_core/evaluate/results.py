@@ -9,9 +9,11 @@ OUT/<row>/<picture>.json     its figures; a picture is finished when this file i
 from __future__ import annotations
 
 import contextlib
+import csv
+import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,16 @@ def _whole(path: Path, write) -> None:
         with contextlib.suppress(OSError):  # as where the folder could not be made
             part.unlink()
         raise ConfigError(f"out: {path} could not be written (is the disk full?): {error}") from error
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """A CSV file of records, whose columns are all the names that they have."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
 
 
 def read_json(path: Path) -> Any:

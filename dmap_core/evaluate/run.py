@@ -195,12 +195,12 @@ def plan_jobs(config: Config) -> list[Job]:
     """All jobs, those of one base model together, and within it picture by picture, so that an unfinished table compares equal pictures."""
     check_files(config)
     pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats)
-    plans = {}
+    plans, size = {}, tuple(pictures[0].open(config.size).shape[-2:])
     for row in config.rows:
         try:
             plans[row] = config.plan(row)
             operator = config.operator(row.operator)
-            operator.check(tuple(pictures[0].open(config.size).shape[-2:]), config.batch)
+            operator.check(size, config.batch)
         except ValueError as error:
             raise ConfigError(f"row {row.name!r} ({row.operator}): {error}") from error
         if MIOU in config.metrics and operator.name != "Segmentation":

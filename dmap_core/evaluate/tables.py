@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,7 +12,7 @@ from ..metrics import PICTURE_METRICS, SET_METRICS
 from ..metrics.distribution import frechet, frechet_warning, kernel
 from ..metrics.interval import Interval, mean_interval
 from .config import AS_GIVEN, Config, Row
-from .results import read_picture_json
+from .results import csv_text, read_picture_json
 from .run import SEEDS, Job, saved
 
 LABELS = {"miou": "mIoU"}
@@ -247,7 +245,7 @@ def table_csv(config: Config, lines: Sequence[Line]) -> str:
             if name in line.row.published:
                 record[f"{name}_paper"] = line.row.published[name]
         records.append(record)
-    return _csv(records)
+    return csv_text(records)
 
 
 def pictures_csv(config: Config, jobs: Sequence[Job], out: Path) -> str:
@@ -265,13 +263,4 @@ def pictures_csv(config: Config, jobs: Sequence[Job], out: Path) -> str:
         }
         record |= {name: entry.get(name, "") for name in COSTS} | entry["metrics"] | {"diverged": entry.get("diverged", "")}
         records.append(record)
-    return _csv(records)
-
-
-def _csv(records: Sequence[dict[str, Any]]) -> str:
-    names = list(dict.fromkeys(name for record in records for name in record))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    return text.getvalue()
+    return csv_text(records)

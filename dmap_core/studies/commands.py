@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -240,15 +239,9 @@ def toy_example(args: argparse.Namespace) -> None:
 
 
 def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
-    import io
+    from ..evaluate.results import csv_text, write_text
 
-    from ..evaluate.results import write_text
-
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(path, text.getvalue())
+    write_text(path, csv_text(records))
 
 
 def write_settings(args: argparse.Namespace, path: Path) -> None:
