@@ -13,8 +13,11 @@ import functools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 PLANS = ("fast", "lean", "checkpoint")
@@ -33,21 +36,30 @@ class ShortOfMemory(RuntimeError):
     """Saving the activations would take more than there is."""
 
 
+def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """What holds the tensor's bytes. A quantised tensor is a wrapper around several others, and holds none itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from storages(getattr(tensor, name))
+    else:
+        yield tensor.untyped_storage()
+
+
 class Budget:
     """Counts the bytes that autograd saves inside `with budget.counted():` and raises ShortOfMemory where they exceed the limit."""
 
     def __init__(self, limit: float, networks: Iterable[nn.Module]):
         self.limit = limit
         self.saved = 0
-        self._seen = {p.untyped_storage().data_ptr() for network in networks for p in network.parameters()}
+        self._seen = {s.data_ptr() for network in networks for p in network.parameters() for s in storages(p)}
 
     def _pack(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.saved += storage.nbytes()
-            if self.saved > self.limit:
-                raise ShortOfMemory(f"activations of more than {self.limit / 2**30:.1f} GiB")
+        for storage in storages(tensor):
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.saved += storage.nbytes()
+        if self.saved > self.limit:
+            raise ShortOfMemory(f"activations of more than {self.limit / 2**30:.1f} GiB")
         return tensor.detach(), tensor._version  # the tensor itself would keep a graph alive that is given up
 
     @staticmethod
@@ -61,6 +73,20 @@ class Budget:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
 
+def _own(value: Any) -> Any:
+    return dict(value) if type(value) is dict else value
+
+
+def _checkpoint(forward, *args, **kwargs):
+    """torch's checkpoint for a block whose caller goes on changing the dicts it passes, as ComfyUI's transformer_options are for every block."""
+
+    def run(*args, **kwargs):
+        return forward(*map(_own, args), **{name: _own(value) for name, value in kwargs.items()})  # the block may change them as well
+
+    args, kwargs = [_own(value) for value in args], {name: _own(value) for name, value in kwargs.items()}
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
 @contextmanager
 def checkpointed(networks: Iterable[nn.Module]) -> Iterator[int]:
     """Blocks of the networks recompute their activations in the backward pass while the context lasts. Yields how many blocks do."""
@@ -68,7 +94,7 @@ def checkpointed(networks: Iterable[nn.Module]) -> Iterator[int]:
     replaced = {block: block.__dict__["forward"] for block in blocks if "forward" in block.__dict__}
     for block in blocks:
         # an attribute of the instance hides the method of the class; deleting it brings the method back
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = functools.partial(_checkpoint, block.forward)
     try:
         yield len(blocks)
     finally:

@@ -79,7 +79,7 @@ class DPSGuider(io.ComfyNode):
         guider = host.PosteriorGuider(model, vae, operator, y, zeta, memory)
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
-        guider.warnings = host_cse.check_controls(positive, model, operator, "DPSGuider: positive")
+        guider.warnings += host_cse.check_controls(positive, model, operator, "DPSGuider: positive")
         if negative is not None:
             host_cse.check_controls(negative, model, operator, "DPSGuider: negative")
         return io.NodeOutput(guider)
@@ -105,10 +105,10 @@ class SamplingReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, latent) -> io.NodeOutput:
-        report = getattr(guider, "report", None)
+        report = host.report_of(latent["samples"]) or getattr(guider, "report", None)
         if report is None:
-            raise ValueError("SamplingReport: guider has no finished run; connect the DPSGuider that the sampler used")
-        return io.NodeOutput(report.text(), json.dumps(asdict(report)), ui=ui.PreviewText(json.dumps(asdict(report))))
+            raise ValueError("DMAP Sampling Report: guider has no finished run; connect the DPSGuider that the sampler used")
+        return io.NodeOutput(report.text(), json.dumps(asdict(report)), ui=ui.PreviewText(report.text()))
 
 
 NODES = [DPSGuider, SamplingReport]

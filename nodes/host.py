@@ -8,6 +8,7 @@ Everything this pack knows about ComfyUI's internals is in this file and, for Co
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -21,19 +22,23 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
+import comfy.ops
+import comfy.sampler_helpers
 import comfy.samplers
 import folder_paths
 import torch
 from comfy.k_diffusion.sampling import default_noise_sampler
-from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
+from comfy.ldm.modules.attention import SpatialTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..dmap_core.operators import Operator
 from ..dmap_core.operators.weights import SUFFIXES
 from ..dmap_core.posterior import Posterior
 from ..dmap_core.schedule import check_sigmas, generators
 from ..dmap_core.solvers import check_finite, guided_denoised
+from .host_static import check_static, is_dynamic, static_patchers
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +74,9 @@ def frozen(networks: list[nn.Module]) -> Iterator[None]:
         for module in network.modules():
             for name, p in module._parameters.items():
                 if p is not None and p.is_inference():
+                    host_notes = vars(p)  # the precision that the host reserves memory for, for one
                     p = module._parameters[name] = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
+                    vars(p).update(host_notes)
                 if p is not None and p.requires_grad:
                     p.requires_grad_(False)
                     flagged.append(p)
@@ -122,8 +129,26 @@ def measure(operator: Operator, image: Tensor) -> Tensor:
         operator.to("cpu")
 
 
-def pytorch_attention(func: Callable, *args, **kwargs) -> Tensor:
-    return attention_pytorch(*args, **kwargs)
+# By name: the host may prefer cuDNN's, and other back ends may be registered that have no backward pass.
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+def pytorch_attention(
+    func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+) -> Tensor:
+    """ComfyUI's attention, called as its overrides are, on back ends of PyTorch through which gradients flow.
+
+    q, k, v: (B, tokens, heads * width), or (B, heads, tokens, width) with skip_reshape; the result likewise with skip_output_reshape.
+    """
+    if not skip_reshape:
+        q, k, v = (t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+    if mask is not None:
+        mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+        mask = mask.unsqueeze(1) if mask.ndim == 3 else mask
+    extra = {name: kwargs[name] for name in ("scale", "enable_gqa") if name in kwargs}
+    with sdpa_kernel(ATTENTION):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **extra)
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
 @contextmanager
@@ -152,19 +177,70 @@ def controls_of(conds: dict[str, list[dict]]) -> Iterator[Any]:
             control = control.previous_controlnet
 
 
+def static_controls(conds: dict[str, list[dict]], static: Callable) -> dict[str, list[dict]]:
+    """The conditioning with copies of those ControlNets, T2I adapters and control LoRAs whose weights move while they run."""
+    twins: dict[int, Any] = {}
+
+    def twin(control: Any) -> Any:
+        if control is None or id(control) in twins:
+            return control and twins[id(control)]
+        previous = twin(control.previous_controlnet)
+        moving = {name: value for name, value in vars(control).items() if is_dynamic(value)}
+        own = control
+        if moving or previous is not control.previous_controlnet:
+            own = control.copy()
+            own.set_previous_controlnet(previous)
+            for name, patcher in moving.items():
+                plain = static(patcher)
+                changed = {other: plain.model for other, value in vars(own).items() if value is patcher.model}
+                vars(own).update({**changed, name: plain})
+        twins[id(control)] = own
+        return own
+
+    return {
+        name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed] for name, listed in conds.items()
+    }
+
+
+# Keys of the wrappers by which nodes of ComfyUI reuse outputs of earlier steps, and the names of those nodes.
+CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
+
+
+def without_caches(model) -> tuple[Any, list[str]]:
+    """(the model without nodes that reuse outputs, the names of those nodes). Raises ValueError for a model that is spread over several GPUs."""
+    multigpu = getattr(model, "get_additional_models_with_key", None)
+    if multigpu and multigpu("multigpu"):
+        raise ValueError("model: it is spread over several GPUs, where no gradients are computed; leave out the node 'MultiGPU CFG Split'")
+    found = [key for key in CACHES if any(key in by_key for by_key in model.wrappers.values())]
+    if found:
+        model = model.clone()
+        for key in found:
+            for by_key in model.wrappers.values():
+                by_key.pop(key, None)
+    return model, [CACHES[key] for key in found]
+
+
+@contextmanager
+def exact_layers(networks: list[nn.Module]) -> Iterator[None]:
+    """Layers for matrix products of 8-bit floats (--fast fp8_matrix_mult), which have no gradient, compute as they do without that option."""
+    fast = [m for network in networks for m in network.modules() if isinstance(m, comfy.ops.fp8_ops.Linear)]
+    for layer in fast:
+        layer.forward_comfy_cast_weights = functools.partial(comfy.ops.manual_cast.Linear.forward_comfy_cast_weights, layer)
+    try:
+        yield
+    finally:
+        for layer in fast:
+            del layer.forward_comfy_cast_weights
+
+
 def own_skip(h: Tensor, options: dict) -> Tensor:
     """The next block works on a copy: ControlNets add to skip connections in place, which autograd still needs as that block's input."""
     return h.clone() if h.requires_grad else h
 
 
-def static(patcher):
-    """The patcher without dynamic VRAM, whose weights stay where they are while autograd needs them."""
-    is_dynamic = getattr(patcher, "is_dynamic", None)
-    return patcher.clone(disable_dynamic=True) if is_dynamic and is_dynamic() else patcher
-
-
 def check_whole(patchers) -> None:
-    """Raises RuntimeError for models of which a part had to stay out of the GPU."""
+    """Raises RuntimeError for models of which a part had to stay out of the GPU, or whose weights move while they run."""
+    check_static(patchers)
     for patcher in patchers:
         if getattr(patcher.model, "model_lowvram", False):
             raise RuntimeError(
@@ -222,9 +298,21 @@ def null_conditioning(model):
     return [[torch.zeros(1, 1, width), {"pooled_output": pooled}]]
 
 
+MISFIT = 16  # grey levels (RMS) above which a result shows something else than the measurement
+REPORT = "dmap_report"  # attribute of the latents of a run, which outlive its guider in ComfyUI's cache
+
+
+def _listed(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
 @dataclass
 class Report:
-    """What one sampling run cost and reached. residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none."""
+    """What one sampling run cost and reached.
+
+    residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none. mismatch[sample], mismatch_worst[sample]: what f of the
+    finished picture and the measurement differ by, in grey levels (0..255), as a root mean square and at most; empty where they cannot be compared.
+    """
 
     solver: str
     operator: str
@@ -234,7 +322,22 @@ class Report:
     decoder_calls: int = 0
     peak_memory: int | None = None
     residuals: list[list[float]] = field(default_factory=list)
+    mismatch: list[float] = field(default_factory=list)
+    mismatch_worst: list[float] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+
+    def misfits(self, noise: float = 0.0) -> list[str]:
+        """Warnings about a result that does not reproduce its measurement. noise: its known standard deviation, in grey levels."""
+        found = []
+        if self.residuals and any(last > first for first, last in zip(self.residuals[0], self.residuals[-1], strict=True)):
+            first, last = max(zip(self.residuals[0], self.residuals[-1], strict=True), key=lambda pair: pair[1] - pair[0])
+            found.append(f"the residual rose from {first:.4g} to {last:.4g}, so the result moved away from the measurement; lower zeta")
+        if any(levels > MISFIT + noise for levels in self.mismatch):
+            found.append(
+                f"the result misses the measurement by {max(self.mismatch):.0f} of 255 grey levels, so it shows something else; "
+                "check the operator, then change zeta or take more steps"
+            )
+        return found
 
     def text(self) -> str:
         last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
@@ -242,8 +345,14 @@ class Report:
         return (
             f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
             f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
+            + (f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst" if self.mismatch else "")
             + "".join(f". Warning: {warning}" for warning in self.warnings)
         )
+
+
+def report_of(samples: Tensor) -> Report | None:
+    """The report of the run that made these latents, if they are as it returned them."""
+    return getattr(samples, REPORT, None)
 
 
 class HostPrior:
@@ -296,36 +405,49 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def __init__(self, model, vae, operator: Operator, y: Tensor, zeta: float, memory: str):
         check_model(model)
         check_vae(vae, model)
-        super().__init__(static(model))
+        model, caches = without_caches(model)
+        super().__init__(model)
         self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
         self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = pytorch_attention
         self.vae, self.operator, self.y, self.zeta, self.memory = vae, operator, y, zeta, memory
         self.size = operator.image_size(y)
-        self.warnings: list[str] = []  # about the problem, repeated in the report
+        self.warnings: list[str] = [f"{name} is left out: outputs that it reuses have no gradient" for name in caches]
         self.report: Report | None = None
         self._posterior: Posterior | None = None
+        self._static = None  # set for every run
         self._solving = False
 
+    def inner_set_conds(self, conds):
+        # the host's own would load the model once more here, for conditioning with hooks under dynamic VRAM
+        for name, conditioning in conds.items():
+            self.original_conds[name] = comfy.sampler_helpers.convert_cond(conditioning)
+
     def sample(self, noise, latent_image, sampler, sigmas, *args, seed=None, **kwargs):
+        if sigmas.shape[-1] == 0:  # denoise 0: nothing to do, as in any ComfyUI guider
+            return latent_image
         ours = isinstance(sampler, SolverSampler)
         self._check_run(noise, sigmas, ours)
         if ours and sampler.check:
             sampler.check(self.operator, len(sigmas) - 1)
         name = sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler"
-        self.report = Report(name, self.operator.describe(), warnings=self.warnings)
-        original_conds = self.original_conds
+        self.report = Report(name, self.operator.describe())
+        original_conds, model = self.original_conds, self.model_patcher
         device = comfy.model_management.get_torch_device()
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
         started = time.perf_counter()
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                self.original_conds = normal(original_conds)
+            with torch.inference_mode(False), torch.no_grad(), static_patchers() as self._static:
+                self.model_patcher = self._static(model)
+                self.original_conds = static_controls(normal(original_conds), self._static)
                 noise, latent_image, sigmas, args, kwargs = normal((noise, latent_image, sigmas, args, kwargs))
-                return super().sample(noise, latent_image, sampler, sigmas, *args, seed=((seed or 0) + SEED_SHIFT) % 2**64, **kwargs)
+                seed = ((seed or 0) + SEED_SHIFT) % 2**64
+                samples = super().sample(noise, latent_image, sampler, sigmas, *args, seed=seed, **kwargs)
+                setattr(samples, REPORT, self.report)
+                return samples
         finally:
-            self.original_conds = original_conds
+            self.original_conds, self.model_patcher, self._static = original_conds, model, None
             self.report.peak_memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
             self._finish_report(time.perf_counter() - started)
             self._posterior = None
@@ -352,16 +474,28 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             )
         self.operator.check(self.size, len(noise))
 
+    def _report_mismatch(self, z0: Tensor) -> None:
+        """What the picture and the measurement differ by in the end, where they can be compared."""
+        y_hat = self.operator(self._posterior.prior.decode(z0).clamp(-1, 1))
+        try:
+            difference, elements = self.operator.difference(y_hat, self._posterior.y), self.operator.elements(self._posterior.y)
+        except NotImplementedError:  # scores of classes against classes
+            return
+        levels = (difference.float() * 127.5).flatten(1)
+        self.report.mismatch = (torch.linalg.vector_norm(levels, dim=1) / elements.to(levels).sqrt()).tolist()
+        self.report.mismatch_worst = levels.abs().amax(dim=1).tolist()
+
     def _finish_report(self, seconds: float) -> None:
         self.report.seconds = seconds
         if self._posterior:
             p = self._posterior
             self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan, p.denoiser_calls, p.decoder_calls
+        self.report.warnings = [*self.warnings, *self.report.misfits(127.5 * self.operator.noise)]
         log.info("%s", self.report.text())
 
     def inner_sample(self, noise, latent_image, device, *args, **kwargs):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
-        vae = static(self.vae.patcher)
+        vae = self._static(self.vae.patcher)
         patchers = [self.model_patcher, *self.loaded_models, vae]
         estimate = self.inner_model.memory_required(noise.shape) + self.vae.memory_used_decode(noise.shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
@@ -381,8 +515,11 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         try:
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
-            with frozen(prior.networks()), differentiable_attention(networks):
-                return super().inner_sample(noise, latent_image, device, *args, **kwargs)
+            with frozen(prior.networks()), differentiable_attention(networks), exact_layers(prior.networks()):
+                samples = super().inner_sample(noise, latent_image, device, *args, **kwargs)
+                if self.report.residuals:  # a study's run restores nothing
+                    self._report_mismatch(self.inner_model.process_latent_in(samples))
+                return samples
         finally:
             self.operator.to("cpu")
 

@@ -50,7 +50,11 @@ class Operator:
 
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """||y_hat - y||, the plain l2 norm (not squared, not a mean) of every sample, (B,) float32 (Eq. 3)."""
-        return torch.linalg.vector_norm((y_hat - y).float().flatten(1), dim=1)
+        return torch.linalg.vector_norm(self.difference(y_hat, y).float().flatten(1), dim=1)
+
+    def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """y_hat - y, (B, c, h, w), 0 where nothing was measured. Raises NotImplementedError where the two are not values to subtract."""
+        return y_hat - y
 
     def elements(self, y: Tensor) -> Tensor:
         """How many values of every sample `distance` compares, (B,) float32."""

@@ -50,6 +50,9 @@ class Compose(Operator):
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
         return self.operators[-1].distance(y_hat, y)
 
+    def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        return self.operators[-1].difference(y_hat, y)
+
     def elements(self, y: Tensor) -> Tensor:
         return self.operators[-1].elements(y)
 

@@ -57,9 +57,9 @@ class Inpainting(Operator):
         self.measurement_size(size)
         return y * self._known(y)
 
-    def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """The norm over the known pixels: whatever a damaged picture shows in its holes does not count."""
-        return super().distance(y_hat, y * self._known(y))
+    def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """That of the known pixels: whatever a damaged picture shows in its holes does not count."""
+        return y_hat - y * self._known(y)
 
     def elements(self, y: Tensor) -> Tensor:
         return y.shape[1] * self._known(y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))

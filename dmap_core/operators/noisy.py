@@ -59,6 +59,9 @@ class Noisy(Operator):
         m = self.operator.elements(y)
         return torch.relu(self.operator.distance(y_hat, y) - m.sqrt() * self.noise)
 
+    def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        return self.operator.difference(y_hat, y)
+
     def elements(self, y: Tensor) -> Tensor:
         return self.operator.elements(y)
 

@@ -216,6 +216,9 @@ class Segmentation(Operator):
         labels = labels.expand(len(y_hat), -1, -1)
         return F.cross_entropy(y_hat.float(), labels, reduction="none").mean(dim=(1, 2))
 
+    def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        raise NotImplementedError("Segmentation: scores and labels have no difference")
+
     def elements(self, y: Tensor) -> Tensor:
         raise ValueError(
             "Segmentation: the distance is a cross-entropy between labels, not a norm of measured values, so it has no noise level; "
