@@ -436,7 +436,7 @@ class TrainCSE(io.ComfyNode):
         return CSEMetadata(
             operator=operator.spec(),
             base=host_cse.base_name(model),
-            fingerprint=host_cse.base_fingerprint(model),
+            fingerprint=base.fingerprint,
             prediction=base.prediction,
             hint_range=settings.hint_range,
             batch_size=settings.batch_size,

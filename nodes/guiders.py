@@ -12,6 +12,7 @@ from ..dmap_core.solvers import check_settings
 from . import host, host_cse
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
+from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 CATEGORY = "DMAP/sampling"
 
@@ -66,16 +67,23 @@ class DPSGuider(io.ComfyNode):
                     tooltip="fast keeps all activations; lean runs the denoiser twice so that its activations and the decoder's are never alive together; checkpoint recomputes "
                     "both networks block by block. auto takes the first that fits. Change it if you run out of memory.",
                 ),
+                max_megapixels_input(),
             ],
             outputs=[io.Guider.Output()],
         )
 
     @classmethod
-    def execute(cls, model, positive, vae, operator, measurement, zeta, negative=None, cfg=1.0, memory="auto") -> io.NodeOutput:
+    def execute(
+        cls, model, positive, vae, operator, measurement, zeta, negative=None, cfg=1.0, memory="auto", max_megapixels=MAX_MEGAPIXELS
+    ) -> io.NodeOutput:
         check_settings(zeta)
         if negative is None and cfg != 1:
             raise ValueError(f"DPSGuider: cfg is {cfg} but negative is not connected; connect the negative conditioning, or set cfg to 1")
         y = measurement_to_core(measurement, operator, "DPSGuider: measurement")
+        check_megapixels("DPSGuider", operator.image_size(y), tuple(y.shape[-2:]), max_megapixels)
+        host.check_conditioning(positive, model, "DPSGuider: positive")
+        if negative is not None:
+            host.check_conditioning(negative, model, "DPSGuider: negative")
         guider = host.PosteriorGuider(model, vae, operator, y, zeta, memory)
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)

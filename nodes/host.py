@@ -32,6 +32,7 @@ from comfy.ldm.modules.attention import SpatialTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..dmap_core.operators import Operator
 from ..dmap_core.operators.weights import SUFFIXES
@@ -233,9 +234,45 @@ def exact_layers(networks: list[nn.Module]) -> Iterator[None]:
             del layer.forward_comfy_cast_weights
 
 
+QUANTISED_GRADIENT = 0.2  # relative error of a quantised layer's gradient above which it is not one: rounding makes a few per cent
+
+
+def check_quantised(networks: list[nn.Module]) -> None:
+    """Raises ValueError, naming the format, for quantised layers without a gradient: such a layer may stop it without a sign."""
+    kinds = {}
+    for module in (m for network in networks for m in network.modules()):
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.ndim == 2 and is_traceable_wrapper_subclass(weight):
+            kinds.setdefault(getattr(weight, "_layout_cls", type(weight).__name__), module)
+    for format_, layer in kinds.items():
+        weight = layer.weight
+        x = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(2, -1)
+        try:
+            with torch.enable_grad():
+                out = layer(x.requires_grad_())
+                (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+            exact = weight.dequantize().to(x.dtype).sum(0)
+            error = torch.linalg.vector_norm((gradient - exact).float()) / torch.linalg.vector_norm(exact.expand_as(gradient).float())
+            reason = f"its gradient is off by {100 * float(error):.0f} %" if not error < QUANTISED_GRADIENT else None
+        except (RuntimeError, NotImplementedError, TypeError) as failure:
+            reason = str(failure)
+        if reason:
+            raise ValueError(
+                f"model: its weights are quantised as {format_}, through which no gradients flow here ({reason}). "
+                "Load an fp16, bf16 or fp8 file of the model"
+            )
+
+
 def own_skip(h: Tensor, options: dict) -> Tensor:
     """The next block works on a copy: ControlNets add to skip connections in place, which autograd still needs as that block's input."""
     return h.clone() if h.requires_grad else h
+
+
+def add_own_skip(transformer_options: dict) -> None:
+    """Puts `own_skip` before what other nodes do with skip connections."""
+    name = "input_block_patch_after_skip"
+    patches = transformer_options.get("patches", {})
+    transformer_options["patches"] = {**patches, name: [own_skip, *patches.get(name, [])]}
 
 
 def check_whole(patchers) -> None:
@@ -275,6 +312,21 @@ def check_vae(vae, model) -> None:
     probe = vae.process_output(torch.tensor([-1.0, 0.0, 1.0]))
     if not isinstance(vae.downscale_ratio, int) or not torch.allclose(probe, torch.tensor([0.0, 0.5, 1.0])):
         raise ValueError("vae: it does not decode to still pictures in [-1, 1]; load the VAE that belongs to the model")
+
+
+def check_conditioning(conditioning: list, model, name: str) -> None:
+    """Raises ValueError for the prompt of another model's text encoder, by its width."""
+    wanted = model.model.model_config.unet_config.get("context_dim")
+    for tokens, _ in conditioning:
+        if isinstance(wanted, int) and tokens.shape[-1] != wanted:
+            raise ValueError(
+                f"{name}: its width is {tokens.shape[-1]}, and {type(model.model.model_config).__name__} models read {wanted}: it comes from another "
+                "model's text encoder. Encode the prompt with the CLIP of the same checkpoint, or connect DMAPUnconditional"
+            )
+
+
+ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
+ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
 
 
 def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:
@@ -387,6 +439,18 @@ class HostPrior:
         return comfy.model_management.get_free_memory(self.vae.device)
 
 
+def round_trip(prior: HostPrior, image: Tensor) -> list[str]:
+    """A warning if the VAE does not give back a picture (1, 3, H, W) in [-1, 1] that goes through it."""
+    height, width = (min(n, ROUND_TRIP_SIZE) for n in image.shape[-2:])
+    top, left = ((n - m) // 2 for n, m in zip(image.shape[-2:], (height, width), strict=True))
+    image = image[..., top : top + height, left : left + width].clamp(-1, 1)
+    back = prior.decode(prior.encode(image))[..., :height, :width].clamp(-1, 1)
+    psnr = -10 * math.log10(max(float(((back - image) / 2).square().mean()), 1e-12))
+    if psnr >= ROUND_TRIP_PSNR:
+        return []
+    return [f"the VAE gives the measurement back with {psnr:.1f} dB only; is it the one that belongs to the model?"]
+
+
 class HostPosterior(Posterior):
     """A Posterior that the host can interrupt in optimisations of the picture, too, which call no network of the prior."""
 
@@ -415,6 +479,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report: Report | None = None
         self._posterior: Posterior | None = None
         self._static = None  # set for every run
+        self.vae_tried = False
         self._solving = False
 
     def inner_set_conds(self, conds):
@@ -466,13 +531,21 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             raise ValueError(
                 f"latent_image: {given[1]}x{given[0]} latents make a {given[1] * factor}x{given[0] * factor} picture, but the measurement "
                 f"of {self.y.shape[-1]}x{self.y.shape[-2]} and {self.operator.describe()} make one of {self.size[1]}x{self.size[0]} "
-                f"({wanted[1]}x{wanted[0]} latents). Connect 'EmptyMeasurementLatent', or mend the operator's settings"
+                f"({wanted[1]}x{wanted[0]} latents). Connect 'Empty Measurement Latent', or mend the operator's settings"
             )
         if len(self.y) not in (1, len(noise)):
             raise ValueError(
                 f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent"
             )
         self.operator.check(self.size, len(noise))
+
+    def _try_vae(self, prior: HostPrior, y: Tensor) -> None:
+        if not self.vae_tried:
+            warnings = round_trip(prior, self.operator.hint(y))
+            for warning in warnings:
+                log.warning("DPSGuider: vae: %s", warning)
+            self.warnings += warnings
+        self.vae_tried = True
 
     def _report_mismatch(self, z0: Tensor) -> None:
         """What the picture and the measurement differ by in the end, where they can be compared."""
@@ -502,8 +575,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         check_whole(patchers)
         controls = list(controls_of(self.conds))
         if controls:
-            patches = self.model_options["transformer_options"].setdefault("patches", {})  # of this run: the host works on a copy
-            patches["input_block_patch_after_skip"] = [own_skip, *patches.get("input_block_patch_after_skip", [])]
+            add_own_skip(self.model_options["transformer_options"])  # of this run: the host works on a copy
         for control in controls:
             if hasattr(control, "control_weights"):  # of a control LoRA, whose network is made of them later
                 control.control_weights = normal(control.control_weights)
@@ -516,6 +588,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         try:
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
             with frozen(prior.networks()), differentiable_attention(networks), exact_layers(prior.networks()):
+                check_quantised(prior.networks())
+                self._try_vae(prior, y[:1])
                 samples = super().inner_sample(noise, latent_image, device, *args, **kwargs)
                 if self.report.residuals:  # a study's run restores nothing
                     self._report_mismatch(self.inner_model.process_latent_in(samples))

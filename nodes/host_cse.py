@@ -15,6 +15,7 @@ from typing import Any
 import comfy.cldm.cldm
 import comfy.controlnet
 import comfy.model_management
+import comfy.model_patcher
 import comfy.ops
 import comfy.sample
 import comfy.sampler_helpers
@@ -34,7 +35,7 @@ from ..dmap_core.cse.network import encoder_shapes, fingerprint, initial_control
 from ..dmap_core.memory import checkpointed
 from ..dmap_core.operators import Operator
 from ..dmap_core.operators.weights import SUFFIXES
-from . import host
+from . import host, host_static
 
 log = logging.getLogger(__name__)
 
@@ -174,15 +175,22 @@ def check_controls(conditioning: list, model: Any, operator: Operator, name: str
 class HostBase:
     """dmap_core.cse.loss.Base on a loaded ComfyUI model and VAE: computes where and in what precision the model does."""
 
-    def __init__(self, patcher, vae, cond: dict, size: int, contexts: ExitStack, recompute: bool):
+    def __init__(self, patcher, vae, autoencoder: nn.Module, cond: dict, size: int, contexts: ExitStack, recompute: bool):
         self.model, self._cond, self._contexts, self._recompute = patcher.model, cond, contexts, recompute
+        self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
+        comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)  # the patches and wrappers that nodes put on the model
         sampling = patcher.get_model_object("model_sampling")
         self._sampling = sampling
         self.device = patcher.load_device
         self.sigmas = sampling.sigmas.float().to(self.device)
         self.prediction = prediction_of(patcher)
-        self._autoencoder = host.HostPrior(self.model, vae, vae.patcher.model, [], (size, size))
+        self._autoencoder = host.HostPrior(self.model, vae, autoencoder, [], (size, size))
         self.unet = self.model.diffusion_model
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells base models apart, with their LoRAs."""
+        return fingerprint(self.unet.state_dict())
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
@@ -204,8 +212,14 @@ class HostBase:
             context = given["c_crossattn"].to(self.device, dtype)
             control = controlnet(x=x, hint=hint.to(dtype), timesteps=self._sampling.timestep(sigma).float(), context=context, y=y)
             control = {"input": [], "middle": control["middle"], "output": control["output"]}
-        options = {"optimized_attention_override": host.pytorch_attention, "patches": {"input_block_patch_after_skip": [host.own_skip]}}
-        return self.model.apply_model(z, sigma, control=control, transformer_options=options, **given)
+        options = {**self._options["transformer_options"], "optimized_attention_override": host.pytorch_attention}
+        options.update(cond_or_uncond=[0], sigmas=sigma)  # of one prompt, as patches may ask
+        host.add_own_skip(options)
+        given.update(control=control, transformer_options=options)
+        wrapper = self._options.get("model_function_wrapper")
+        if wrapper:
+            return wrapper(self.model.apply_model, {"input": z, "timestep": sigma, "c": given, "cond_or_uncond": [0]})
+        return self.model.apply_model(z, sigma, **given)
 
     def new_controlnet(self, seed: int) -> nn.Module:
         """ComfyUI's ControlNet for this base, with trainable float32 weights that leave it as it is (see core's `initial_controlnet`)."""
@@ -236,8 +250,11 @@ def training(model: Any, vae: Any, conditioning: list, precision: str, size: int
         raise ValueError(
             "conditioning: training takes one prompt without areas and without a ControlNet; connect CLIPTextEncode or DMAPUnconditional"
         )
-    with torch.inference_mode(False), torch.no_grad():
-        patcher, vae_patcher = host.static(model).clone(), host.static(vae.patcher)
+    model, caches = host.without_caches(model)
+    if caches:
+        log.warning("TrainCSE: %s is left out: outputs that it reuses have no gradient", ", ".join(caches))
+    with torch.inference_mode(False), torch.no_grad(), host_static.static_patchers() as static:
+        patcher, vae_patcher = static(model).clone(), static(vae.patcher)
         patcher.set_model_compute_dtype(DTYPES[precision])
         latent = (batch, channels, *host.latent_size(vae, (size, size)))
         estimate = patcher.model.memory_required(latent) + vae.memory_used_encode((batch, 3, size, size), vae.vae_dtype)
@@ -248,8 +265,11 @@ def training(model: Any, vae: Any, conditioning: list, precision: str, size: int
         conds = {"positive": comfy.sampler_helpers.convert_cond(host.normal(conditioning))}
         cond = comfy.samplers.process_conds(patcher.model, noise, conds, patcher.load_device)["positive"][0]
         with ExitStack() as stack:
-            stack.enter_context(host.frozen([patcher.model.diffusion_model, vae_patcher.model]))
-            yield HostBase(patcher, vae, cond, size, stack, recompute)
+            networks = [patcher.model.diffusion_model, vae_patcher.model]
+            stack.enter_context(host.frozen(networks))
+            stack.enter_context(host.exact_layers(networks))
+            host.check_quantised(networks)
+            yield HostBase(patcher, vae, vae_patcher.model, cond, size, stack, recompute)
 
 
 NAME = re.compile(r"[\w][\w .()+-]*(/[\w][\w .()+-]*)*")
@@ -303,7 +323,10 @@ def self_generate(
     folder = Path(folder_paths.get_output_directory()) / checked_name(name, "save_name")
     folder.mkdir(parents=True, exist_ok=True)
     prompts = [prompt_digest(conditioning) for conditioning in (positive, negative)]
-    comfy.model_management.load_models_gpu([model])  # with its LoRAs, which are part of what the fingerprint tells apart
+    with host_static.static_patchers() as static:
+        whole = static(model)
+        comfy.model_management.load_models_gpu([whole])  # with its LoRAs, which are part of what the fingerprint tells apart
+        base = base_fingerprint(whole)
     settings = {
         "prompts": prompts,
         "steps": steps,
@@ -311,7 +334,7 @@ def self_generate(
         "size": list(size),
         "seed": seed,
         "model": type(model.model).__name__,
-        "base": base_fingerprint(model),
+        "base": base,
     }
     record = folder / "settings.json"
     if record.exists():

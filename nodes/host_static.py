@@ -25,7 +25,7 @@ Static = Callable[[Any], Any]  # a patcher -> the patcher to use instead
 MODULE_STATE = ("_v", "_v_signature", "_v_weight", "_v_bias", "_v_block", "_prefetch", "_pin_state", "_pins", "_pin")
 MODULE_STATE += ("weight_lowvram_function", "bias_lowvram_function", "comfy_cast_weights", "weight_function", "bias_function")
 EMPTY = ()
-MODEL_STATE = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers", "current_patcher", "current_weight_patches_uuid")
+MODEL_STATE = ("dynamic_vbars", "dynamic_pins", "dynamic_patchers", "current_weight_patches_uuid")
 MODEL_STATE += ("model_loaded_weight_memory", "lowvram_patch_counter", "model_lowvram", "model_offload_buffer_memory")
 
 
@@ -99,7 +99,7 @@ def _copied(patcher: Any) -> nn.Module:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     memo[id(tensor)] = wrap(_own(tensor, vars(module).get(f"{name}_comfy_model_dtype")))
-    memo.update(_left_out(model, MODEL_STATE))
+    memo.update(_left_out(model, (*MODEL_STATE, "current_patcher")))  # the patcher of a run is None between runs
     try:
         twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError) as error:

@@ -27,6 +27,7 @@ from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from . import host
 from .pictures import check_picture, from_core, measurement_to_core, to_core
+from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 Operator = io.Custom("OPERATOR")
 CATEGORY = "DMAP/operators"
@@ -411,6 +412,7 @@ class EmptyMeasurementLatent(io.ComfyNode):
                     max=256,
                     tooltip="How many different restorations of one measurement to make at once. A batch of measurements gives one each; leave this at 1 then.",
                 ),
+                max_megapixels_input(),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
@@ -420,13 +422,14 @@ class EmptyMeasurementLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, measurement, operator: CoreOperator, vae, batch_size) -> io.NodeOutput:
-        y = measurement_to_core(measurement, operator, "EmptyMeasurementLatent: measurement")
+    def execute(cls, measurement, operator: CoreOperator, vae, batch_size, max_megapixels=MAX_MEGAPIXELS) -> io.NodeOutput:
+        y = measurement_to_core(measurement, operator, "Empty Measurement Latent: measurement")
         if batch_size > 1 and len(y) > 1:
             raise ValueError(
-                f"EmptyMeasurementLatent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once"
+                f"Empty Measurement Latent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once"
             )
         height, width = operator.image_size(y)
+        check_megapixels("Empty Measurement Latent", (height, width), tuple(y.shape[-2:]), max_megapixels)
         h, w = host.latent_size(vae, (height, width))
         return io.NodeOutput({"samples": torch.zeros(max(len(y), batch_size), vae.latent_channels, h, w)}, width, height)
 

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import comfy.model_sampling
 import comfy.samplers
 import comfy.sd
 import comfy.utils
+import dynamic
 import folder_paths
 import torch
 from comfy_extras import nodes_custom_sampler, nodes_model_advanced
@@ -28,6 +30,11 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = "dmap-demo-prior.safetensors"
 SIZE = 32  # pixels; the VAE makes one latent of 8x8 of them
 SEED = 7
+
+
+if os.environ.get("DMAP_TESTS_DYNAMIC_VRAM"):  # all tests of this folder as on a machine with an NVIDIA card
+    assert dynamic.AVAILABLE, "this ComfyUI has no dynamic VRAM (it came with 0.16)"
+    dynamic.dynamic_vram().__enter__()
 
 
 def import_pack():
@@ -117,7 +124,10 @@ def problem(operator=None, measurement=None, model=None, vae=None, **changes):
 
 
 def guider(**changes):
-    return call("DMAP_DPSGuider", **problem(**changes))
+    """A DPSGuider that has tried its VAE, so that the calls of a run are those of its solver."""
+    made = call("DMAP_DPSGuider", **problem(**changes))
+    made.vae_tried = True
+    return made
 
 
 def stock_guider(cfg=1.0, **changes):

@@ -42,7 +42,7 @@ def mask(lab, height=None, width=None, value=0.0):
 @pytest.mark.parametrize("sampler", ["dps", "dmap", "euler"])
 def test_a_latent_of_another_size(lab, refused, sampler):
     sampler = {"dps": lab.dps, "dmap": lab.dmap, "euler": lambda: lab.stock("euler")}[sampler]()
-    with refused("latent_image", "64x64 latents", "100x100", "800x800", "EmptyMeasurementLatent") as model:
+    with refused("latent_image", "64x64 latents", "100x100", "800x800", "Empty Measurement Latent") as model:
         guider = lab.guider(model=model, measurement=lab.picture(height=100, width=100))
         lab.sample(guider, sampler, latent=lab.empty(height=64, width=64))
 
@@ -240,9 +240,19 @@ SCHEDULES = {
     "rising": ([1.0, 4.0, 0.0], ("sigmas", "fall", "flip"), ("dps", "dmap", "euler")),
     "level": ([4.0, 4.0, 0.0], ("sigmas", "fall"), ("dps", "dmap", "euler")),
     "one level": ([4.0], ("sigmas", "at least two"), ("dps", "dmap", "euler")),
-    "no level": ([], ("sigmas", "at least two"), ("dps", "dmap", "euler")),
     "nan": ([4.0, float("nan"), 0.0], ("sigmas", "NaN"), ("dps", "dmap", "euler")),
 }
+
+
+@pytest.mark.parametrize("name", ["dps", "dmap", "euler"])
+def test_no_level_at_all(lab, name):
+    """denoise 0: as with ComfyUI's own guiders the latent comes back as it is, and no model is called."""
+    sampler = {"dps": lab.dps, "dmap": lab.dmap, "euler": lambda: lab.stock("euler")}[name]()
+    latent = {"samples": torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))}
+    model, calls = lab.counting(lab.shared()[0])
+    samples = lab.sample(lab.guider(model=model), sampler, latent=latent, schedule=torch.tensor([]))
+    assert torch.equal(samples, latent["samples"]) and calls == []
+    assert torch.equal(samples, lab.sample(lab.stock_guider(model=model), lab.stock("euler"), latent=latent, schedule=torch.tensor([])))
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)

@@ -1,0 +1,160 @@
+"""Under dynamic VRAM, the default on NVIDIA cards, a guided run gives the picture that it gives without, bit by bit, and keeps nothing.
+
+ComfyUI before 0.16 has no dynamic VRAM; these tests then compare a run with itself.
+"""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def dynamic(lab):
+    import dynamic
+
+    return dynamic
+
+
+@pytest.fixture
+def cses(lab):
+    import cses
+
+    return cses
+
+
+@pytest.fixture(params=["full precision", "as on a GPU", "as on a GPU, a file in full precision"])
+def fresh(lab, dynamic, request, monkeypatch, tmp_path):
+    """fresh(moving) -> (model, vae), as a loader node makes them with dynamic VRAM or without."""
+    if "file" in request.param:
+        from safetensors.torch import load_file, save_file
+
+        weights = load_file(lab.folder_paths.get_full_path("checkpoints", lab.CHECKPOINT))
+        save_file({name: weight.float() for name, weight in weights.items()}, tmp_path / "full.safetensors")
+        monkeypatch.setitem(lab.folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".safetensors"}))
+        monkeypatch.setattr(lab, "CHECKPOINT", "full.safetensors")
+    gpu = "GPU" in request.param
+    with contextlib.ExitStack() as stack:
+
+        def load(moving):
+            if moving:
+                stack.enter_context(dynamic.dynamic_vram(gpu))
+                return lab.fresh()
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("should_use_fp16", "should_use_bf16") if gpu else ():
+                    patch.setattr(lab.comfy.model_management, name, lambda *_, **__: True)
+                return lab.fresh()
+
+        yield load
+
+
+def restored(lab, model, vae, **changes):
+    return [lab.sample(lab.guider(model=model, vae=vae, **changes), sampler) for sampler in (lab.dps(), lab.dmap(), lab.stock("ddpm"))]
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_fake_is_what_it_says(lab, dynamic, fresh):
+    model, vae = fresh(True)
+    for patcher in (model, vae.patcher):
+        assert getattr(patcher, "is_dynamic", bool)() == dynamic.AVAILABLE
+
+
+def test_pictures_are_the_same(lab, fresh):
+    model, vae = fresh(False)
+    plain, stock = restored(lab, model, vae), lab.ksampler(model)
+    model, vae = fresh(True)
+    same([lab.ksampler(model), *restored(lab, model, vae), lab.ksampler(model)], [stock, *plain, stock])
+
+
+@pytest.mark.parametrize("memory", ["lean", "checkpoint", "auto"])
+def test_memory_plans(lab, dynamic, memory):
+    plain = restored(lab, *lab.fresh(), memory=memory)
+    with dynamic.dynamic_vram():
+        same(restored(lab, *lab.fresh(), memory=memory), plain)
+
+
+def test_a_lora_and_a_vae_of_a_loader_that_cannot_reload_it(lab, dynamic):
+    plain = restored(lab, lab.with_lora(lab.fresh()[0]), lab.separate_vae())
+    with dynamic.dynamic_vram():
+        model = lab.fresh()[0]
+        unpatched = lab.ksampler(model)
+        same(restored(lab, lab.with_lora(model), lab.separate_vae()), plain)
+        same([lab.ksampler(model)], [unpatched])
+
+
+def test_a_cse(lab, cses, dynamic, tmp_path):
+    operator = lab.call("DMAP_OperatorSuperResolution", scale=8)
+    y = lab.call("DMAP_Degrade", image=lab.picture(), operator=operator, noise_sigma=0.0, seed=0)
+
+    def guided(model, vae):
+        positive = cses.apply(cses.load("own.safetensors")[0], y, operator)
+        positive = cses.apply(cses.load("own.safetensors")[0], y, operator, positive=positive)
+        return restored(lab, model, vae, operator=operator, measurement=y, positive=positive)
+
+    with cses.Folders(tmp_path) as folders:
+        cses.save(cses.weights(lab.shared()[0]), folders.controlnet / "own.safetensors")
+        plain = guided(*lab.fresh())
+        assert any(bool((a != b).any()) for a, b in zip(plain, restored(lab, *lab.fresh(), operator=operator, measurement=y), strict=True))
+        with dynamic.dynamic_vram():
+            same(guided(*lab.fresh()), plain)
+
+
+def tensors():
+    """Bytes of all parameters that are alive."""
+    gc.collect()
+    return sum(p.nbytes for p in gc.get_objects() if isinstance(p, torch.nn.Parameter))
+
+
+def test_copies_are_given_back(lab, dynamic):
+    with dynamic.dynamic_vram():
+        model, vae = lab.fresh()
+        guider = lab.guider(model=model, vae=vae)
+        lab.sample(guider, lab.dps())  # what is loaded once and stays is loaded now
+        before, loaded = tensors(), len(lab.comfy.model_management.current_loaded_models)
+        for _ in range(2):
+            lab.sample(guider, lab.dmap())
+            lab.sample(lab.guider(model=model, vae=vae), lab.dps())
+        assert tensors() == before
+        assert len(lab.comfy.model_management.current_loaded_models) == loaded
+
+
+def test_copies_are_given_back_after_an_error(lab, dynamic):
+    with dynamic.dynamic_vram():
+        model, vae = lab.fresh()
+        guider = lab.guider(model=model, vae=vae)
+        lab.sample(guider, lab.dps())
+        before = tensors()
+        with pytest.raises(lab.core.errors.Diverged):
+            lab.sample(guider, lab.dps(zeta=1e30))
+        assert tensors() == before
+
+
+def test_a_model_that_still_moves_is_refused(lab, dynamic):
+    import importlib
+
+    host_static = importlib.import_module("dmap_pack.nodes.host_static")
+    with dynamic.dynamic_vram():
+        model, _ = lab.fresh()
+        if not dynamic.AVAILABLE:
+            host_static.check_static([model])
+            return
+        with pytest.raises(RuntimeError, match="--disable-dynamic-vram"):
+            host_static.check_static([model])
+        with host_static.static_patchers() as static:
+            host_static.check_static([static(model)])
+
+
+def test_freezing_keeps_what_the_host_noted_on_a_weight(lab):
+    import importlib
+
+    layer = torch.nn.Linear(2, 2)  # under inference mode, as all weights are
+    layer.weight._model_dtype = torch.float16
+    assert layer.weight.is_inference()
+    with torch.inference_mode(False), importlib.import_module("dmap_pack.nodes.host").frozen([layer]):
+        assert not layer.weight.is_inference() and layer.weight._model_dtype == torch.float16
