@@ -135,7 +135,16 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 
 
 def pytorch_attention(
-    func: Callable, q: Tensor, k: Tensor, v: Tensor, heads: int, mask=None, attn_precision=None, skip_reshape=False, skip_output_reshape=False, **kwargs
+    func: Callable,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    mask=None,
+    attn_precision=None,
+    skip_reshape=False,
+    skip_output_reshape=False,
+    **kwargs,
 ) -> Tensor:
     """ComfyUI's attention, called as its overrides are, on back ends of PyTorch through which gradients flow.
 
@@ -199,7 +208,8 @@ def static_controls(conds: dict[str, list[dict]], static: Callable) -> dict[str,
         return own
 
     return {
-        name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed] for name, listed in conds.items()
+        name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed]
+        for name, listed in conds.items()
     }
 
 
@@ -397,7 +407,11 @@ class Report:
         return (
             f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
             f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
-            + (f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst" if self.mismatch else "")
+            + (
+                f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst"
+                if self.mismatch
+                else ""
+            )
             + "".join(f". Warning: {warning}" for warning in self.warnings)
         )
 

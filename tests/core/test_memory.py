@@ -338,3 +338,78 @@ def test_a_budget_does_not_hide_that_something_was_changed_in_place():
     y.detach().add_(1)
     with pytest.raises(RuntimeError, match=r"\(3,\).*changed in place"):
         z.backward()
+
+
+class Pair(torch.Tensor):
+    """A tensor that is a wrapper around two others, as quantised ones are: it has no bytes of its own."""
+
+    @staticmethod
+    def __new__(cls, high, low):
+        return torch.Tensor._make_wrapper_subclass(cls, high.shape, dtype=high.dtype, requires_grad=high.requires_grad)
+
+    def __init__(self, high, low):
+        self.high, self.low = high, low
+
+    def __tensor_flatten__(self):
+        return ["high", "low"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, meta, size, stride):
+        return cls(inner["high"], inner["low"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        def whole(value):
+            return value.high + value.low if isinstance(value, cls) else value
+
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].high, args[0].low)
+        return function(*torch.utils._pytree.tree_map(whole, args), **(kwargs or {}))
+
+
+def test_the_bytes_of_quantised_weights():
+    """Those of its parts: a weight is none of the activations that a plan has to fit in, and what is no weight counts whole."""
+    network = nn.Linear(64, 64, bias=False)
+    network.weight = nn.Parameter(Pair(torch.ones(64, 64), torch.zeros(64, 64)), requires_grad=False)
+    budget = Budget(1e9, [network])
+    budget._pack(network.weight)
+    assert budget.saved == 0
+    x = torch.ones(1, 64, requires_grad=True)
+    with budget.counted():
+        out = network(x)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad, torch.full((1, 64), 64.0))
+    stranger = Budget(1e9, [])
+    stranger._pack(network.weight)
+    assert stranger.saved == 2 * 64 * 64 * 4
+    with pytest.raises(ShortOfMemory):
+        Budget(64 * 64 * 4, [])._pack(network.weight)
+
+
+class ResBlock(nn.Module):
+    """A block that acts as the dict says, and writes into it."""
+
+    def forward(self, x, options):
+        out = x * options["factor"] * torch.tanh(x)
+        options["factor"] = 100.0
+        return out
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_blocks_recompute_what_they_were_told_at_first(named):
+    """The caller goes on changing the dict that it passes from block to block, as ComfyUI does."""
+    blocks = nn.ModuleList([ResBlock(), ResBlock()])
+
+    def gradient():
+        x = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+        h, options = x, {}
+        for i, block in enumerate(blocks):
+            options["factor"] = 2.0 + i
+            h = block(h, options=options) if named else block(h, options)
+        options["factor"] = -5.0
+        return torch.autograd.grad(h.sum(), x)[0]
+
+    plain = gradient()
+    with checkpointed([blocks]) as count:
+        assert count == 2
+        assert torch.equal(gradient(), plain)

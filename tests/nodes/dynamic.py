@@ -78,4 +78,3 @@ def dynamic_vram(gpu_precision=False):
         for entry in list(comfy.model_management.current_loaded_models):
             if entry.model is not None and getattr(entry.model, "is_dynamic", bool)():
                 comfy.model_management.current_loaded_models.remove(entry)
-
