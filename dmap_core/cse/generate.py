@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import write_whole
 from ..schedule import ancestral_step, generators, randn_like
 from .data import to_picture
 from .loss import Base
@@ -75,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for i in tqdm(range(args.count), desc="generating"):
         file = args.out / f"{i:06d}.png"
         if not file.exists():
-            part = file.with_suffix(".part")
-            to_picture(generate(base, shape, args.seed + i, args.steps)[0]).save(part, format="PNG")
-            part.replace(file)
+            picture = to_picture(generate(base, shape, args.seed + i, args.steps)[0])
+            write_whole(file, lambda part, picture=picture: picture.save(part, format="PNG"))
     log.info("%d pictures in %s", args.count, args.out)
 
 

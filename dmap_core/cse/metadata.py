@@ -40,8 +40,14 @@ class CSEMetadata:
     licence: str = ""
 
     def write(self) -> dict[str, str]:
-        """The metadata of a safetensors file."""
-        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
+        """The metadata of a safetensors file. Raises ValueError for what `read_metadata` would refuse for its length."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        if len(text) > LONGEST:
+            raise ValueError(
+                f"the description of the CSE would be {len(text)} characters long, and {LONGEST} are the most; most of it is the operator's spec. "
+                "An inpainting operator with a batch of masks is one: train with a single mask, a smaller or a simpler one"
+            )
+        return {"format": "pt", KEY: text}
 
     def trained_for(self) -> str:
         """The operator in one line, such as `SuperResolution(scale=8)`; long settings (a mask) are left out."""

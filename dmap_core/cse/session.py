@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import Diverged
-from .checkpoint import STATE_SUFFIX, SaveError, check_same, read_cse, read_state, write_cse, write_state
+from .checkpoint import STATE_SUFFIX, SaveError, check_same, read_cse, read_state, resuming, write_cse, write_state
 from .metadata import CSEMetadata
 from .trainer import Trainer
 from .validation import sheet, validation_loss
@@ -37,8 +37,9 @@ class Session:
         if self.state_path.exists():
             state = read_state(self.state_path)
             check_same(state["identity"], identity, self.state_path)
-            trainer.resume(state)
-            self.validations = state["validations"]
+            with resuming(self.state_path):
+                trainer.resume(state)
+                self.validations = list(state["validations"])
         self.saved = trainer.step
 
     def save(self) -> None:

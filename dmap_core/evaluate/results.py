@@ -8,17 +8,16 @@ OUT/<row>/<picture>.json     its figures; a picture is finished when this file i
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..files import write_whole
 from .config import ConfigError
 
 SHOWN = 100  # characters of a value in a message
@@ -37,15 +36,9 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def _whole(path: Path, write) -> None:
-    # processes may write the same file (run.json), each under a name of its own first
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
+        write_whole(path, write)
     except OSError as error:
-        with contextlib.suppress(OSError):  # as where the folder could not be made
-            part.unlink()
         raise ConfigError(f"out: {path} could not be written (is the disk full?): {error}") from error
 
 
