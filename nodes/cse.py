@@ -484,7 +484,7 @@ class TrainCSE(io.ComfyNode):
         if bad:
             log.warning("TrainCSE: %d files of %s cannot be read and are left out: %s", len(bad), folder, named(bad))
         if ignored := ignored_files(path):
-            log.warning("TrainCSE: %s", ignored)
+            log.info("TrainCSE: %s", ignored)
         return files, folder
 
     @staticmethod

@@ -172,17 +172,15 @@ def check_base(control: Any, model: Any, name: str) -> None:
 def check_controls(conditioning: list, model: Any, operator: Operator, name: str) -> list[str]:
     """Warnings about the CSEs in a conditioning: those trained for another operator. Raises ValueError for those of another base model."""
     warnings = []
-    spec = json.loads(json.dumps(operator.spec()))  # as a file has it: lists, where an operator has tuples
     for _, values in conditioning:
         control = values.get("control")
         while control is not None:
             check_base(control, model, name)
             file, metadata = description(control)
-            if metadata and metadata.operator not in (None, spec):
-                warning = f"the CSE {file} was trained for {metadata.trained_for()}, and the operator here is {operator.describe()}"
-                if warning not in warnings:
-                    log.warning("%s: %s", name, warning)
-                    warnings.append(warning)
+            warning = metadata.other_operator(operator, file) if metadata else ""
+            if warning and warning not in warnings:
+                log.warning("%s: %s", name, warning)
+                warnings.append(warning)
             control = control.previous_controlnet
     return warnings
 

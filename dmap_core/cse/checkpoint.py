@@ -19,7 +19,12 @@ from .network import COPIED, check_controlnet
 
 STATE_SUFFIX = ".training"  # no suffix that hosts list among models
 PREFIX = "control_model."
-PARTS = (*COPIED, "input_hint_block.", "zero_convs.", "middle_block_out.")  # hosts take other names in a file for marks of other architectures
+PARTS = (
+    *COPIED,
+    "input_hint_block.",
+    "zero_convs.",
+    "middle_block_out.",
+)  # hosts take other names in a file for marks of other architectures
 
 
 class SaveError(OSError):
@@ -107,8 +112,17 @@ def read_state(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes mean
         raise ValueError(f"{path} is not a training state that can be read ({type(error).__name__}); remove it to start again") from error
-    if not isinstance(state, dict) or not isinstance(state.get("identity"), dict):
+    if not isinstance(state, dict):
         raise ValueError(f"{path} is not a training state: it holds something else; remove it to start again")
+    return state
+
+
+def state_of(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the training of that identity. Raises ValueError for a file of something else, or of another training."""
+    state = read_state(path)
+    if not isinstance(state.get("identity"), dict):
+        raise ValueError(f"{path} is not a training state: it holds something else; remove it to start again")
+    check_same(state["identity"], identity, path)
     return state
 
 

@@ -105,7 +105,7 @@ def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Ac
     from tqdm.auto import tqdm
 
     from ..errors import Diverged
-    from .checkpoint import STATE_SUFFIX, check_same, read_cse, read_state, resuming, write_cse, write_state
+    from .checkpoint import STATE_SUFFIX, read_cse, resuming, state_of, write_cse, write_state
     from .data import Examples, centred, collate, file_identity, folder_files, ignored_files, named, open_rgb, to_tensor
     from .diffusers_models import open_base, to_ldm
     from .loss import batch_loss
@@ -140,7 +140,7 @@ def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Ac
     if bad:
         log.warning("%d files cannot be read and are left out: %s", len(bad), named(bad))
     if ignored := ignored_files(args.pictures):
-        log.warning("%s", ignored)
+        log.info("%s", ignored)
     if args.count is not None and not 0 < args.count <= len(files):
         raise ValueError(f"count is {args.count}, but there are {len(files)} pictures")
     files = files[: args.count]
@@ -166,8 +166,7 @@ def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Ac
     step, losses, validations = 0, [], []
     scaler = None
     if state_file.exists():
-        state = read_state(state_file)
-        check_same(state["identity"], identity, state_file)
+        state = state_of(state_file, identity)
         with resuming(state_file):
             controlnet.load_state_dict(state["weights"])
             optimizer.load_state_dict(state["optimizer"])

@@ -100,6 +100,8 @@ class Problem:
         self.conditional = None
         if args.cse:
             controlnet, metadata = open_cse(args.cse, self.base)
+            if metadata and (warning := metadata.other_operator(self.operator, args.cse.name)):
+                log.warning("%s", warning)
             self.conditional = DiffusersPrior(self.base, size, controlnet, hint_for(self.operator.hint(self.y), metadata))
         self.sigmas = SPACINGS[args.spacing](self.base.sigmas.cpu(), args.steps)
 
