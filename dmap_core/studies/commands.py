@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("dmap.studies")
 PAPER_ZETAS = (0.05, 0.3, 1.0, 4.8)
+MOST = {"steps": 10**6, "repeats": 4096, "samples": 10**8, "batch": 4096, "size": 16_384}  # more cannot have been meant
 
 
 def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
@@ -89,6 +91,9 @@ class Problem:
             if path is not None and not path.exists():
                 raise ValueError(f"--{name}: there is no {path}")
         self.zetas = zetas(args.zeta)
+        for name, most in MOST.items():
+            if not 1 <= (getattr(args, name, 1) or 1) <= most:
+                raise ValueError(f"--{name} must be a whole number from 1 to {most}")
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.operator = read_operator(args.operator, args.weights).to(device)
         self.x = Picture(args.picture, 0).open(args.size).to(device)
@@ -112,8 +117,8 @@ def zetas(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--zeta is {text!r}; it must be numbers with commas between them") from error
-    if not all(zeta > 0 for zeta in found):
-        raise ValueError(f"--zeta is {text!r}; step sizes must be above 0")
+    if not all(0 < zeta < math.inf for zeta in found):
+        raise ValueError(f"--zeta is {text!r}; step sizes must be above 0, and finite")
     return found
 
 
