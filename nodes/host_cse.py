@@ -355,8 +355,10 @@ def self_generate(
     if record.exists():
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"save_name: {record} is damaged ({error}); choose another name or remove that folder") from error
+        if not isinstance(before, dict):
+            raise ValueError(f"save_name: {record} holds something else than settings; choose another name or remove that folder")
         check_same(before, settings, folder)
     elif any(folder.iterdir()):
         raise ValueError(f"save_name: {folder} holds other files; choose another name")

@@ -75,7 +75,7 @@ def _expected(names: Iterable[str]) -> dict[str, int]:
         elif n:
             resnets.append(f"input_blocks.{n}.0")
     layers |= {f"{resnet}.{layer}": n for resnet in resnets for layer, n in RESNET_LAYERS.items()}
-    return {f"{layer}.weight": n for layer, n in layers.items()} | {f"{layer}.bias": 1 for layer in layers}
+    return {f"{layer}.{part}": n if part == "weight" else 1 for layer, n in layers.items() for part in ("weight", "bias")}
 
 
 def check_controlnet(weights: Mapping[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 from ..files import write_whole
 from .config import ConfigError
 
+FIGURES = {"residual", "seconds", "denoiser_calls"}  # that every finished picture has
 SHOWN = 100  # characters of a value in a message
 
 
@@ -52,11 +53,14 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError for a file that is none of ours."""
     try:
-        return json.loads(path.read_text(encoding="ascii"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="ascii"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"out: {path} cannot be read ({error}); remove it to compute it again") from error
 
 
@@ -90,4 +94,6 @@ def read_picture_json(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]
             f"out: {path} was made of another picture, or of one at another place in the list (then {entry.get('original')}, now {identity}). "
             "Keep the pictures of a run as they are, or choose another folder"
         )
+    if "diverged" not in entry and not (isinstance(entry.get("metrics"), dict) and entry.keys() >= FIGURES):
+        raise ConfigError(f"out: {path} lacks figures; remove it to compute it again")
     return entry

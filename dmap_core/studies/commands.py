@@ -91,9 +91,7 @@ class Problem:
             if path is not None and not path.exists():
                 raise ValueError(f"--{name}: there is no {path}")
         self.zetas = zetas(args.zeta)
-        for name, most in MOST.items():
-            if not 1 <= (getattr(args, name, 1) or 1) <= most:
-                raise ValueError(f"--{name} must be a whole number from 1 to {most}")
+        check_numbers(args)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.operator = read_operator(args.operator, args.weights).to(device)
         self.x = Picture(args.picture, 0).open(args.size).to(device)
@@ -109,6 +107,14 @@ class Problem:
                 log.warning("%s", warning)
             self.conditional = DiffusersPrior(self.base, size, controlnet, hint_for(self.operator.hint(self.y), metadata))
         self.sigmas = SPACINGS[args.spacing](self.base.sigmas.cpu(), args.steps)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for numbers that no machine could do."""
+    for name, most in MOST.items():
+        value = getattr(args, name, None)
+        if value is not None and value > most:
+            raise ValueError(f"--{name} is too large; it must be at most {most}")
 
 
 def zetas(text: str) -> list[float]:
@@ -238,6 +244,7 @@ def toy_example(args: argparse.Namespace) -> None:
     from .toy import BIMODAL_Y, PUBLISHED_Y
     from .toy import toy_example as example
 
+    check_numbers(args)
     toys = [example(samples=args.samples, zeta=args.zeta, dmap_zeta=2 * args.zeta, seed=args.seed, y=y) for y in (PUBLISHED_Y, BIMODAL_Y)]
     write_csv(args.out / "toy.csv", [row for toy in toys for row in toy.rows()])
     plots.save(plots.toy_plot(*toys), args.out / "toy.png")

@@ -437,3 +437,11 @@ def test_settings_at_their_limits():
     )
     assert settings.resize == (1.0, 1.0)
     TrainingSettings(flip=0, jitter=0, seed=0, resize=(0.1, 10))
+
+
+def test_a_description_is_not_written_that_would_not_be_read():
+    """Its length is known before a training and not after it."""
+    longest = CSEMetadata(licence="x" * (LONGEST - len(CSEMetadata().write()[KEY])))
+    assert read_metadata(longest.write()) == longest
+    with pytest.raises(ValueError, match=rf"would be {LONGEST + 1} characters long, and {LONGEST} are the most.*single mask"):
+        replace(longest, licence=longest.licence + "x").write()
