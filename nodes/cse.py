@@ -205,13 +205,13 @@ class SelfGenerateCSEDataset(io.ComfyNode):
                 io.String.Input(
                     "save_name",
                     default="cse-pictures",
-                    tooltip="Folder in ComfyUI's output directory. TrainCSE finds it there after the page is reloaded.",
+                    tooltip="Folder in ComfyUI's output directory; output/NAME is what TrainCSE calls it.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What the pictures should not show. Used only if cfg is not 1."),
             ],
             outputs=[
                 io.Image.Output(display_name="pictures", tooltip="All pictures, for TrainCSE."),
-                io.String.Output(display_name="folder", tooltip="Where they are, as TrainCSE names it."),
+                io.String.Output(display_name="folder", tooltip="Where they are; connect it to TrainCSE's folder, or write it there."),
             ],
             is_output_node=True,
         )

@@ -49,17 +49,19 @@ def ignored_files(folder: Path) -> str:
     return f"{len(files)} {'files' if len(files) > 1 else 'file'} of {folder} ignored, not ending in {', '.join(SUFFIXES)}: {named(files)}"
 
 
-def check_pictures(files: Iterable[Path], count: int | None = None) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
+def check_pictures(
+    files: Iterable[Path], count: int | None = None, longest: int | None = None
+) -> tuple[dict[Path, tuple[int, int]], dict[Path, str]]:
     """((width, height) of those that can be read, what is wrong with the others). Every file is opened whole, up to `count` good ones.
 
-    This takes as long as reading all of them once, and saves a run of hours from ending at a damaged one.
+    longest: bytes that a name without its ending may have, where other files will be called after it. This takes as long as reading all of them once, and saves a run of hours from ending at a damaged one.
     """
     good, bad = {}, {}
     for file in files:
         if len(good) == count:
             break
         try:
-            _check_name(file)
+            _check_name(file, longest)
             good[file] = open_rgb(file).size
         except PictureError as error:
             bad[file] = str(error)
@@ -102,12 +104,16 @@ def file_version(file: Path) -> tuple[int, int]:
     return found.st_mtime_ns, found.st_size
 
 
-def _check_name(file: Path) -> None:
-    """Raises PictureError for a name that no text file could hold."""
+def _check_name(file: Path, longest: int | None) -> None:
+    """Raises PictureError for a name that no text file could hold, or no file that is called after it."""
     try:
-        file.name.encode("utf-8")
+        size = len(file.stem.encode("utf-8"))
     except UnicodeEncodeError as error:
         raise PictureError(f"pictures: the name of {shown(file)} is not UTF-8; rename it") from error
+    if longest and size > longest:
+        raise PictureError(
+            f"pictures: the name {shown(file)} is {size} bytes long, and files called after it may have {longest}; rename it"
+        )
 
 
 def open_rgb(file: Path) -> Image.Image:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..cse.data import SUFFIXES, centred, check_pictures, ignored_files, named, open_rgb, picture_files, to_tensor
-from ..files import check_name
+from ..files import NAME_BYTES
 from .config import ConfigError
 
 log = logging.getLogger("dmap.evaluate")
@@ -61,7 +61,7 @@ def find_pictures(
         log.info("%s", ignored)
     if count is not None and len(files) < count:
         raise ConfigError(f"images: {count} pictures are wanted and {folder} holds {len(files)}; lower --count or add pictures.{hint}")
-    sizes, bad = check_pictures(files if unreadable == "skip" else files[:count], count)
+    sizes, bad = check_pictures(files if unreadable == "skip" else files[:count], count, NAME_BYTES)
     if bad and unreadable == "refuse":
         reason = next(iter(bad.values())).removeprefix("pictures: ")
         others = f" The same holds for {named(list(bad)[1:])}." if len(bad) > 1 else ""
@@ -71,11 +71,6 @@ def find_pictures(
     files = list(sizes)
     if not files or count is not None and len(files) < count:
         raise ConfigError(f"images: {count or 'some'} pictures are wanted and {len(files)} of those in {folder} can be read.{hint}")
-    try:
-        for file in files:
-            check_name(file.stem, "images")
-    except ValueError as error:
-        raise ConfigError(f"{error}; results are named after the files") from error
     twice = [stem for stem, n in Counter(file.stem for file in files).items() if n > 1]
     if repeats == 1 and any(file.stem.casefold() == TAKEN for file in files):
         raise ConfigError(
