@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import sys
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -26,11 +27,12 @@ UNLOCKABLE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make the file under a name of this process first, on the disk, then put it in place of the old one.
+    """Let `write` make the file under a name of this call first, on the disk, then put it in place of the old one.
 
     What `write` raises goes on, and what it began is removed.
     """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # machines that share a disk may have processes of one number
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(3)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)

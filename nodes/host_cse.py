@@ -363,7 +363,7 @@ def self_generate(
     elif any(folder.iterdir()):
         raise ValueError(f"save_name: {folder} holds other files; choose another name")
     else:
-        record.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        write_whole(record, lambda part: part.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
     channels = model.get_model_object("latent_format").latent_channels
     latent = torch.zeros(1, channels, *host.latent_size(vae, size))
     for i in range(count):

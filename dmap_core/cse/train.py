@@ -145,7 +145,7 @@ def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Ac
         raise ValueError(f"count is {args.count}, but there are {len(files)} pictures")
     files = files[: args.count]
     examples = Examples(files, settings, timesteps=0)
-    seen = folder_files(args.validation)[0] if args.validation else files
+    seen = folder_files(args.validation, args.unreadable)[0] if args.validation else files
     looked_at = torch.stack([to_tensor(centred(open_rgb(file), settings.size)) for file in seen[:VALIDATED]])
 
     base = open_base(args.checkpoint, args.prompt, args.prediction)

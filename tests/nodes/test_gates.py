@@ -126,6 +126,17 @@ def test_reports_of_another_kind(lab, reports, field):
                 )
 
 
+def test_a_loss_that_is_not_finite_is_left_out_of_the_curve(lab):
+    """A training does not end because of its chart."""
+    charts = importlib.import_module("dmap_pack.nodes.charts")
+    nan, inf = float("nan"), float("inf")
+    plain = charts.loss_curve([1.0, 0.5], [[2, 0.25]])
+    for losses, validations in (([1.0, 0.5], [[1, nan], [2, 0.25]]), ([1.0, 0.5], [[1, inf], [2, 0.25]])):
+        assert charts.loss_curve(losses, validations).tobytes() == plain.tobytes()
+    for losses in ([inf, 1.0], [1.0, nan], [nan], [inf], [0.0, 1.0]):
+        assert charts.loss_curve(losses).size == plain.size
+
+
 def test_texts_that_are_no_report(reports):
     for text in ("", "28 steps", "[]", "null", "[" * 100_000, "1" * 5000):
         with pytest.raises(ValueError, match="x is no report"):
