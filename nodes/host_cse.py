@@ -97,7 +97,7 @@ def load_cse(path: Path) -> tuple[Any, CSEMetadata | None]:
     weights, metadata = read_controlnet(path)
     try:
         control = comfy.controlnet.load_controlnet_state_dict(dict(weights))
-    except comfy.model_management.OOM_EXCEPTION:
+    except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
