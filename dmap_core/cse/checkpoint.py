@@ -65,22 +65,30 @@ def write_cse(path: Path, weights: Mapping[str, Tensor], metadata: CSEMetadata, 
     _whole(Path(path), lambda part: save_file(state, part, metadata.write()))
 
 
+def read_description(path: Path) -> CSEMetadata | None:
+    """What a file says about itself, or None; its weights are not read. Raises ValueError, naming the file, for a description that is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            return read_metadata(file.metadata())
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_cse(path: Path) -> tuple[dict[str, Tensor], CSEMetadata | None]:
     """(weights under the original names, what the file says about itself or None) of a ControlNet of either format.
 
     Raises ValueError, naming the file, for one that is no ControlNet.
     """
-    from safetensors import safe_open
-
     path = Path(path)
     weights = read_tensors(path)
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    described = None
-    if path.suffix.lower() == ".safetensors":
-        with safe_open(path, "pt") as file:
-            described = file.metadata()
+    metadata = read_description(path)
     try:
-        metadata = read_metadata(described)
         if DIFFUSERS_MARK in weights:
             weights = to_ldm(weights)
     except ValueError as error:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cse.checkpoint import read_controlnet
+from ..cse.checkpoint import read_controlnet, read_description
 from ..cse.data import open_rgb, to_picture, to_tensor
 from ..cse.network import fingerprint
 from ..errors import Diverged
@@ -193,10 +193,10 @@ def check_files(config: Config) -> None:
 
 
 def cse_warnings(config: Config) -> list[str]:
-    """What is to be said about CSEs that were trained for another operator than their row's. Raises ValueError for a file that is no CSE."""
+    """What is to be said about CSEs that were trained for another operator than their row's."""
     found = []
     for row in config.rows:
-        metadata = read_controlnet(row.cse)[1] if row.cse else None
+        metadata = read_description(row.cse) if row.cse else None
         if metadata and (warning := metadata.other_operator(config.operator(row.operator), row.cse.name)):
             found.append(f"row {row.name!r} ({row.operator}): {warning}")
     return found
@@ -253,6 +253,8 @@ def evaluate(config: Config, out: Path) -> list[Job]:
             SET_METRICS[name].open(config.weights)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=FOREVER)
     log.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
+    for path in {row.cse for row in config.rows if row.cse}:
+        read_controlnet(path)  # a damaged one should be known before the work, too
     for warning in cse_warnings(config):
         log.warning("%s", warning)
     check_same(out / "run.json", shared_identity(config))

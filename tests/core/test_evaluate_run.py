@@ -614,9 +614,9 @@ def test_a_cse_of_another_operator(table, given, tmp_path, caplog):
     rows = [{**row, "cse": str(tmp_path / "cse.safetensors")} for row in rows]
     wanted = "the CSE cse.safetensors was trained for SuperResolution(scale=8), and the operator here is Grayscale()"
     assert run.cse_warnings(table(rows)) == [f"row 'other' (gray): {wanted}"]
-    monkey = [{**GIVEN, "operator": "gray", "cse": str(tmp_path / "cse.safetensors")}]
-    make(table(monkey, count=1), tmp_path / "out")
-    assert wanted in caplog.text
+    alone = [{**GIVEN, "operator": "gray", "cse": str(tmp_path / "cse.safetensors")}]
+    make(table(alone, count=1), tmp_path / "out")
+    assert wanted in caplog.text and f"**Warning:** row 'as given' (gray): {wanted}." in (tmp_path / "out" / "table.md").read_text()
     weights, _ = read_cse(cse)
     write_cse(tmp_path / "cse.safetensors", {n: t for n, t in weights.items() if not n.startswith("time_embed.")}, described)
     with pytest.raises(ValueError, match=r"cse\.safetensors: it lacks 4 tensors of a ControlNet: time_embed\.0\.weight"):
