@@ -4,6 +4,7 @@
 A concept is the first code point of a name (both of a flag's pair), so that skin-tone and gender variants never straddle the split.
 """
 
+import os
 import random
 import subprocess
 import tarfile
@@ -70,7 +71,7 @@ def pictures(cache: Path, size: int) -> tuple[np.ndarray, list[str]]:
     names = [file.stem for file in files]
     array = cache / f"pictures-{size}.npy"
     if not array.exists():
-        part = array.with_suffix(".part.npy")
+        part = array.with_suffix(f".{os.getpid()}.part.npy")
         np.save(part, np.stack([load(file, size) for file in files]))
         part.rename(array)
     return np.load(array, mmap_mode="r"), names

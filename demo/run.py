@@ -102,7 +102,7 @@ def restore(host: Host, job: Job, restored: Path) -> dict:
 
 
 def write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(".part")
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     temporary.write_text(json.dumps(value, indent=1))
     os.replace(temporary, path)
 

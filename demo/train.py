@@ -110,7 +110,7 @@ def write(path: Path, state: dict, metadata: dict) -> None:
     """Half precision, atomic."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = {k: (v.detach().half() if v.ndim else v.detach().float()).contiguous().clone() for k, v in state.items()}
-    temporary = path.with_suffix(".part")
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     save_file(half, temporary, metadata={"format": "pt", **metadata})
     os.replace(temporary, path)
 
@@ -213,7 +213,7 @@ def train(args) -> None:
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"rng": crops.rng.get_state(), "step": step, "spent": spent}
-        temporary = state_file.with_suffix(".part")
+        temporary = state_file.with_suffix(f".{os.getpid()}.part")
         torch.save(state, temporary)
         os.replace(temporary, state_file)
         averaged = {k.removeprefix("module."): v for k, v in ema.state_dict().items() if k.startswith("module.")}

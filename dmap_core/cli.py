@@ -8,17 +8,16 @@ import signal
 import sys
 from collections.abc import Sequence
 
-import torch
-
-from .evaluate import command as evaluate
-from .studies import commands as studies
-
 MISSING = (
     "this needs {0}, which is not installed: pip install accelerate diffusers transformers torchmetrics matplotlib scipy pyyaml tqdm psutil"
 )
 
 
 def parser() -> argparse.ArgumentParser:
+    # here, so that Ctrl-C during the seconds that these take ends the program as it does later
+    from .evaluate import command as evaluate
+    from .studies import commands as studies
+
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(prog="python -m dmap_core.cli", description=__doc__, formatter_class=raw)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -32,6 +31,15 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        _main(argv)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    import torch
+
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -42,8 +50,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {' '.join(map(str.strip, str(error).splitlines()))}")  # those of other packages may have several lines
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: the GPU has too little memory; lower --batch or --size, or set memory to checkpoint in a config ({error})")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ def _check_range(steps: int, start: float, end: float) -> None:
         raise ValueError(f"start is {start} and end {end}; they must satisfy 0 <= end < start <= 1")
 
 
+def _to_zero(sigmas: Tensor, start: float, end: float) -> Tensor:
+    """The levels in float32, with 0 behind them. Raises ValueError where two of them are the same number, as no solver takes them."""
+    levels = torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+    if not (levels[1:] < levels[:-1]).all():
+        raise ValueError(
+            f"start is {start:g} and end {end:g}, which are too close for {len(sigmas)} steps: noise levels would be equal. Raise start, or lower steps"
+        )
+    return levels
+
+
 def paper_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
     """The paper's spacing: timesteps linspace(999, 0, steps), sigmas interpolated between the model's, then 0. (steps + 1,) float32.
 
@@ -46,7 +56,7 @@ def paper_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: floa
     _check_range(steps, start, end)
     last = len(model_sigmas) - 1
     sigmas = _sigma_at(model_sigmas, torch.linspace(start * last, end * last, steps, dtype=torch.float64))
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+    return _to_zero(sigmas, start, end)
 
 
 def exponential_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: float = 0.0) -> Tensor:
@@ -58,7 +68,7 @@ def exponential_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end
     last = len(model_sigmas) - 1
     first, final = _sigma_at(model_sigmas, torch.tensor([start * last, end * last], dtype=torch.float64)).log()
     sigmas = torch.linspace(float(first), float(final), steps, dtype=torch.float64).exp()
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+    return _to_zero(sigmas, start, end)
 
 
 def karras_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: float = 0.0, rho: float = 7.0) -> Tensor:
@@ -67,7 +77,7 @@ def karras_sigmas(model_sigmas: Tensor, steps: int, start: float = 1.0, end: flo
     last = len(model_sigmas) - 1
     first, final = _sigma_at(model_sigmas, torch.tensor([start * last, end * last], dtype=torch.float64)) ** (1 / rho)
     sigmas = torch.linspace(float(first), float(final), steps, dtype=torch.float64) ** rho
-    return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+    return _to_zero(sigmas, start, end)
 
 
 SPACINGS = {"paper": paper_sigmas, "exponential": exponential_sigmas, "karras": karras_sigmas}

@@ -21,10 +21,13 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def loss_curve(losses: Sequence[float], validations: Sequence[Sequence[float]] = (), title: str = "training loss") -> Image.Image:
-    """Losses of step 1, 2, ... (thin: each; thick: running mean) and validation losses as dots at their (step, loss), on a log scale."""
+    """Losses of step 1, 2, ... (thin: each; thick: running mean) and validation losses as dots at their (step, loss), on a log scale.
+
+    What is not finite, such as a validation loss in a precision that is too low, is left out.
+    """
     page = Image.new("RGB", SIZE, "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=13)
-    shown = [v for v in [*losses, *(loss for _, loss in validations)] if v > 0]
+    shown = [v for v in [*losses, *(loss for _, loss in validations)] if 0 < v < math.inf]
     draw.text((LEFT, 6), title, fill="black", font=font)
     if not shown:
         return page
@@ -44,10 +47,10 @@ def loss_curve(losses: Sequence[float], validations: Sequence[Sequence[float]] =
         draw.text((at(step, 1)[0] - 12, SIZE[1] - BOTTOM + 8), str(step), fill="black", font=font)
     steps = range(1, len(losses) + 1)
     for values, colour, width in ((losses, "lightsteelblue", 1), (_smoothed(losses), "steelblue", 3)):
-        points = [at(step, value) for step, value in zip(steps, values, strict=True)]
+        points = [at(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
         if len(points) > 1:
             draw.line(points, fill=colour, width=width)
-    for step, loss in validations:
+    for step, loss in ((step, loss) for step, loss in validations if math.isfinite(loss)):
         x, y = at(step, loss)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill="darkorange")
     return page

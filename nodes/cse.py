@@ -11,7 +11,20 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
-from ..dmap_core.cse.data import Examples, centred, file_identity, folder_files, named, open_rgb, to_picture, to_tensor
+from ..dmap_core.cse.checkpoint import training_files
+from ..dmap_core.cse.data import (
+    Examples,
+    centred,
+    file_identity,
+    file_version,
+    folder_files,
+    ignored_files,
+    named,
+    open_rgb,
+    picture_files,
+    to_picture,
+    to_tensor,
+)
 from ..dmap_core.cse.metadata import CSEMetadata
 from ..dmap_core.cse.session import Session, identity
 from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
@@ -192,13 +205,13 @@ class SelfGenerateCSEDataset(io.ComfyNode):
                 io.String.Input(
                     "save_name",
                     default="cse-pictures",
-                    tooltip="Folder in ComfyUI's output directory. TrainCSE finds it there after the page is reloaded.",
+                    tooltip="Folder in ComfyUI's output directory; output/NAME is what TrainCSE calls it.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What the pictures should not show. Used only if cfg is not 1."),
             ],
             outputs=[
                 io.Image.Output(display_name="pictures", tooltip="All pictures, for TrainCSE."),
-                io.String.Output(display_name="folder", tooltip="Where they are, as TrainCSE names it."),
+                io.String.Output(display_name="folder", tooltip="Where they are; connect it to TrainCSE's folder, or write it there."),
             ],
             is_output_node=True,
         )
@@ -218,6 +231,35 @@ class SelfGenerateCSEDataset(io.ComfyNode):
         return io.NodeOutput(
             pictures, host_cse.folder_name(files[0].parent), ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}")
         )
+
+
+def _folder(folder: str | None) -> str:
+    """The folder that was chosen, or "" for none."""
+    folder = (folder or "").strip()
+    return "" if folder == NO_FOLDER else folder
+
+
+class _Trained:
+    """Files that this process trained, and how often one of them was removed.
+
+    The mere presence of the file must be in no fingerprint: the training itself changes that, and would run again right after it.
+    """
+
+    def __init__(self):
+        self._there: set[Path] = set()
+        self._removed: dict[Path, int] = {}
+
+    def add(self, path: Path) -> None:
+        self._there.add(path)
+
+    def times_removed(self, path: Path) -> int:
+        if path in self._there and not path.exists():
+            self._there.remove(path)
+            self._removed[path] = self._removed.get(path, 0) + 1
+        return self._removed.get(path, 0)
+
+
+_trained = _Trained()
 
 
 class TrainCSE(io.ComfyNode):
@@ -241,11 +283,11 @@ class TrainCSE(io.ComfyNode):
                     "operator",
                     tooltip="The damage that the CSE learns to see through. It is done to the pictures after their augmentation.",
                 ),
-                io.Combo.Input(
+                io.String.Input(
                     "folder",
-                    options=[NO_FOLDER, *host_cse.picture_folders()],
                     default=NO_FOLDER,
-                    tooltip="A folder with pictures in ComfyUI's input or output directory, read one by one, of any sizes. Reload the page to see a new one.",
+                    tooltip="input/NAME or output/NAME: a folder with pictures in ComfyUI's input or output directory, read one by one, of any sizes. "
+                    "Or connect SelfGenerateCSEDataset's folder. Leave it as it is, or empty, to train with the pictures that are connected.",
                 ),
                 io.String.Input("save_name", default="my-cse", tooltip="Name of the file in models/controlnet."),
                 io.Int.Input(
@@ -359,9 +401,14 @@ class TrainCSE(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, folder, save_name, **_):
-        """Pictures that came or went, and a file that was removed, make it run again."""
-        files = sorted((f.name, f.stat().st_mtime_ns) for f in host_cse.picture_folder(folder).glob("*")) if folder != NO_FOLDER else []
-        return hashlib.sha256(repr((files, host_cse.new_cse_path(save_name).exists())).encode()).hexdigest()
+        """Pictures that came or went, and a file that was removed after its training, make it run again.
+
+        A connected input is None here: ComfyUI itself runs the node again when what is connected changes.
+        """
+        chosen = _folder(folder)
+        files = [(file.name, *file_version(file)) for file in picture_files(host_cse.picture_folder(chosen))] if chosen else []
+        removed = _trained.times_removed(host_cse.new_cse_path(save_name)) if save_name is not None else 0
+        return hashlib.sha256(repr((files, removed)).encode()).hexdigest()
 
     @classmethod
     def execute(
@@ -390,7 +437,11 @@ class TrainCSE(io.ComfyNode):
         looked_at = torch.stack([to_tensor(centred(p, size)) for p in looked_at])
         examples = Examples(chosen, settings, len(host.model_sigmas(model)))
         part = settings.batch_size // settings.accumulation
-        with host_cse.training(model, vae, conditioning, settings.precision, size, part, gradient_checkpointing) as base:
+        CSEMetadata(operator=operator.spec(), licence=licence).write()  # one that no file can hold should be known before the training
+        with (
+            training_files(path),
+            host_cse.training(model, vae, conditioning, settings.precision, size, part, gradient_checkpointing) as base,
+        ):
             try:
                 trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
                 described = cls._metadata(base, model, settings, operator, chosen, source, licence)
@@ -403,6 +454,7 @@ class TrainCSE(io.ComfyNode):
             finally:
                 operator.to("cpu")
         control, metadata = host_cse.load_cse(path)
+        _trained.add(path)
         curve = loss_curve(trainer.losses, session.validations)
         preview = ui.PreviewImage(_image(validated), cls=cls)
         return io.NodeOutput(control, _image(curve), _image(validated), f"{path.name}: {metadata.summary()}", ui=preview)
@@ -422,13 +474,17 @@ class TrainCSE(io.ComfyNode):
     @staticmethod
     def _pictures(folder, pictures, unreadable) -> tuple[list, str]:
         """(files or open pictures, where they came from)."""
-        if (folder == NO_FOLDER) == (pictures is None):
+        folder = _folder(folder)
+        if (not folder) == (pictures is None):
             raise ValueError("TrainCSE: pictures: connect a batch of pictures, or choose a folder, not both")
         if pictures is not None:
             return [to_picture(p) for p in to_core(pictures, "TrainCSE: pictures")], "a batch in ComfyUI"
-        files, bad = folder_files(host_cse.picture_folder(folder), unreadable)
+        path = host_cse.picture_folder(folder)
+        files, bad = folder_files(path, unreadable)
         if bad:
             log.warning("TrainCSE: %d files of %s cannot be read and are left out: %s", len(bad), folder, named(bad))
+        if ignored := ignored_files(path):
+            log.info("TrainCSE: %s", ignored)
         return files, folder
 
     @staticmethod

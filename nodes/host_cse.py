@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..dmap_core.cse.checkpoint import check_same, read_cse
+from ..dmap_core.cse.checkpoint import check_same, read_controlnet
 from ..dmap_core.cse.data import to_picture
 from ..dmap_core.cse.metadata import CSEMetadata
 from ..dmap_core.cse.network import encoder_shapes, fingerprint, initial_controlnet
+from ..dmap_core.files import check_name, write_whole
 from ..dmap_core.memory import checkpointed
 from ..dmap_core.operators import Operator
-from ..dmap_core.operators.weights import SUFFIXES
+from ..dmap_core.operators.weights import SUFFIXES, check_tensors
 from . import host, host_static
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ FROM_FILE = "from file"
 TAG = "dmap_cse"  # attribute of a loaded network, which all copies of a CONTROL_NET share
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LATENT_INPUT = "input_blocks.0.0.weight"
+LISTED = 10_000  # entries of a directory that are looked at to say what folders there are
+SHOWN = 20  # of those folders
 TRAINING_MEMORY = 4  # times the host's estimate for inference; only decides what else is moved off the GPU
 
 
@@ -87,11 +91,23 @@ def _unchanged(hint: Tensor) -> Tensor:
 
 
 def load_cse(path: Path) -> tuple[Any, CSEMetadata | None]:
-    """(CONTROL_NET, what the file says about itself or None). Every ControlNet node is to give it a hint in [0, 1], whatever it was trained with."""
-    weights, metadata = read_cse(path)
-    control = comfy.controlnet.load_controlnet_state_dict(dict(weights))
+    """(CONTROL_NET, what the file says about itself or None). Every ControlNet node is to give it a hint in [0, 1], whatever it was trained with.
+
+    Raises ValueError, naming the file, for one that lacks tensors or has some of another shape: ComfyUI itself would leave those uninitialised.
+    """
+    weights, metadata = read_controlnet(path)
+    try:
+        control = comfy.controlnet.load_controlnet_state_dict(dict(weights))
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"cse: {path.name} is no ControlNet that ComfyUI can build: tensors are missing or do not fit together ({reason})"
+        ) from error
     if control is None:
         raise ValueError(f"cse: {path.name} is no ControlNet that ComfyUI knows")
+    check_tensors(control.control_model.state_dict(), weights, "its ControlNet", path)
     if metadata and metadata.hint_range == "-1..1":
         control.preprocess_image = _signed
     setattr(control.control_model, TAG, (path.name, metadata))
@@ -157,17 +173,15 @@ def check_base(control: Any, model: Any, name: str) -> None:
 def check_controls(conditioning: list, model: Any, operator: Operator, name: str) -> list[str]:
     """Warnings about the CSEs in a conditioning: those trained for another operator. Raises ValueError for those of another base model."""
     warnings = []
-    spec = json.loads(json.dumps(operator.spec()))  # as a file has it: lists, where an operator has tuples
     for _, values in conditioning:
         control = values.get("control")
         while control is not None:
             check_base(control, model, name)
             file, metadata = description(control)
-            if metadata and metadata.operator not in (None, spec):
-                warning = f"the CSE {file} was trained for {metadata.trained_for()}, and the operator here is {operator.describe()}"
-                if warning not in warnings:
-                    log.warning("%s: %s", name, warning)
-                    warnings.append(warning)
+            warning = metadata.other_operator(operator, file) if metadata else ""
+            if warning and warning not in warnings:
+                log.warning("%s: %s", name, warning)
+                warnings.append(warning)
             control = control.previous_controlnet
     return warnings
 
@@ -279,7 +293,9 @@ def checked_name(name: str, what: str) -> str:
     """A file or folder name relative to ComfyUI's folders. Raises ValueError for one that leads out of them."""
     name = name.strip().replace("\\", "/")
     if not NAME.fullmatch(name) or ".." in name:
-        raise ValueError(f"{what}: {name!r} is no name for a file; use letters, digits, spaces and - _ . ( ), and / for a folder")
+        raise ValueError(f"{what}: {name[:80]!r} is no name for a file; use letters, digits, spaces and - _ . ( ), and / for a folder")
+    for part in name.split("/"):
+        check_name(part, what)
     return name
 
 
@@ -287,16 +303,6 @@ def new_cse_path(name: str) -> Path:
     """Where a trained CSE of that name is written: the first folder of models/controlnet."""
     name = checked_name(name, "save_name").removesuffix(".safetensors")
     return Path(folder_paths.get_folder_paths(FOLDER)[0]) / f"{name}.safetensors"
-
-
-def picture_folders() -> list[str]:
-    """Folders of ComfyUI's input and output directories with pictures to train with, as `input/name`."""
-    found = []
-    for label, root in _picture_roots().items():
-        for folder, inside, _ in os.walk(root, followlinks=True):
-            inside[:] = sorted(name for name in inside if not name.startswith("."))
-            found += [f"{label}/{(Path(folder) / name).relative_to(root).as_posix()}" for name in inside]
-    return found
 
 
 def _picture_roots() -> dict[str, Path]:
@@ -309,11 +315,43 @@ def folder_name(folder: Path) -> str:
 
 
 def picture_folder(name: str) -> Path:
-    """The folder of that name. Raises ValueError for one that `picture_folders` does not list."""
-    if name not in picture_folders():
+    """The folder `input/NAME` or `output/NAME`, NAME being one or more folders below ComfyUI's input or output directory; links to folders are followed.
+
+    Nothing but that folder is looked at. Raises ValueError for a name that leads elsewhere, and for a folder that is not there.
+    """
+    label, *parts = name.strip().replace("\\", "/").rstrip("/").split("/")
+    root = _picture_roots().get(label)
+    folder = root.joinpath(*parts) if root else None
+    # a drive's letter in the name would replace the root
+    if (
+        folder is None
+        or not parts
+        or any(part.startswith(".") or not part or "\0" in part for part in parts)
+        or not folder.is_relative_to(root)
+    ):
         raise ValueError(f"folder: {name!r} must be input/NAME or output/NAME, a folder in ComfyUI's input or output directory")
-    label, _, rest = name.partition("/")
-    return _picture_roots()[label] / rest
+    try:
+        found = folder.is_dir()
+    except OSError:  # such as a name that is too long
+        found = False
+    if not found:
+        raise ValueError(f"folder: there is no {name}. {_existing_folders()}")
+    return folder
+
+
+def _existing_folders() -> str:
+    """A sentence about what could be chosen: the folders right below both directories, nothing deeper."""
+    found = []
+    for label, root in _picture_roots().items():
+        if root.is_dir():
+            with os.scandir(root) as entries:
+                found += [f"{label}/{entry.name}" for entry in islice(entries, LISTED) if not entry.name.startswith(".") and entry.is_dir()]
+    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    return (
+        f"There are {', '.join(sorted(found)[:SHOWN])}{more}"
+        if found
+        else "There are no folders in ComfyUI's input and output directories yet"
+    )
 
 
 def self_generate(
@@ -340,13 +378,15 @@ def self_generate(
     if record.exists():
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"save_name: {record} is damaged ({error}); choose another name or remove that folder") from error
+        if not isinstance(before, dict):
+            raise ValueError(f"save_name: {record} holds something else than settings; choose another name or remove that folder")
         check_same(before, settings, folder)
     elif any(folder.iterdir()):
         raise ValueError(f"save_name: {folder} holds other files; choose another name")
     else:
-        record.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+        write_whole(record, lambda part: part.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
     channels = model.get_model_object("latent_format").latent_channels
     latent = torch.zeros(1, channels, *host.latent_size(vae, size))
     for i in range(count):
@@ -357,9 +397,8 @@ def self_generate(
                 model, noise, steps, cfg, "euler_ancestral", "normal", positive, negative, latent, seed=seed + i, disable_pbar=True
             )
             image = vae.decode(samples)[0].movedim(-1, 0) * 2 - 1
-            part = file.with_suffix(".part")
-            to_picture(image[:, : size[0], : size[1]]).save(part, format="PNG")
-            part.replace(file)
+            picture = to_picture(image[:, : size[0], : size[1]])
+            write_whole(file, lambda part, picture=picture: picture.save(part, format="PNG"))
         yield file
 
 

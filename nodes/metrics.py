@@ -23,7 +23,8 @@ from ..dmap_core.operators.segmentation import CLASSES
 from ..dmap_core.presets import parts
 from . import host, host_studies
 from .operators import Operator
-from .pictures import measurement_to_core, to_core
+from .pictures import check_picture, measurement_to_core, to_core
+from .reports import read_report
 
 NAME = "RestorationMetrics"
 # word of the combo: (names in the catalogue, key of the weights file)
@@ -104,7 +105,7 @@ class RestorationMetrics(io.ComfyNode):
 
     @classmethod
     def execute(cls, restored, reference, perceptual, distribution, operator=None, measurement=None, report=None) -> io.NodeOutput:
-        run = read_report(report) if report else None
+        run = read_report(report, REPORTED, f"{NAME}: report") if report else None
         with host_studies.measuring():
             restored, reference, y = _given(*host.normal((restored, reference)), operator, host.normal(measurement), distribution)
             found = measured(restored, reference, perceptual, distribution, operator, y, run)
@@ -147,20 +148,10 @@ def _given(
 def picture(image: Tensor, name: str) -> Tensor:
     """(B, H, W, 3) -> (B, 3, H, W) in [0, 1], as they would be saved. Raises ValueError, naming the input."""
     to_core(image, name)
-    return saved(image.movedim(-1, 1), name)
+    return saved(check_picture(image, name).movedim(-1, 1), name)
 
 
-def read_report(report: str) -> dict[str, Any]:
-    """What the json of DMAP Sampling Report says about the cost of a run. Raises ValueError for anything else."""
-    try:
-        told = json.loads(report)
-        run = {name: kind(told[name]) for name, kind in REPORTED.items()}
-        return run | ({"peak_memory": int(told["peak_memory"])} if told.get("peak_memory") else {})  # of a GPU
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{NAME}: report is no report; connect the json output of DMAP Sampling Report") from error
-
-
-REPORTED = {"solver": str, "operator": str, "memory": str, "seconds": float, "denoiser_calls": int}
+REPORTED = ("solver", "operator", "memory", "seconds", "denoiser_calls")  # what is repeated of a report
 
 
 @dataclass(frozen=True)

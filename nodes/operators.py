@@ -26,7 +26,7 @@ from ..dmap_core.operators.nonlinear_blur import load_kernel_wizard
 from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from . import host
-from .pictures import check_picture, from_core, measurement_to_core, to_core
+from .pictures import check_mask, check_picture, from_core, measurement_to_core, to_core
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 Operator = io.Custom("OPERATOR")
@@ -162,7 +162,7 @@ class OperatorKernelBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, kernel) -> io.NodeOutput:
-        check_picture(kernel, "Operator: Kernel Blur: kernel")
+        kernel = check_picture(kernel, "Operator: Kernel Blur: kernel")
         if len(kernel) != 1:
             raise ValueError(f"Operator: Kernel Blur: kernel is a batch of {len(kernel)} pictures; give one")
         return io.NodeOutput(KernelBlur(tuple(map(tuple, kernel[0].mean(-1).tolist()))))
@@ -187,8 +187,7 @@ class OperatorInpainting(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask) -> io.NodeOutput:
-        mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
-        return io.NodeOutput(Inpainting(mask.unsqueeze(1)))
+        return io.NodeOutput(Inpainting(check_mask(mask, "Operator: Inpainting: mask").unsqueeze(1)))
 
 
 class OperatorGrayscale(io.ComfyNode):

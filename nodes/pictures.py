@@ -7,9 +7,17 @@ from torch import Tensor
 
 from ..dmap_core.operators import Operator
 
+CHANNELS = (1, 3)  # grey, RGB
+LARGEST = 16  # decoders overshoot, but not by that much
 
-def check_picture(image: Tensor, name: str) -> None:
-    """Raises ValueError, naming the input, for a picture that no operator can use."""
+
+def check_picture(image: Tensor, name: str) -> Tensor:
+    """The picture, in floats. Raises ValueError, naming the input, for one that no node can use.
+
+    Truth values become 0 and 1. Other whole numbers are taken as they are, which is refused where they go up to 255.
+    """
+    if not isinstance(image, Tensor):
+        raise ValueError(f"{name}: expected a picture, got {type(image).__name__}")
     if image.ndim != 4 or 0 in image.shape:
         raise ValueError(f"{name}: expected a batch of pictures (B, H, W, C), got shape {tuple(image.shape)}")
     if image.shape[-1] == 4:
@@ -17,16 +25,37 @@ def check_picture(image: Tensor, name: str) -> None:
             f"{name}: the picture has an alpha channel, and this pack neither guesses a background nor drops alpha silently. "
             "Split it off with the node 'Split Image with Alpha'; for holes, give that mask to 'Operator: Inpainting'"
         )
+    if image.shape[-1] not in CHANNELS:
+        raise ValueError(f"{name}: the picture has {image.shape[-1]} channels; it needs 3 (RGB) or 1 (grey)")
+    return _values(image, name)
+
+
+def check_mask(mask: Tensor, name: str) -> Tensor:
+    """Masks (N, H, W), in floats; a single one may lack the first dimension. Raises ValueError, naming the input, for what is no mask."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{name}: expected a mask, got {type(mask).__name__}")
+    mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
+    if mask.ndim != 3 or 0 in mask.shape:
+        raise ValueError(f"{name}: expected a mask (N, H, W), got shape {tuple(mask.shape)}")
+    return _values(mask, name)
+
+
+def _values(image: Tensor, name: str) -> Tensor:
+    if image.is_complex():
+        raise ValueError(f"{name}: its values are complex numbers; look at the node that made it")
+    image = image if image.is_floating_point() else image.float()
     bad = int((~torch.isfinite(image)).sum())
     if bad:
         raise ValueError(f"{name}: {bad} values are NaN or infinite; look at the node that made the picture")
-    if float(image.abs().max()) > 16:
-        raise ValueError(f"{name}: values reach {float(image.abs().max()):.0f}; pictures are expected in 0..1 (divide by 255?)")
+    largest = float(image.abs().max())
+    if largest > LARGEST:
+        raise ValueError(f"{name}: values reach {largest:.0f}; pictures are expected in 0..1 (divide by 255?)")
+    return image
 
 
 def to_core(image: Tensor, name: str) -> Tensor:
     """(B, H, W, 3) in [0, 1] -> (B, 3, H, W) in [-1, 1] for an operator's input."""
-    check_picture(image, name)
+    image = check_picture(image, name)
     if image.shape[-1] != 3:
         raise ValueError(f"{name}: the picture has {image.shape[-1]} channel(s); it needs 3 (RGB)")
     return image.movedim(-1, 1).float() * 2 - 1
@@ -34,8 +63,8 @@ def to_core(image: Tensor, name: str) -> Tensor:
 
 def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
     """A measurement picture, or masks (N, H, W) -> the y (B, c, h, w) that it shows; RGB becomes luma where c is 1."""
-    masks = image.ndim == 3
-    check_picture(image.unsqueeze(-1) if masks else image, name)
+    masks = isinstance(image, Tensor) and image.ndim == 3
+    image = check_mask(image, name) if masks else check_picture(image, name)
     try:
         return operator.read_masks(image.float()) if masks else operator.read(image.movedim(-1, 1).float() * 2 - 1)
     except ValueError as error:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 from comfy_api.latest import io
 from PIL import Image, ImageDraw, ImageFont
 
 from .pictures import check_picture
+from .reports import read_report
 
+NAME = "DMAP Comparison Sheet"
+REPORTED = ("solver", "residuals", "denoiser_calls", "seconds")
 PLACES = 8
+TALLEST = 3  # times the width: a taller picture is shown narrower
 MARGIN = 8
 
 
@@ -21,7 +23,7 @@ class ComparisonSheet(io.ComfyNode):
         places = range(1, PLACES + 1)
         return io.Schema(
             node_id="DMAP_ComparisonSheet",
-            display_name="DMAP Comparison Sheet",
+            display_name=NAME,
             category="DMAP/sampling",
             description="Several restorations of one measurement side by side, each with its solver, residual, denoiser calls and seconds, and PSNR if the original is known.",
             inputs=[
@@ -62,21 +64,21 @@ class ComparisonSheet(io.ComfyNode):
         restored = [name for name in (f"image_{i}" for i in range(1, PLACES + 1)) if given.get(name) is not None]
         own = [name.strip() for name in names.split(",")] if names.strip() else []
         if own and len(own) != len(restored):
-            raise ValueError(f"ComparisonSheet: names holds {len(own)} names for {len(restored)} pictures; give one for each, or none")
+            raise ValueError(f"{NAME}: names holds {len(own)} names for {len(restored)} pictures; give one for each, or none")
+        original = None if original is None else check_picture(original, f"{NAME}: original")
         tiles = []
         for name, picture in (("damaged", measurement), *((f"image_{i}", given.get(f"image_{i}")) for i in range(1, PLACES + 1))):
             if picture is None:
                 continue
-            check_picture(picture, f"ComparisonSheet: {name}")
+            picture = check_picture(picture, f"{NAME}: {name}")
             captions = [f"{picture.shape[2]}x{picture.shape[1]}"]
             if name != "damaged":
                 title, captions = cls._captions(name, given.get(name.replace("image", "report")), picture, original)
                 name = own[restored.index(name)] if own else title
             tiles.append((name, captions, picture[0]))
         if not tiles:
-            raise ValueError("ComparisonSheet: nothing is connected; connect image_1")
+            raise ValueError(f"{NAME}: nothing is connected; connect image_1")
         if original is not None:
-            check_picture(original, "ComparisonSheet: original")
             tiles.append(("original", [], original[0]))
         return io.NodeOutput(sheet(tiles, width))
 
@@ -84,40 +86,46 @@ class ComparisonSheet(io.ComfyNode):
     def _captions(name: str, report: str | None, picture, original) -> tuple[str, list[str]]:
         lines = []
         if report:
-            try:
-                cost = json.loads(report)
-                name = cost["solver"].split(" (")[0]
-                residual = f"residual {cost['residuals'][-1][0]:.4g}" if cost["residuals"] else "no residual"
-                lines = [residual, f"{cost['denoiser_calls']} calls, {cost['seconds']:.1f} s"]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(
-                    f"ComparisonSheet: {name.replace('image', 'report')} is no report; connect the json output of DMAP Sampling Report"
-                ) from error
+            cost = read_report(report, REPORTED, f"{NAME}: {name.replace('image', 'report')}")
+            name = cost["solver"].split(" (")[0]
+            residual = f"residual {cost['residuals'][-1][0]:.4g}" if cost["residuals"] else "no residual"
+            lines = [residual, f"{cost['denoiser_calls']} calls, {cost['seconds']:.1f} s"]
         if original is not None:
             if original.shape[1:] != picture.shape[1:]:
                 raise ValueError(
-                    f"ComparisonSheet: {name} has the shape {tuple(picture.shape[1:])} and original {tuple(original.shape[1:])}; crop or resize one"
+                    f"{NAME}: {name} has the shape {tuple(picture.shape[1:])} and original {tuple(original.shape[1:])}; crop or resize one"
                 )
             error = (picture[0].clamp(0, 1) - original[0].clamp(0, 1)).double().square().mean()
             lines.append(f"{float(-10 * error.log10()):.2f} dB")
         return name, lines
 
 
+def _size(width: int, height: int, wanted: int) -> tuple[int, int]:
+    """(width, height) in which a picture is shown: as wide as wanted, unless it would be too tall then. Never without pixels."""
+    tall = round(wanted * height / width)
+    if tall > TALLEST * wanted:
+        return max(1, round(TALLEST * wanted * width / height)), TALLEST * wanted
+    return wanted, max(1, tall)
+
+
 def sheet(tiles: list[tuple[str, list[str], torch.Tensor]], width: int) -> torch.Tensor:
     """(1, H, W, 3) in [0, 1]: (name, lines below it, picture (h, w, C)) from left to right, at most four in a row."""
     text = max(12, width // 16)
     font = ImageFont.load_default(size=text)
-    heights = [round(width * picture.shape[0] / picture.shape[1]) for _, _, picture in tiles]
-    cell = (width + MARGIN, max(heights) + round(1.3 * text) * (1 + max(len(lines) for _, lines, _ in tiles)) + 2 * MARGIN)
+    sizes = [_size(picture.shape[1], picture.shape[0], width) for _, _, picture in tiles]
+    cell = (
+        width + MARGIN,
+        max(height for _, height in sizes) + round(1.3 * text) * (1 + max(len(lines) for _, lines, _ in tiles)) + 2 * MARGIN,
+    )
     columns = min(4, len(tiles)) if len(tiles) > 5 else len(tiles)
     page = Image.new("RGB", (columns * cell[0] + MARGIN, -(-len(tiles) // columns) * cell[1] + MARGIN), "white")
     draw = ImageDraw.Draw(page)
-    for i, ((name, lines, picture), height) in enumerate(zip(tiles, heights, strict=True)):
+    for i, ((name, lines, picture), (wide, height)) in enumerate(zip(tiles, sizes, strict=True)):
         left, top = MARGIN + i % columns * cell[0], MARGIN + i // columns * cell[1]
         picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture
         pixels = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
         enlarged = height > picture.shape[0]
-        tile = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+        tile = Image.fromarray(pixels).resize((wide, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
         page.paste(tile.convert("RGB"), (left, top))
         for row, line in enumerate([name, *lines]):
             draw.text((left, top + height + 2 + row * round(1.3 * text)), line, fill="black", font=font)

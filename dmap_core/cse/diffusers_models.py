@@ -17,7 +17,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, con
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..operators.weights import load_into, read_tensors
+from ..operators.weights import first, load_into, read_tensors
 from .keys import resnets_per_level, to_diffusers, to_ldm
 from .network import fingerprint
 
@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TINY_ENCODER, TINY_DECODER = f"{VAE}taesd_encoder.", f"{VAE}taesd_decoder."
+CONVOLUTIONS = (".in_layers.2.weight", ".out_layers.3.weight", ".op.weight", ".conv.weight", "input_blocks.0.0.weight", "out.2.weight")
 SD_SCALE = 0.18215  # of Stable Diffusion 1 and 2: latents have unit variance after it
 SD_BETAS = (0.00085, 0.012)
 TIMESTEPS = 1000
@@ -47,6 +48,9 @@ KL_VAE = {
 
 def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
     """Arguments of diffusers' UNet2DConditionModel, read off a UNet's weights (original names)."""
+    flat = [name for name, tensor in unet.items() if name.endswith(".weight") and tensor.ndim < (4 if name.endswith(CONVOLUTIONS) else 1)]
+    if flat:
+        raise ValueError(f"its UNet has tensors of too few dimensions (a quantised or packed file?): {first(flat)}")
     resnets = resnets_per_level(unet)
     if len(set(resnets)) != 1:
         raise ValueError(f"its UNet has {resnets} blocks on its levels, and diffusers wants the same number on all of them")
@@ -156,18 +160,26 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> BaseMod
         raise ValueError(
             f"{path} is an SDXL or unCLIP model, whose conditioning needs more than a prompt. Train its CSE in ComfyUI, with the node TrainCSE"
         )
+    whole = [name for name, tensor in state.items() if name.startswith((UNET, VAE)) and not tensor.is_floating_point()]
+    if whole:
+        raise ValueError(f"{path}: its weights must be floats, and these are not (a quantised file?): {first(whole)}")
     try:
         config = unet_config(unet)
         network = UNet2DConditionModel(**config)
         load_into(network, to_diffusers(unet), path)
         vae = _autoencoder(state, path)
-    except ValueError as error:
+    except KeyError as error:
+        raise ValueError(f"{path} is incomplete: the tensor {error} is missing") from error
+    except (ValueError, RuntimeError, IndexError, ArithmeticError, TypeError) as error:  # what tensors of odd shapes raise in diffusers
         raise ValueError(f"{path}: {error}") from error
     betas = torch.linspace(SD_BETAS[0] ** 0.5, SD_BETAS[1] ** 0.5, TIMESTEPS, dtype=torch.float64) ** 2
     if prediction == "auto":
         looks_v = "v_pred" in state or (V_TENSOR in state and float(state[V_TENSOR].float().std()) > V_SPREAD)
         prediction = "v" if looks_v else "eps"
-    context = _context(state, config["cross_attention_dim"], prompt, path)
+    try:
+        context = _context(state, config["cross_attention_dim"], prompt, path)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{path}: its text encoder is incomplete or damaged ({type(error).__name__}: {error})") from error
     return BaseModel(network, vae, context, sigmas_of(torch.cumprod(1 - betas, 0)), prediction, path.name, fingerprint(unet))
 
 
@@ -178,11 +190,14 @@ def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
             if name.startswith(TINY_DECODER):  # whose first module clamps and has no weights; diffusers does that in forward
                 n, rest = name[len(TINY_DECODER) :].split(".", 1)
                 tiny[f"decoder.layers.{int(n) - 1}.{rest}"] = tensor
-        if float(state.get(f"{VAE}vae_shift", torch.zeros(()))):
+        if _number(state, "vae_shift", 0.0):
             raise ValueError("its tiny autoencoder has a shift, which diffusers has no place for")
         vae = AutoencoderTiny(scaling_factor=1.0)
         # ComfyUI divides the encoder's output by vae_scale and multiplies it by the model's scale
-        scale = SD_SCALE / float(state.get(f"{VAE}vae_scale", torch.ones(())))
+        given = _number(state, "vae_scale", 1.0)
+        if not given > 0:
+            raise ValueError(f"its tiny autoencoder has a vae_scale of {given:g}; it must be above 0")
+        scale = SD_SCALE / given
         if abs(scale - 1) > 1e-3:  # half precision rounds it
             raise ValueError(f"its tiny autoencoder's latents would have to be scaled by {scale:.4f}; only 1 is supported")
         load_into(vae, tiny, path)
@@ -190,6 +205,13 @@ def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
     vae = AutoencoderKL(**KL_VAE)
     load_into(vae, convert_ldm_vae_checkpoint({k: v for k, v in state.items() if k.startswith(VAE)}, KL_VAE), path)
     return vae
+
+
+def _number(state: Mapping[str, Tensor], name: str, default: float) -> float:
+    tensor = state.get(f"{VAE}{name}")
+    if tensor is not None and tensor.numel() != 1:
+        raise ValueError(f"its {name} has the shape {tuple(tensor.shape)}; it must be a single number")
+    return default if tensor is None else float(tensor)
 
 
 def _context(state: Mapping[str, Tensor], width: int, prompt: str, path: Path) -> Tensor:

@@ -9,25 +9,37 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from .settings import MOST
 
-from ..schedule import ancestral_step, generators, randn_like
-from .data import to_picture
-from .loss import Base
-from .validation import levels
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .loss import Base
 
 log = logging.getLogger("dmap.cse")
 STEPS = 50  # of the paper's authors
 
 
-@torch.no_grad()
 def generate(base: Base, shape: tuple[int, int, int], seed: int, steps: int = STEPS) -> Tensor:
     """One image (1, 3, H, W) from latents of `shape` (C, h, w): Euler-ancestral steps (eta 1) over evenly spaced timesteps."""
+    import torch
+
+    with torch.no_grad():
+        return _generate(base, shape, seed, steps)
+
+
+def _generate(base: Base, shape: tuple[int, int, int], seed: int, steps: int) -> Tensor:
+    import torch
+
+    from ..schedule import ancestral_step, generators, randn_like
+    from .validation import levels
+
     timesteps, sigmas = levels(base, steps)
     noise = generators(seed, 1)
     device = base.sigmas.device
@@ -41,6 +53,13 @@ def generate(base: Base, shape: tuple[int, int, int], seed: int, steps: int = ST
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        _main(argv)
+    except KeyboardInterrupt:  # during the imports, too, which take seconds; whole pictures are kept
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     p = argparse.ArgumentParser(
         prog="python -m dmap_core.cse.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,12 +72,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--prompt", default="", help="default: empty, the paper's")
     p.add_argument("--prediction", choices=("auto", "eps", "v"), default="auto", help="what the base model predicts (default: auto)")
     args = p.parse_args(argv)
-    if args.count < 1 or args.steps < 2 or args.size < 8 or args.size % 8:
-        p.error("--count must be at least 1, --steps at least 2, and --size a multiple of 8")
+    if args.count < 1 or not 2 <= args.steps <= MOST["steps"] or not 8 <= args.size <= MOST["size"] or args.size % 8:
+        p.error(f"--count must be at least 1, --steps 2 to {MOST['steps']}, and --size a multiple of 8 up to {MOST['size']}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
+        import torch
         from tqdm.auto import tqdm
 
+        from ..files import write_whole
+        from .data import to_picture
         from .diffusers_models import open_base
     except ModuleNotFoundError as error:
         from .options import MISSING
@@ -75,9 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for i in tqdm(range(args.count), desc="generating"):
         file = args.out / f"{i:06d}.png"
         if not file.exists():
-            part = file.with_suffix(".part")
-            to_picture(generate(base, shape, args.seed + i, args.steps)[0]).save(part, format="PNG")
-            part.replace(file)
+            picture = to_picture(generate(base, shape, args.seed + i, args.steps)[0])
+            write_whole(file, lambda part, picture=picture: picture.save(part, format="PNG"))
     log.info("%d pictures in %s", args.count, args.out)
 
 

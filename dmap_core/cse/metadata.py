@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..operators import Operator
 from .loss import PREDICTIONS
 from .settings import HINT_RANGES
 
@@ -40,8 +41,14 @@ class CSEMetadata:
     licence: str = ""
 
     def write(self) -> dict[str, str]:
-        """The metadata of a safetensors file."""
-        return {"format": "pt", KEY: json.dumps(asdict(self), sort_keys=True)}
+        """The metadata of a safetensors file. Raises ValueError for what `read_metadata` would refuse for its length."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        if len(text) > LONGEST:
+            raise ValueError(
+                f"the description of the CSE would be {len(text)} characters long, and {LONGEST} are the most; most of it is the operator's spec. "
+                "An inpainting operator with a batch of masks is one: train with a single mask, a smaller or a simpler one"
+            )
+        return {"format": "pt", KEY: text}
 
     def trained_for(self) -> str:
         """The operator in one line, such as `SuperResolution(scale=8)`; long settings (a mask) are left out."""
@@ -49,6 +56,13 @@ class CSEMetadata:
             return "an unknown operator"
         settings = {k: v for k, v in self.operator.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
         return f"{self.operator.get('operator', 'an unknown operator')}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+    def other_operator(self, operator: Operator, file: str) -> str:
+        """What is to be said where the CSE of a file was trained for another operator than this one; empty where it fits, or is not known."""
+        spec = json.loads(json.dumps(operator.spec()))  # as a file has it: lists, where an operator has tuples
+        if self.operator in (None, spec):
+            return ""
+        return f"the CSE {file} was trained for {self.trained_for()}, and the operator here is {operator.describe()}"
 
     def summary(self) -> str:
         """A few lines for people."""

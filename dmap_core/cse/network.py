@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from ..operators.weights import first
 from .keys import HINT_CONVOLUTIONS, resnets_per_level
 
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)  # what the hint encoder's convolutions put out; the last one puts out the UNet's width
 SAMPLED = 1024  # values of a tensor that a fingerprint looks at
+RESNET_LAYERS = {"in_layers.0": 1, "in_layers.2": 4, "emb_layers.1": 2, "out_layers.0": 1, "out_layers.3": 4}  # and their dimensions
 COPIED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 
 
@@ -56,6 +59,45 @@ def initial_controlnet(unet: Mapping[str, Tensor], seed: int) -> dict[str, Tenso
             n += 1
     zero("middle_block_out.0", channels)
     return state
+
+
+def _expected(names: Iterable[str]) -> dict[str, int]:
+    """Dimensions of tensors that a ControlNet with these names must have: all but those of attention and middle block, which differ."""
+    names = list(names)
+    numbers = [int(name.split(".")[1]) for name in names if re.match(r"(input_blocks|zero_convs)\.\d+\.", name)]
+    layers = dict.fromkeys(("time_embed.0", "time_embed.2"), 2) | {"input_blocks.0.0": 4, "middle_block_out.0": 4}
+    layers |= {f"input_hint_block.{2 * i}": 4 for i in range(HINT_CONVOLUTIONS)}
+    resnets = [block for block in ("middle_block.0", "middle_block.2") if any(name.startswith(f"{block}.") for name in names)]
+    for n in range(min(max(numbers, default=0), len(names)) + 1):
+        layers[f"zero_convs.{n}.0"] = 4
+        if any(name.startswith(f"input_blocks.{n}.0.op.") for name in names):
+            layers[f"input_blocks.{n}.0.op"] = 4
+        elif n:
+            resnets.append(f"input_blocks.{n}.0")
+    layers |= {f"{resnet}.{layer}": n for resnet in resnets for layer, n in RESNET_LAYERS.items()}
+    return {f"{layer}.{part}": n if part == "weight" else 1 for layer, n in layers.items() for part in ("weight", "bias")}
+
+
+def check_controlnet(weights: Mapping[str, Tensor]) -> None:
+    """Raises ValueError, naming the first tensors, for weights (original names) of which no ControlNet can be built.
+
+    Whether what is there fits together is known to the network that is built of it only.
+    """
+    expected = _expected(weights)
+    missing = [name for name in expected if name not in weights]
+    wrong = [
+        f"{name} has {weights[name].ndim} dimensions instead of {n}"
+        for name, n in expected.items()
+        if name in weights and weights[name].ndim != n
+    ]
+    wrong += [f"{name} is empty" for name, tensor in weights.items() if tensor.numel() == 0]
+    wrong += [
+        f"{name} holds {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in weights.items() if not tensor.is_floating_point()
+    ]
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} tensors of a ControlNet: {first(missing)}. Is the file complete?")
+    if wrong:
+        raise ValueError(f"it has tensors that no ControlNet has: {first(wrong)}")
 
 
 def encoder_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import check_name
 from .settings import HINT_RANGES, PRECISIONS, TrainingSettings
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 MISSING = "training needs {0}, which is not installed: pip install accelerate diffusers transformers tensorboard"
 VALIDATED = 4  # pictures
+SHOWN = 200  # characters of a text in a message
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -91,7 +93,7 @@ def config_options(p: argparse.ArgumentParser, file: Path) -> list[str]:
         sys.exit(MISSING.format(error.name))
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # no text, a number of thousands of digits, or too deep
         p.error(f"--config: {file} cannot be read: {error}")
     known = {a.dest: a for a in p._actions if a.dest not in ("help", "config")}
     if not isinstance(given, dict) or not set(given) <= set(known):
@@ -129,6 +131,10 @@ def parse(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
             p.error(f"--{name} is missing")
     if first.out.suffix != ".safetensors":
         p.error(f"--out: {first.out} must end in .safetensors")
+    try:
+        check_name(first.out.name, "--out")
+    except ValueError as error:
+        p.error(str(error))
     if first.save_every < 1 or first.validate_every < 0 or not 0 <= first.ema < 1:
         p.error("--save-every must be at least 1, --validate-every at least 0, and --ema lie in [0, 1)")
     return first
@@ -151,10 +157,10 @@ def read_operator(text: str, weights: Path | None) -> Operator:
             raise ValueError(f"operator: {text} cannot be read: {error}") from error
     try:
         spec = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
-            f'operator: {text!r} is not JSON ({error}); an example is {{"operator": "SuperResolution", "scale": 8}}'
+            f'operator: {text[:SHOWN]!r} is not JSON ({error}); an example is {{"operator": "SuperResolution", "scale": 8}}'
         ) from error
     if not isinstance(spec, dict):
-        raise ValueError(f'operator: {text!r} is no JSON object; an example is {{"operator": "SuperResolution", "scale": 8}}')
+        raise ValueError(f'operator: {text[:SHOWN]!r} is no JSON object; an example is {{"operator": "SuperResolution", "scale": 8}}')
     return from_spec(spec, find)

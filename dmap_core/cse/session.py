@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import Diverged
-from .checkpoint import STATE_SUFFIX, SaveError, check_same, read_cse, read_state, write_cse, write_state
+from .checkpoint import STATE_SUFFIX, SaveError, read_cse, resuming, state_of, write_cse, write_state
 from .metadata import CSEMetadata
 from .trainer import Trainer
 from .validation import sheet, validation_loss
@@ -35,10 +35,10 @@ class Session:
         if path.exists() and not self.state_path.exists():
             raise ValueError(f"{path} exists, and there is no {self.state_path.name} beside it to go on from; choose another name")
         if self.state_path.exists():
-            state = read_state(self.state_path)
-            check_same(state["identity"], identity, self.state_path)
-            trainer.resume(state)
-            self.validations = state["validations"]
+            state = state_of(self.state_path, identity)
+            with resuming(self.state_path):
+                trainer.resume(state)
+                self.validations = list(state["validations"])
         self.saved = trainer.step
 
     def save(self) -> None:

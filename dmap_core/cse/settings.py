@@ -7,6 +7,7 @@ from typing import Any
 
 HINT_RANGES = ("0..1", "-1..1")
 FREE = ("steps", "accumulation", "learning_rate")  # a training that diverged can go on with a lower rate
+MOST = {"steps": 1_000_000, "batch_size": 65_536, "size": 16_384}  # what cannot have been meant; a machine's limits come earlier
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -41,6 +42,9 @@ class TrainingSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
+        for name, most in MOST.items():
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} is too large; it must be at most {most}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1")
         for name in ("learning_rate", "flip", "jitter", "max_grad_norm", "snr_gamma"):

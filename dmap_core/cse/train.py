@@ -18,17 +18,29 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .options import MISSING, VALIDATED, parse, read_operator
 from .settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 log = logging.getLogger("dmap.cse")
 PRECISION_OF_ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    try:
+        _main(argv)
+    except KeyboardInterrupt:  # during the imports, too, which take seconds
+        sys.exit(128 + signal.SIGINT)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     args = parse(argv, __doc__)
     try:
         import accelerate  # noqa: F401
@@ -45,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(args, settings)
     except (ValueError, Diverged, OSError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 def _ignore_interrupts(_worker: int) -> None:
@@ -54,16 +64,49 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+@contextmanager
+def _alone(accelerator: Any, out: Path) -> Iterator[None]:
+    """Only the processes of one launch write to `out`. Raises ValueError in all of them if others are at it."""
+    from accelerate.utils import broadcast_object_list
+
+    from .checkpoint import training_files
+
+    with ExitStack() as stack:
+        refused: list[str | None] = [None]
+        if accelerator.is_main_process:
+            try:
+                stack.enter_context(training_files(out))
+            except (ValueError, OSError) as error:
+                refused = [str(error)]
+        if broadcast_object_list(refused)[0]:
+            raise ValueError(refused[0])
+        yield
+
+
 def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
-    import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import ProjectConfiguration
+
+    logs = args.out.with_suffix(".logs")
+    accelerator = Accelerator(
+        gradient_accumulation_steps=settings.accumulation,
+        mixed_precision=PRECISION_OF_ACCELERATE[settings.precision],
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    with _alone(accelerator, args.out):
+        _train(args, settings, accelerator)
+
+
+def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Accelerator) -> None:
+    import torch
     from torch.utils.data import DataLoader, Subset
     from tqdm.auto import tqdm
 
     from ..errors import Diverged
-    from .checkpoint import STATE_SUFFIX, check_same, read_cse, read_state, write_cse, write_state
-    from .data import Examples, centred, collate, file_identity, folder_files, named, open_rgb, to_tensor
+    from .checkpoint import STATE_SUFFIX, read_cse, resuming, state_of, write_cse, write_state
+    from .data import Examples, centred, collate, file_identity, folder_files, ignored_files, named, open_rgb, to_tensor
     from .diffusers_models import open_base, to_ldm
     from .loss import batch_loss
     from .metadata import CSEMetadata
@@ -72,13 +115,6 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
 
     logs = args.out.with_suffix(".logs")
     state_file = args.out.with_suffix(STATE_SUFFIX)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.accumulation,
-        mixed_precision=PRECISION_OF_ACCELERATE[settings.precision],
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
     is_main = accelerator.is_main_process
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     parts = settings.accumulation * accelerator.num_processes
@@ -99,14 +135,17 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
         raise ValueError(f"{args.out} exists and there is no {state_file.name} beside it to go on from; choose another name")
     operator = read_operator(args.operator, args.weights).to(accelerator.device)
     operator.check((settings.size, settings.size), settings.batch_size // parts)
+    CSEMetadata(operator=operator.spec(), source=args.source, licence=args.licence).write()  # one that no file can hold should be known now
     files, bad = folder_files(args.pictures, args.unreadable)
     if bad:
         log.warning("%d files cannot be read and are left out: %s", len(bad), named(bad))
+    if ignored := ignored_files(args.pictures):
+        log.info("%s", ignored)
     if args.count is not None and not 0 < args.count <= len(files):
         raise ValueError(f"count is {args.count}, but there are {len(files)} pictures")
     files = files[: args.count]
     examples = Examples(files, settings, timesteps=0)
-    seen = folder_files(args.validation)[0] if args.validation else files
+    seen = folder_files(args.validation, args.unreadable)[0] if args.validation else files
     looked_at = torch.stack([to_tensor(centred(open_rgb(file), settings.size)) for file in seen[:VALIDATED]])
 
     base = open_base(args.checkpoint, args.prompt, args.prediction)
@@ -127,15 +166,15 @@ def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
     step, losses, validations = 0, [], []
     scaler = None
     if state_file.exists():
-        state = read_state(state_file)
-        check_same(state["identity"], identity, state_file)
-        controlnet.load_state_dict(state["weights"])
-        optimizer.load_state_dict(state["optimizer"])
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate  # a training may go on with another
-        step, losses, validations, scaler = state["step"], state["losses"], state["validations"], state["scaler"]
-        if average:
-            average.load_state_dict(state["average"])
+        state = state_of(state_file, identity)
+        with resuming(state_file):
+            controlnet.load_state_dict(state["weights"])
+            optimizer.load_state_dict(state["optimizer"])
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate  # a training may go on with another
+            step, losses, validations, scaler = state["step"], state["losses"], state["validations"], state["scaler"]
+            if average:
+                average.load_state_dict(state["average"])
         log.info("going on from step %d of %s", step, state_file)
     saved = step
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

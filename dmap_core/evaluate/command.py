@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..presets import MODELS
-from .config import NAMES, PRECISIONS, Config, ConfigError, make_config, read_config
+from .config import NAMES, PRECISIONS, UNREADABLE, Config, ConfigError, make_config, read_config
 
 DEFAULT_METRICS = "psnr,ssim"
+SHOWN = 200  # characters of a text in a message
 
 
 def add_arguments(p: argparse.ArgumentParser) -> None:
@@ -40,13 +41,27 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--metrics", help=f"with commas between them (default: {DEFAULT_METRICS})")
     p.add_argument("--weights", type=Path, help="folder with weights of metrics' backbones and of learned operators")
     p.add_argument("--settings-for", choices=MODELS, help="whose presets fill in what is not given")
+    p.add_argument("--unreadable", choices=UNREADABLE, help="what to do about pictures that cannot be read (default: refuse)")
     p.add_argument("--batch", type=int, help="pictures restored at once")
     p.add_argument("--prompt", help="the conditioning (default: empty, the paper's)")
 
 
 def config_of(args: argparse.Namespace, **more: Any) -> Config:
     """The config that the options ask for. Raises ConfigError."""
-    names = ("images", "checkpoint", "count", "size", "seed", "precision", "metrics", "weights", "settings_for", "batch", "prompt")
+    names = (
+        "images",
+        "checkpoint",
+        "count",
+        "size",
+        "seed",
+        "precision",
+        "metrics",
+        "weights",
+        "settings_for",
+        "batch",
+        "prompt",
+        "unreadable",
+    )
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | more
     rows = {name: getattr(args, name) for name in ("operator", "solver", "settings", "steps", "spacing", "cse")}
     given = [f"--{name}" for name, value in rows.items() if value is not None]
@@ -71,8 +86,8 @@ def config_of(args: argparse.Namespace, **more: Any) -> Config:
 def _json(text: str | None, option: str) -> Any:
     try:
         return None if text is None else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{option}: {text!r} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or too deep
+        raise ConfigError(f"{option}: {text[:SHOWN]!r} is not JSON ({error})") from error
 
 
 def _spec(text: str) -> Any:

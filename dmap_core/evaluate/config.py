@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..files import slug
 from ..memory import PLANS
 from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
 from ..operators import Operator, from_spec
@@ -26,9 +26,19 @@ ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
 COSTS = ("residual", "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
 PRECISIONS = ("fp32", "bf16", "fp16")
+SHOWN = 80  # characters of a value in a message
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")
 PREDICTIONS = ("auto", "eps", "v")
+UNREADABLE = ("refuse", "skip")  # what is done about files that cannot be read
+MOST = {
+    "count": 10**7,
+    "size": 16_384,
+    "published_n": 10**9,
+    "batch": 4096,
+    "repeats": 10**6,
+    "steps": 10**6,
+}  # more cannot have been meant
 
 
 class ConfigError(ValueError):
@@ -56,7 +66,7 @@ class Row:
 
     def slug(self) -> str:
         """A folder name of the row."""
-        return re.sub(r"[^a-z0-9]+", "-", f"{self.operator} {self.name}".lower()).strip("-")
+        return slug(f"{self.operator} {self.name}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,8 @@ class Config:
     size: pictures are resized (shorter side) and centre-cropped to it; None takes them as they are, which must then be equal in size.
     settings_for: whose presets fill in what rows leave out, one of `presets.MODELS`. seed: of the first picture; each takes three (run.SEEDS).
     batch: pictures restored at once, which changes results by rounding alone. repeats: restorations of every picture, each with a seed of
-    its own (Table 3). published_n: over how many pictures the published figures are.
+    its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images` that cannot be
+    read, one of UNREADABLE.
     """
 
     operators: dict[str, dict[str, Any]]
@@ -89,6 +100,7 @@ class Config:
     repeats: int = 1
     expected: str = ""
     published_n: int | None = None
+    unreadable: str = UNREADABLE[0]
 
     def operator(self, name: str) -> Operator:
         return from_spec(dict(self.operators[name]), lambda file: find_weights(file, self.weights))
@@ -150,7 +162,7 @@ def read_config(file: Path, **changes: Any) -> Config:
     file = Path(file)
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # no text, a number of thousands of digits, or too deep
         raise ConfigError(f"config: {file} cannot be read: {error}") from error
     if not isinstance(given, dict):
         raise ConfigError(f"config: {file} must map names to values; docs/studies.md has an example")
@@ -167,7 +179,40 @@ def read_config(file: Path, **changes: Any) -> Config:
 def _relative(value: Any, file: Path, name: str) -> Path:
     if not isinstance(value, str):
         raise ConfigError(f"{file}: {name} is {value!r}; it must be a path")
-    return (file.parent / Path(value).expanduser()).resolve()
+    try:
+        return (file.parent / Path(value).expanduser()).resolve()
+    except (ValueError, RuntimeError, OSError) as error:  # a zero byte, somebody's home that is not there, links in a circle
+        raise ConfigError(f"{file}: {name} is {value[:SHOWN]!r}, which is no path: {error}") from error
+
+
+def _text(value: Any, what: str) -> str:
+    """Raises ConfigError unless it is text that a file can hold."""
+    try:
+        if isinstance(value, str):
+            value.encode("utf-8")
+            return value
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{what} is {value[:SHOWN]!r}, which is no valid text") from error
+    raise ConfigError(f"{what} is {str(value)[:SHOWN]}; it must be text")
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    number = whole(name, value, least)
+    if number > MOST.get(name, number):
+        raise ValueError(f"{name} is too large; it must be at most {MOST[name]}")
+    return number
+
+
+def _check_operator(name: Any, spec: Any, where: str) -> None:
+    """The parts of an operator that are the same for all; its settings are checked when it is made."""
+    if not isinstance(name, str) or not name.strip():
+        raise ConfigError(f"{where}: operators: the name {name!r} is no text; write it in quotes")
+    _text(name, f"{where}: operators: a name")
+    if not isinstance(spec.get("operator", ""), str) or not all(isinstance(key, str) for key in spec):
+        raise ConfigError(
+            f"{where}: operators: {name} is {str(spec)[:SHOWN]}; it must map names of settings to values, among them operator, "
+            "such as {operator: SuperResolution, scale: 8}"
+        )
 
 
 def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
@@ -176,6 +221,8 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
     rows, operators = given.get("rows"), given.get("operators")
     if not isinstance(operators, dict) or not operators or not all(isinstance(spec, dict) for spec in operators.values()):
         raise ConfigError(f"{where}: operators must map names to operators, such as sr8: {{operator: SuperResolution, scale: 8}}")
+    for name, spec in operators.items():
+        _check_operator(name, spec, where)
     if not isinstance(rows, (list, tuple)) or not rows:
         raise ConfigError(f"{where}: rows must be a list of rows, such as {{operator: sr8, solver: DMAP}}")
     values = dict(given) | {"rows": tuple(_row(row, f"{where}: row {i + 1}", operators) for i, row in enumerate(rows))}
@@ -185,20 +232,25 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
         raise ConfigError(f"{where}: metrics is {values['metrics']!r}; it must be a list of names")
     values["metrics"] = tuple(values.get("metrics") or Config.metrics)
     for name in TEXTS:
-        if not isinstance(values.get(name, ""), str):
-            raise ConfigError(f"{where}: {name} is {values[name]!r}; it must be text")
+        _text(values.get(name, ""), f"{where}: {name}")
     values |= {name: Path(values[name]) for name in PATHS if values.get(name) is not None}
     try:
         check_names(name for name in values["metrics"] if name != MIOU)
         for name, least in (("count", 1), ("size", 8), ("published_n", 1)):
             if values.get(name) is not None:
-                values[name] = whole(name, values[name], least)
+                values[name] = _whole(name, values[name], least)
         for name, least, default in (("seed", 0, 0), ("batch", 1, 1), ("repeats", 1, 1)):
-            values[name] = whole(name, values.get(name, default), least)
+            values[name] = _whole(name, values.get(name, default), least)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     config = Config(**values)
-    choices = {"precision": PRECISIONS, "settings_for": MODELS, "prediction": PREDICTIONS, "memory": ("auto", *PLANS)}
+    choices = {
+        "precision": PRECISIONS,
+        "settings_for": MODELS,
+        "prediction": PREDICTIONS,
+        "memory": ("auto", *PLANS),
+        "unreadable": UNREADABLE,
+    }
     for name, options in choices.items():
         if getattr(config, name) not in options:
             raise ConfigError(f"{where}: {name} is {getattr(config, name)!r}; it must be one of {'; '.join(options)}")
@@ -222,7 +274,7 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
             raise ConfigError(f"{where}: {name} is {given.get(name)!r}; it must be one of {', '.join(map(str, options))}")
     steps = given.get("steps")
     try:
-        steps = None if steps is None else whole("steps", steps, 2)
+        steps = None if steps is None else _whole("steps", steps, 2)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     if given["solver"] == ALONE and not given.get("cse"):
@@ -237,7 +289,10 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     unknown = [str(name) for name in published if name not in columns]
     if unknown:
         raise ConfigError(f"{where}: published has {', '.join(unknown)}; it can have {', '.join(columns)}")
-    name = str(given.get("name") or given["solver"])
+    name = given.get("name") or given["solver"]
+    if isinstance(name, (int, float)) and not isinstance(name, bool):  # as of `name: 4.8`
+        name = str(name)
+    _text(name, f"{where}: name")
     return Row(**dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published})
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from PIL import Image
 from torch import Tensor
 
-from ..cse.data import SUFFIXES, centred, open_rgb, to_tensor
+from ..cse.data import SUFFIXES, centred, check_pictures, ignored_files, named, open_rgb, picture_files, to_tensor
+from ..files import NAME_BYTES
 from .config import ConfigError
 
 log = logging.getLogger("dmap.evaluate")
@@ -42,29 +42,42 @@ class Picture:
         return to_tensor(centred(picture, size) if size else picture).unsqueeze(0)
 
 
-def find_pictures(folder: Path, count: int | None, size: int | None, expected: str = "", repeats: int = 1) -> list[Picture]:
+def find_pictures(
+    folder: Path, count: int | None, size: int | None, expected: str = "", repeats: int = 1, unreadable: str = "refuse"
+) -> list[Picture]:
     """The first `count` pictures of a folder by name, each `repeats` times. Raises ConfigError that says what is wrong with the folder or the files.
 
-    Only the headers are read. expected: a hint about which data set the folder should hold, for the message.
+    Every one of them is opened whole. unreadable: "refuse", or "skip" to leave out those that cannot be read; their names, and those of files
+    that do not end like pictures, are logged. expected: a hint about which data set the folder should hold, for the message.
     """
     folder = Path(folder)
     hint = f" This table expects {expected}." if expected else ""
     if not folder.is_dir():
         raise ConfigError(f"images: there is no folder {folder}.{hint}")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    files, ignored = picture_files(folder), ignored_files(folder)
     if not files:
         raise ConfigError(f"images: the folder {folder} holds no pictures ({', '.join(SUFFIXES)}).{hint}")
+    if ignored:
+        log.info("%s", ignored)
     if count is not None and len(files) < count:
         raise ConfigError(f"images: {count} pictures are wanted and {folder} holds {len(files)}; lower --count or add pictures.{hint}")
-    files = files[:count]
+    sizes, bad = check_pictures(files if unreadable == "skip" else files[:count], count, NAME_BYTES)
+    if bad and unreadable == "refuse":
+        reason = next(iter(bad.values())).removeprefix("pictures: ")
+        others = f" The same holds for {named(list(bad)[1:])}." if len(bad) > 1 else ""
+        raise ConfigError(f"images: {reason}; mend or remove it, or leave such files out (--unreadable skip).{others}")
+    if bad:
+        log.warning("%d files of %s cannot be read and are left out: %s", len(bad), folder, named(list(bad)))
+    files = list(sizes)
+    if not files or count is not None and len(files) < count:
+        raise ConfigError(f"images: {count or 'some'} pictures are wanted and {len(files)} of those in {folder} can be read.{hint}")
     twice = [stem for stem, n in Counter(file.stem for file in files).items() if n > 1]
-    if repeats == 1 and any(file.stem == TAKEN for file in files):
+    if repeats == 1 and any(file.stem.casefold() == TAKEN for file in files):
         raise ConfigError(
             f"images: a file in {folder} is called {TAKEN}, which is what the settings beside the results are called; rename it"
         )
     if twice:
         raise ConfigError(f"images: several files in {folder} are called {twice[0]}; results are named after the files, so rename them")
-    sizes = {file: _size(file) for file in files}
     if size is None and len(set(sizes.values())) > 1:
         common, _ = Counter(sizes.values()).most_common(1)[0]
         odd = [file for file in files if sizes[file] != common]
@@ -85,14 +98,3 @@ def find_pictures(folder: Path, count: int | None, size: int | None, expected: s
     if repeats == 1:
         return [Picture(file, i) for i, file in enumerate(files)]
     return [Picture(file, i * repeats + k, k) for i, file in enumerate(files) for k in range(repeats)]
-
-
-def _size(file: Path) -> tuple[int, int]:
-    """(width, height), after the camera's rotation."""
-    try:
-        with Image.open(file) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return (height, width) if turned else (width, height)
-    except Exception as error:  # a damaged file raises whatever its bytes mean
-        raise ConfigError(f"images: {file} cannot be read ({type(error).__name__}: {error}); mend or remove it") from error

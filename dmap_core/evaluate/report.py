@@ -7,7 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..cse.data import to_picture
+from ..cse.data import open_rgb, to_picture
+from ..files import file_name
 from ..metrics import SET_METRICS
 from .config import Config
 from .results import write_picture, write_text
@@ -27,7 +28,7 @@ def write_table(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
     write_text(out / "pictures.csv", pictures_csv(config, jobs, out))
     write_plots(config, lines, out)
     for operator in dict.fromkeys(line.row.operator for line in lines):
-        write_picture(out / f"pictures-{operator}.png", sheet(config, jobs, lines, operator, out))
+        write_picture(out / f"pictures-{file_name(operator)}.png", sheet(config, jobs, lines, operator, out))
     return lines
 
 
@@ -68,7 +69,7 @@ def sheet(config: Config, jobs: Sequence[Job], lines: Sequence[Line], operator: 
         tiles = [to_picture(f.picture(y)[0]).resize((width, height), Image.Resampling.NEAREST)]
         for row in rows:
             file = files[row.slug(), picture]
-            tiles.append(Image.open(file).convert("RGB") if file.exists() else Image.new("RGB", (width, height), "lightgray"))
+            tiles.append(open_rgb(file) if file.exists() else Image.new("RGB", (width, height), "lightgray"))
         for column, tile in enumerate([*tiles, to_picture(originals[picture][0])]):
             page.paste(tile, (GAP + column * (width + GAP), 2 * TEXT + i * (height + GAP)))
     return page

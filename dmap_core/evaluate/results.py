@@ -8,19 +8,19 @@ OUT/<row>/<picture>.json     its figures; a picture is finished when this file i
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from ..files import write_whole
 from .config import ConfigError
 
+FIGURES = {"residual", "seconds", "denoiser_calls"}  # that every finished picture has
 SHOWN = 100  # characters of a value in a message
 
 
@@ -37,15 +37,9 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def _whole(path: Path, write) -> None:
-    # processes may write the same file (run.json), each under a name of its own first
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        os.replace(part, path)
+        write_whole(path, write)
     except OSError as error:
-        with contextlib.suppress(OSError):  # as where the folder could not be made
-            part.unlink()
         raise ConfigError(f"out: {path} could not be written (is the disk full?): {error}") from error
 
 
@@ -59,11 +53,14 @@ def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """Raises ConfigError for a file that is none of ours."""
     try:
-        return json.loads(path.read_text(encoding="ascii"))
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="ascii"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
+        return found
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"out: {path} cannot be read ({error}); remove it to compute it again") from error
 
 
@@ -97,4 +94,6 @@ def read_picture_json(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]
             f"out: {path} was made of another picture, or of one at another place in the list (then {entry.get('original')}, now {identity}). "
             "Keep the pictures of a run as they are, or choose another folder"
         )
+    if "diverged" not in entry and not (isinstance(entry.get("metrics"), dict) and entry.keys() >= FIGURES):
+        raise ConfigError(f"out: {path} lacks figures; remove it to compute it again")
     return entry

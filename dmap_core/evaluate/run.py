@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cse.data import to_picture, to_tensor
+from ..cse.checkpoint import read_controlnet, read_description
+from ..cse.data import open_rgb, to_picture, to_tensor
 from ..cse.network import fingerprint
 from ..errors import Diverged
 from ..metrics import PICTURE_METRICS, SET_METRICS, miou
@@ -191,10 +192,20 @@ def check_files(config: Config) -> None:
             raise ConfigError(f"cse: there is no {row.cse} (row {row.name}); train it, or take the row out")
 
 
+def cse_warnings(config: Config) -> list[str]:
+    """What is to be said about CSEs that were trained for another operator than their row's."""
+    found = []
+    for row in config.rows:
+        metadata = read_description(row.cse) if row.cse else None
+        if metadata and (warning := metadata.other_operator(config.operator(row.operator), row.cse.name)):
+            found.append(f"row {row.name!r} ({row.operator}): {warning}")
+    return found
+
+
 def plan_jobs(config: Config) -> list[Job]:
     """All jobs, those of one base model together, and within it picture by picture, so that an unfinished table compares equal pictures."""
     check_files(config)
-    pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats)
+    pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats, config.unreadable)
     plans, size = {}, tuple(pictures[0].open(config.size).shape[-2:])
     for row in config.rows:
         try:
@@ -242,6 +253,10 @@ def evaluate(config: Config, out: Path) -> list[Job]:
             SET_METRICS[name].open(config.weights)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=FOREVER)
     log.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
+    for path in {row.cse for row in config.rows if row.cse}:
+        read_controlnet(path)  # a damaged one should be known before the work, too
+    for warning in cse_warnings(config):
+        log.warning("%s", warning)
     check_same(out / "run.json", shared_identity(config))
     identities = {
         out / row.slug() / "row.json": row_identity(config, row, jobs_plan(jobs, row), checkpoint_identity) for row in config.rows
@@ -315,7 +330,4 @@ def do(config: Config, models: Models, jobs: Sequence[Job], out: Path, measures:
 
 def saved(file: Path) -> Tensor:
     """(1, 3, H, W) in [-1, 1] of a restored picture."""
-    from PIL import Image
-
-    with Image.open(file) as picture:
-        return to_tensor(picture.convert("RGB")).unsqueeze(0)
+    return to_tensor(open_rgb(file)).unsqueeze(0)

@@ -13,7 +13,7 @@ from ..metrics.distribution import frechet, frechet_warning, kernel
 from ..metrics.interval import Interval, mean_interval
 from .config import AS_GIVEN, Config, Row
 from .results import csv_text, read_picture_json
-from .run import SEEDS, Job, saved
+from .run import SEEDS, Job, cse_warnings, saved
 
 LABELS = {"miou": "mIoU"}
 COSTS = {"residual": "residual", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
@@ -162,6 +162,7 @@ def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:
         size = f" over {config.published_n} pictures" if config.published_n else ""
         parts.append(f"*paper*: published figures{size}, of other pictures and another model unless the settings below say the same.")
     n = max((line.n for line in lines), default=0)
+    parts += [f"**Warning:** {warning}." for warning in cse_warnings(config)]
     parts += [frechet_warning(n, DIMENSIONS[name]) or "" for name in config.metrics if name in DIMENSIONS]
     parts += [
         differences(config, lines),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +92,7 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
     is not asked for: old checkpoints do not have it, and only training uses it.
     """
     wanted = network.state_dict()
-    missing = [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")]
-    wrong = [name for name in wanted if name in tensors and not _fits(tensors[name], wanted[name])]
-    if missing:
-        raise ValueError(f"{path} lacks {len(missing)} of the {len(wanted)} tensors of {type(network).__name__}: {_first(missing)}")
-    if wrong:
-        shapes = [f"{name} is {_kind(tensors[name])} and must be {_kind(wanted[name])}" for name in wrong]
-        raise ValueError(f"{path} has tensors that do not fit {type(network).__name__}: {_first(shapes)}")
+    check_tensors(wanted, tensors, type(network).__name__, path)
     with torch.inference_mode(False), torch.no_grad():
         state = {}
         for name, own in wanted.items():
@@ -107,6 +101,17 @@ def load_into(network: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> 
             state[name] = value.detach().to(device, own.dtype, copy=True).contiguous()
         network.load_state_dict(state, assign=True)
     network.requires_grad_(False).eval()
+
+
+def check_tensors(wanted: Mapping[str, Tensor], tensors: Mapping[str, Tensor], network: str, path: Path) -> None:
+    """Raises ValueError, naming the file and the first tensors, where some of those that a network wants are missing or have another shape."""
+    missing = [name for name in wanted if name not in tensors and not name.endswith("num_batches_tracked")]
+    wrong = [name for name in wanted if name in tensors and not _fits(tensors[name], wanted[name])]
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} of the {len(wanted)} tensors of {network}: {first(missing)}")
+    if wrong:
+        shapes = [f"{name} is {_kind(tensors[name])} and must be {_kind(wanted[name])}" for name in wrong]
+        raise ValueError(f"{path} has tensors that do not fit {network}: {first(shapes)}")
 
 
 def _fits(found: Tensor, wanted: Tensor) -> bool:
@@ -118,7 +123,8 @@ def _kind(tensor: Tensor) -> str:
     return shape if tensor.is_floating_point() else f"{shape} ({str(tensor.dtype).removeprefix('torch.')})"
 
 
-def _first(items: list[str]) -> str:
+def first(items: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
     more = len(items) - SHOWN
     return "; ".join(items[:SHOWN]) + (f"; and {more} more" if more > 0 else "")
 

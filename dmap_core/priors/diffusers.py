@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..cse.checkpoint import read_cse
+from ..cse.checkpoint import read_controlnet
 from ..cse.diffusers_models import BaseModel
 from ..cse.loss import in_range
 from ..cse.metadata import CSEMetadata
@@ -71,7 +71,7 @@ def open_cse(path: Path, base: BaseModel) -> tuple[nn.Module, CSEMetadata | None
 
     Raises ValueError, naming the file, for one that was made for another kind of base model.
     """
-    weights, metadata = read_cse(path)
+    weights, metadata = read_controlnet(path)
     try:
         controlnet = base.new_controlnet({name: tensor.float() for name, tensor in weights.items()})
     except (RuntimeError, ValueError) as error:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("dmap.studies")
 PAPER_ZETAS = (0.05, 0.3, 1.0, 4.8)
+MOST = {"steps": 10**6, "repeats": 4096, "samples": 10**8, "batch": 4096, "size": 16_384}  # more cannot have been meant
 
 
 def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
@@ -89,6 +91,7 @@ class Problem:
             if path is not None and not path.exists():
                 raise ValueError(f"--{name}: there is no {path}")
         self.zetas = zetas(args.zeta)
+        check_numbers(args)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.operator = read_operator(args.operator, args.weights).to(device)
         self.x = Picture(args.picture, 0).open(args.size).to(device)
@@ -100,8 +103,18 @@ class Problem:
         self.conditional = None
         if args.cse:
             controlnet, metadata = open_cse(args.cse, self.base)
+            if metadata and (warning := metadata.other_operator(self.operator, args.cse.name)):
+                log.warning("%s", warning)
             self.conditional = DiffusersPrior(self.base, size, controlnet, hint_for(self.operator.hint(self.y), metadata))
         self.sigmas = SPACINGS[args.spacing](self.base.sigmas.cpu(), args.steps)
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raises ValueError for numbers that no machine could do."""
+    for name, most in MOST.items():
+        value = getattr(args, name, None)
+        if value is not None and value > most:
+            raise ValueError(f"--{name} is too large; it must be at most {most}")
 
 
 def zetas(text: str) -> list[float]:
@@ -110,8 +123,8 @@ def zetas(text: str) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"--zeta is {text!r}; it must be numbers with commas between them") from error
-    if not all(zeta > 0 for zeta in found):
-        raise ValueError(f"--zeta is {text!r}; step sizes must be above 0")
+    if not all(0 < zeta < math.inf for zeta in found):
+        raise ValueError(f"--zeta is {text!r}; step sizes must be above 0, and finite")
     return found
 
 
@@ -231,6 +244,7 @@ def toy_example(args: argparse.Namespace) -> None:
     from .toy import BIMODAL_Y, PUBLISHED_Y
     from .toy import toy_example as example
 
+    check_numbers(args)
     toys = [example(samples=args.samples, zeta=args.zeta, dmap_zeta=2 * args.zeta, seed=args.seed, y=y) for y in (PUBLISHED_Y, BIMODAL_Y)]
     write_csv(args.out / "toy.csv", [row for toy in toys for row in toy.rows()])
     plots.save(plots.toy_plot(*toys), args.out / "toy.png")

@@ -7,10 +7,8 @@ from the others: most are those of Okabe and Ito (2008). Raises ValueError if ma
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import os
 import re
 import textwrap
 import zlib
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from ..files import write_whole
 from .diversity import Diversity
 from .score import UNCONDITIONAL, ScoreErrors, ScoreMean, mean_and_error
 from .toy import CENTRES, TRUE, Toy
@@ -356,11 +355,4 @@ def render(figure: Figure) -> np.ndarray:
 
 def save(figure: Figure, path: Path | str) -> None:
     """Writes a PNG file; whoever reads `path` meanwhile, or after a failure, finds the one before it or none, but not a part of one."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        figure.savefig(part, format="png", dpi=DPI)
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
-            part.unlink()
+    write_whole(Path(path), lambda part: figure.savefig(part, format="png", dpi=DPI))

@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from PIL import Image
 from tiny_models import pictures, tiny_checkpoint, tiny_cse
 
 from dmap_core import cli
+from dmap_core.cse.checkpoint import read_cse, write_cse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -260,3 +262,55 @@ def test_toy(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "toy.json").read_text())["settings"]["zeta"] == 0.05
     assert "samples is 1" in refusal(capsys, "toy", "--samples", 1, "--out", tmp_path / "one")
     assert "zeta is 0" in refusal(capsys, "toy", "--samples", 9, "--zeta", 0, "--out", tmp_path / "none")
+
+
+INTERRUPTED = """
+import sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == {during!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from {module} import main
+main({argv!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "during"),
+    [
+        ("dmap_core.cli", "torch"),
+        ("dmap_core.cli", "dmap_core.metrics"),
+        ("dmap_core.cse.train", "accelerate"),
+        ("dmap_core.cse.generate", "torch"),
+    ],
+)
+def test_ctrl_c_while_packages_are_imported(tmp_path, module, during):
+    argv = {
+        "dmap_core.cli": ["toy", "--out", "x"],
+        "dmap_core.cse.train": ["--checkpoint", "x", "--pictures", "x", "--operator", "{}", "--out", "x.safetensors"],
+        "dmap_core.cse.generate": ["--checkpoint", "x", "--out", "x"],
+    }[module]
+    code = INTERRUPTED.format(module=module, during=during, argv=argv)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("score-error", ["--steps", 10**12]), ("score-mean", ["--samples", 10**12]), ("toy", ["--samples", 10**12])],
+)
+def test_numbers_that_no_machine_could_do(problem, given, tmp_path, capsys, command, more):
+    base = ["--out", tmp_path / "out"] if command == "toy" else [*problem, *(["--cse", given.cse] if command == "score-error" else [])]
+    assert f"{more[0]} is too large; it must be at most" in refusal(capsys, command, *base, *more)
+
+
+def test_a_cse_of_another_operator(problem, given, caplog, tmp_path):
+    """Said by the studies as by the node and by `evaluate`."""
+    weights, described = read_cse(given.cse)
+    write_cse(tmp_path / "gray.safetensors", weights, replace(described, operator={"operator": "Grayscale"}))
+    argv = [*problem, "--samples", 2, "--steps", 3, "--zeta", "4.8", "--cse"]
+    main("score-mean", *argv, tmp_path / "gray.safetensors")
+    assert "the CSE gray.safetensors was trained for Grayscale(), and the operator here is SuperResolution(scale=8)" in caplog.text

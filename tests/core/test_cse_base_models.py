@@ -287,6 +287,25 @@ def test_the_demo_prior():
         (lambda s: {n: t for n, t in s.items() if not n.startswith("first_stage_model.")}, "bad.safetensors"),
         (lambda s: {n: t for n, t in s.items() if n != "first_stage_model.vae_scale"}, "scaled by 0.18"),
         (lambda s: s | {"first_stage_model.vae_shift": torch.tensor(0.1)}, "has a shift"),
+        (lambda s: s | {"first_stage_model.vae_scale": torch.tensor(0.0)}, "a vae_scale of 0; it must be above 0"),
+        (lambda s: s | {"first_stage_model.vae_scale": torch.tensor(float("nan"))}, "a vae_scale of nan"),
+        (lambda s: s | {"first_stage_model.vae_scale": torch.ones(2)}, r"its vae_scale has the shape \(2,\)"),
+        (lambda s: s | {f"{UNET}out.2.weight": s[f"{UNET}out.2.weight"].flatten()}, r"too few dimensions .*: out\.2\.weight"),
+        (
+            lambda s: s | {f"{UNET}time_embed.0.weight": s[f"{UNET}time_embed.0.weight"].flatten()},
+            "do not fit .*time_embed|bad.safetensors",
+        ),
+        (lambda s: {n: t.flatten() if n.startswith(UNET) else t for n, t in s.items()}, "too few dimensions .* and [0-9]+ more"),
+        (
+            lambda s: s | {f"{UNET}out.2.bias": torch.ones(4, dtype=torch.int32)},
+            r"must be floats, .*: model\.diffusion_model\.out\.2\.bias",
+        ),
+        (lambda s: {n: t.to(torch.int8) for n, t in s.items()}, "must be floats, .* and [0-9]+ more"),
+        (lambda s: {n: t for n, t in s.items() if n != f"{UNET}out.2.weight"}, r"incomplete: the tensor 'out\.2\.weight' is missing"),
+        (
+            lambda s: {n: t for n, t in s.items() if "out_layers.3" not in n},
+            "incomplete: the tensor 'input_blocks.1.0.out_layers.3.weight'",
+        ),
         (lambda s: {n: t for n, t in s.items() if not n.startswith("first_stage_model.taesd_decoder.3.")}, "lacks .* AutoencoderTiny"),
     ],
 )

@@ -1,8 +1,10 @@
 """Training pictures: which files are taken, what augmentation does, and that an example depends on the seed and its number alone."""
 
 import colorsys
+import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,19 @@ from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
 from dmap_core.cse import data
-from dmap_core.cse.data import Examples, PictureError, augmented, centred, collate, folder_files, named, open_rgb, to_picture, to_tensor
+from dmap_core.cse.data import (
+    Examples,
+    PictureError,
+    augmented,
+    centred,
+    collate,
+    folder_files,
+    ignored_files,
+    named,
+    open_rgb,
+    to_picture,
+    to_tensor,
+)
 from dmap_core.cse.settings import TrainingSettings
 
 PLAIN = {"resize": (1.0, 1.0), "flip": 0.0, "jitter": 0.0}
@@ -107,6 +121,38 @@ def test_a_folder_called_like_a_picture_is_unreadable(tmp_path):
     assert folder_files(tmp_path, "skip") == ([tmp_path / "good.png"], [tmp_path / "folder.png"])
 
 
+def test_a_pipe_is_unreadable_and_not_waited_for(tmp_path):
+    random_picture().save(tmp_path / "good.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    assert folder_files(tmp_path, "skip") == ([tmp_path / "good.png"], [tmp_path / "broken.png", tmp_path / "pipe.png"])
+    with pytest.raises(PictureError, match=r"pipe\.png cannot be read \(it is no regular file\)"):
+        open_rgb(tmp_path / "pipe.png")
+
+
+def test_a_name_that_is_not_utf_8(tmp_path):
+    random_picture().save(tmp_path / "good.png")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xff.png"))
+    shutil.copy(tmp_path / "good.png", odd)
+    with pytest.raises(PictureError, match=r"cannot be read: a\\udcff\.png\. The first: .*is not UTF-8; rename it") as caught:
+        folder_files(tmp_path)
+    str(caught.value).encode("utf-8")
+    assert folder_files(tmp_path, "skip") == ([tmp_path / "good.png"], [odd])
+
+
+def test_files_that_are_not_looked_at_are_named(tmp_path):
+    random_picture().save(tmp_path / "good.png")
+    assert ignored_files(tmp_path) == ""
+    (tmp_path / "deeper").mkdir()
+    for name in ("b.gif", "a.avif", "c.jfif", ".hidden"):
+        (tmp_path / name).touch()
+    found = ignored_files(tmp_path)
+    assert found.startswith(f"3 files of {tmp_path} ignored, not ending in .png, ") and found.endswith(": a.avif, b.gif, c.jfif")
+    (tmp_path / "good.png").unlink()
+    with pytest.raises(PictureError, match=r"holds no pictures .*3 files of .* ignored.*: a\.avif, b\.gif, c\.jfif"):
+        folder_files(tmp_path)
+
+
 def test_no_pictures(tmp_path):
     with pytest.raises(PictureError, match=rf"there is no folder {re.escape(str(tmp_path / 'missing'))}"):
         folder_files(tmp_path / "missing")
@@ -183,6 +229,42 @@ def test_other_kinds_of_pictures(tmp_path):
     Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(tmp_path / "cmyk.jpg", quality=95)
     colour = np.array(open_rgb(tmp_path / "cmyk.jpg")).astype(int)
     assert colour.shape == (8, 8, 3) and np.abs(colour - (0, 255, 255)).max() <= 3
+
+
+def test_values_that_a_picture_file_can_have(tmp_path):
+    """Scaled where white is known, and named where it is not: never clipped to something else."""
+    ramp = np.tile(np.arange(256), (4, 1))
+    grey = np.repeat(ramp[..., None], 3, 2)
+    Image.fromarray((ramp / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    assert np.array_equal(np.array(open_rgb(tmp_path / "float.tif")), grey)
+    refused = {
+        "int.tif": (
+            (ramp * 257 * 65537).clip(max=2**31 - 1).astype(np.int32),
+            "32-bit whole numbers, up to 2147483647, of which white is not known",
+        ),
+        "small-int.tif": (ramp.astype(np.int32), "32-bit whole numbers, up to 255"),
+        "levels.tif": (ramp.astype(np.float32), "floats from 0 to 255; they must lie in 0..1"),
+        "signed.tif": ((ramp / 128 - 1).astype(np.float32), "floats from -1 to 0.992188"),
+        "nan.tif": (np.full((4, 4), np.nan, np.float32), "floats from nan to nan"),
+    }
+    for name, (values, message) in refused.items():
+        Image.fromarray(values).save(tmp_path / name)
+        with pytest.raises(PictureError, match=rf"pictures: .*{name} cannot be read \(its values are {re.escape(message)}"):
+            open_rgb(tmp_path / name)
+
+
+def test_palettes_and_inks(tmp_path):
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([10, 20, 30, 200, 0, 100, 9, 9, 9])
+    palette.putdata([0, 1, 2])
+    palette.save(tmp_path / "p.png", transparency=bytes([255, 51, 0]))  # opaque, a fifth, nothing
+    found = np.array(open_rgb(tmp_path / "p.png")).astype(int)
+    assert np.abs(found[0] - [(10, 20, 30), (244, 204, 224), (255, 255, 255)]).max() <= 1
+    Image.new("CMYK", (4, 4), (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
+    assert (np.array(open_rgb(tmp_path / "cmyk.tif")) == (255, 0, 0)).all()
+    deep = Image.fromarray(np.array([[0, 257 * 7, 65535]], np.uint16))
+    deep.save(tmp_path / "deep.png", transparency=257 * 7)
+    assert np.array(open_rgb(tmp_path / "deep.png"))[0, :, 0].tolist() == [0, 255, 255]
 
 
 def test_tensors_and_pictures():

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from dmap_core import files
 from dmap_core.cse import checkpoint
 from dmap_core.cse.checkpoint import PREFIX, SaveError, check_same, read_cse, read_state, write_cse, write_state
 from dmap_core.cse.keys import LDM_MARK, to_diffusers
@@ -256,7 +257,7 @@ def test_a_disk_that_fails_at_the_end(tmp_path, monkeypatch, function):
     def fail(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint.os, function, fail)
+    monkeypatch.setattr(files.os, function, fail)
     with pytest.raises(SaveError, match=r"cse\.training could not be written"):
         write_state(path, {"step": 2})
     monkeypatch.undo()
@@ -287,9 +288,11 @@ def test_everybody_may_read_what_is_written(tmp_path, name, write, place):
 def test_a_later_save_takes_the_place_of_the_first(tmp_path):
     path = tmp_path / "cse.safetensors"
     write_cse(path, WEIGHTS, DESCRIBED)
-    (tmp_path / "cse.safetensors.part").write_bytes(b"left behind by a crash")
+    for left in ("cse.safetensors.part", "cse.safetensors.77.part", "cse.training.78.part"):
+        (tmp_path / left).write_bytes(b"left behind by a crash")
     doubled = {name: 2 * tensor for name, tensor in WEIGHTS.items()}
-    write_cse(path, doubled, replace(DESCRIBED, steps=6000), torch.float32)
+    with checkpoint.training_files(path):
+        write_cse(path, doubled, replace(DESCRIBED, steps=6000), torch.float32)
     assert same(load_file(path), doubled) and read_cse(path)[1].steps == 6000
     assert list(tmp_path.iterdir()) == [path]
 
@@ -434,3 +437,11 @@ def test_settings_at_their_limits():
     )
     assert settings.resize == (1.0, 1.0)
     TrainingSettings(flip=0, jitter=0, seed=0, resize=(0.1, 10))
+
+
+def test_a_description_is_not_written_that_would_not_be_read():
+    """Its length is known before a training and not after it."""
+    longest = CSEMetadata(licence="x" * (LONGEST - len(CSEMetadata().write()[KEY])))
+    assert read_metadata(longest.write()) == longest
+    with pytest.raises(ValueError, match=rf"would be {LONGEST + 1} characters long, and {LONGEST} are the most.*single mask"):
+        replace(longest, licence=longest.licence + "x").write()

@@ -24,6 +24,7 @@ from tiny_models import pictures, tiny_checkpoint
 from dmap_core.cse import options, train
 from dmap_core.cse.checkpoint import read_cse, read_state
 from dmap_core.cse.keys import to_ldm
+from dmap_core.operators import Inpainting
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -514,6 +515,14 @@ def empty(tmp_path):
     return tmp_path / "empty"
 
 
+def masks(tmp_path):
+    """64 masks without any order, which do not pack."""
+    mask = (torch.rand(64, 1, 320, 320, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    file = tmp_path / "masks.json"
+    file.write_text(json.dumps(Inpainting(mask).spec()))
+    return file
+
+
 BAD = {
     "fewer pictures than a batch": (lambda d: ["--pictures", pictures(d / "few", 3)], "there are 3, fewer than batch_size 4"),
     "count below a batch": (lambda d: ["--count", 3], "there are 3, fewer than batch_size 4"),
@@ -547,6 +556,16 @@ BAD = {
     "size of nothing": (lambda d: ["--size", 0], "size is 0"),
     "ema": (lambda d: ["--ema", 1], "--ema lie in"),
     "save_every": (lambda d: ["--save-every", 0], "--save-every must be at least 1"),
+    "too many steps": (lambda d: ["--steps", 10**12], "steps is too large; it must be at most 1000000"),
+    "name that is too long": (
+        lambda d: ["--out", d / f"{'x' * 300}.safetensors"],
+        r"--out: the name x+\.\.\. is 312 bytes long; 200 are the most",
+    ),
+    "operator that is nested": (lambda d: ["--operator", "[" * 100_000], r"operator: '\[+' is not JSON"),
+    "operator that no file can describe": (
+        lambda d: ["--operator", masks(d), "--size", 320, "--batch-size", 64],
+        "the description of the CSE would be [0-9]+ characters long",
+    ),
     "no number": (lambda d: ["--steps", "many"], "argument --steps: invalid int value: 'many'"),
 }
 
@@ -660,6 +679,8 @@ def test_config(given, tmp_path):
         ("- steps", "training.yaml must map option names to values"),
         ("", "training.yaml must map option names to values"),
         ("steps: [", "training.yaml cannot be read"),
+        ("steps: " + "[" * 3000 + "]" * 3000, "training.yaml cannot be read"),
+        ("steps: " + "1" * 5000, "training.yaml cannot be read"),
     ],
 )
 def test_config_with_mistakes(given, tmp_path, capsys, text, message):
@@ -711,3 +732,44 @@ def test_without_another_package(given, tmp_path, capsys, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     argv = given.options(tmp_path / "cse.safetensors", "--config", config(tmp_path, "steps: 5"))
     assert f"training needs {package}, which is not installed: pip install" in refusal(argv, capsys)
+
+
+# ---- one training, one file
+
+
+def test_a_second_training_of_one_file_is_refused(given, tmp_path, capsys):
+    """While the first one lives, and no longer; what a killed one had half written is gone then."""
+    out, log = tmp_path / "cse.safetensors", tmp_path / "log"
+    argv = given.options(out, "--steps", 400, "--validate-every", 0)
+    first = start(argv, log)
+    wait(first, log, out.with_suffix(".training").exists)
+    message = refusal(argv, capsys)
+    assert re.search(rf"error: CSE: {out} is being written by another training \(process {first.pid}\)", message)
+    os.killpg(first.pid, signal.SIGKILL)
+    wait(first, log)
+    for left in ("cse.safetensors.77.part", "cse.training.77.part", "cse.safetensors.part"):
+        (tmp_path / left).touch()
+    run(given.options(out, "--steps", state_of(out)["step"] + 1, "--validate-every", 0))
+    assert not [file for file in tmp_path.iterdir() if file.suffix in (".part", ".lock")]
+
+
+FOREIGN = {
+    "weights of something": (lambda state: {"a": torch.ones(2)}, "is not a training state: it holds something else"),
+    "a tensor": (lambda state: torch.ones(2), "is not a training state: it holds something else"),
+    "an identity of nothing": (lambda state: {"identity": 3}, "is not a training state: it holds something else"),
+    "no weights": (lambda state: {n: v for n, v in state.items() if n != "weights"}, "does not fit this training .KeyError: 'weights'"),
+    "other weights": (lambda state: state | {"weights": {"a": torch.ones(2)}}, "does not fit this training .RuntimeError"),
+    "another optimiser": (lambda state: state | {"optimizer": {}}, "does not fit this training"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_state_of_something_else(given, half, tmp_path, capsys, kind):
+    change, message = FOREIGN[kind]
+    out = tmp_path / half.name
+    for suffix in (".safetensors", ".training"):
+        shutil.copy(half.with_suffix(suffix), out.with_suffix(suffix))
+    changed = change(state_of(out))
+    torch.save(changed, out.with_suffix(".training"))
+    found = refusal(given.options(out, "--ema", 0.5, "--steps", HALF + 1), capsys)
+    assert str(out.with_suffix(".training")) in found and re.search(message, found) and "remove it to start again" in found, found

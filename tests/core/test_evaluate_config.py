@@ -130,6 +130,21 @@ def test_settings_of_another_kind(settings, message):
         ({"prompt": ["a"]}, "prompt is ['a']; it must be text"),
         ({"title": {"a": 1}}, "title is {'a': 1}; it must be text"),
         ({"expected": 3}, "expected is 3; it must be text"),
+        ({"title": "\ud800"}, "title is '\\ud800', which is no valid text"),
+        ({"row": {"name": ["a"]}}, "row 1: name is ['a']; it must be text"),
+        ({"row": {"name": True}}, "row 1: name is True; it must be text"),
+        ({"row": {"name": "\ud800"}}, "row 1: name is '\\ud800', which is no valid text"),
+        ({"operators": {3: SR8}}, "operators: the name 3 is no text; write it in quotes"),
+        ({"operators": {"": SR8}}, "operators: the name '' is no text"),
+        ({"operators": {"a": {"operator": ["x"]}}}, "operators: a is {'operator': ['x']}; it must map names of settings to values"),
+        ({"operators": {"a": {"operator": "Jpeg", 3: 1, "quality": 9}}}, "operators: a is {'operator': 'Jpeg', 3: 1"),
+        ({"row": {"steps": 10**12}}, "row 1: steps is too large; it must be at most 1000000"),
+        ({"row": {"steps": 10**400}}, "row 1: steps is too large"),
+        ({"size": 10**12}, "size is too large; it must be at most 16384"),
+        ({"batch": 10**12}, "batch is too large"),
+        ({"repeats": 10**12}, "repeats is too large"),
+        ({"count": float("inf")}, "count is inf; it must be a whole number"),
+        ({"unreadable": "ignore"}, "unreadable is 'ignore'; it must be one of refuse; skip"),
     ],
 )
 def test_values_of_another_kind(more, message):
@@ -144,6 +159,18 @@ def test_rows_of_one_name():
         make_config(given(rows=[{**rows[0], "name": "DPS 1"}, {**rows[0], "name": "dps (1)"}]))
     named = make_config(given(rows=[rows[0], {**rows[1], "name": "zeta 2"}, {**rows[0], "operator": "blur"}]))
     assert [row.slug() for row in named.rows] == ["sr8-dps", "sr8-zeta-2", "blur-dps"]
+
+
+def test_folders_of_rows_in_any_language():
+    """Slugs of plain names are those of earlier results; others have their letters and a hash."""
+    names = ("\u8d85\u5206\u8fa8\u7387", "\u53bb\u6a21\u7cca", "../../../../home/photos/cat", "...", "plots")
+    config = make_config(
+        given(operators=dict.fromkeys(names, SR8), rows=[{"operator": name, "solver": "DPS", "name": "!"} for name in names])
+    )
+    slugs = [row.slug() for row in config.rows]
+    assert len(set(slugs)) == len(names) and all(slug and "/" not in slug and "." not in slug for slug in slugs)
+    assert slugs[0].startswith(names[0]) and slugs[2] == "home-photos-cat" and slugs[4] != "plots"
+    assert only({"name": 4.8})[1].slug() == "sr8-4-8" and only({"name": 3})[1].name == "3"
 
 
 def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
@@ -169,6 +196,10 @@ def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
         (given(rows=3), "rows must be a list of rows"),
         ({1: 2, "rows": [], "a": 3}, "unknown 1, a"),
         ("!!python/object/apply:os.system ['true']", "cannot be read"),
+        ("a: " + "[" * 3000 + "]" * 3000, "cannot be read"),
+        ("seed: " + "1" * 5000, "cannot be read"),
+        (given(images="a\0b"), "images is .* no path"),
+        (given(images="~nobody-of-this-name/a"), "images is .* no path"),
     ],
 )
 def test_files_with_mistakes(tmp_path, text, message):
@@ -320,6 +351,7 @@ def test_a_config_of_options_alone(tmp_path):
         (["--operator", "nowhere.json", "--solver", "DPS"], "--operator: nowhere.json cannot be read"),
         (["--operator", "[8]", "--solver", "DPS"], "operators must map names to operators"),
         (["--operator", "{}", "--solver", "DPS", "--settings", "zeta"], "--settings: 'zeta' is not JSON"),
+        (["--operator", "[" * 100_000, "--solver", "DPS"], "--operator: '[[[["),
         (["--operator", "{}", "--solver", "DPS,DPS"], "several rows are called operator-dps"),
         (["--operator", "{}", "--solver", "DPS,"], "solver is ''; it must be one of"),
         (["--config", "table.yaml", "--solver", "DPS", "--steps", "3"], "--solver, --steps: the rows of table.yaml say this"),

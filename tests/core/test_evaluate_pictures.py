@@ -1,6 +1,8 @@
 """Which pictures a table run takes, and which folders it refuses."""
 
 import hashlib
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -149,3 +151,51 @@ def test_the_shorter_side_is_resized(tmp_path):
     flat = np.full((64, 96, 3), 77, np.uint8)
     Image.fromarray(flat).save(tmp_path / "flat.png")
     assert torch.allclose(Picture(tmp_path / "flat.png", 0).open(32), torch.tensor(77 / 127.5 - 1))
+
+
+def bad_files(folder):
+    """A folder with two good pictures and one of every kind that a run must not begin with."""
+    (folder / "c.webp").unlink()
+    whole = folder / "whole.jpg"
+    picture(whole, 640, 480)
+    (folder / "cut.jpg").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])  # its header is whole
+    whole.unlink()
+    Image.new("1", (9500, 9500)).save(folder / "large.png")
+    os.mkfifo(folder / "pipe.png")
+    shutil.copy(folder / "b.png", os.fsencode(folder) + b"/z\xff.png")
+    return ["cut.jpg", "large.png", "pipe.png", "z\\udcff.png"]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_every_file_is_opened_whole_before_a_run(folder, caplog):
+    bad = bad_files(folder)
+    message = refused(folder, None, None)
+    assert f"images: {folder / 'cut.jpg'} cannot be read" in message and "truncated" in message and "--unreadable skip" in message
+    assert f"The same holds for {', '.join(bad[1:])}." in message
+    (folder / "cut.jpg").unlink()
+    message = refused(folder, None, None)
+    assert f"{folder / 'large.png'} cannot be read (it has 9500x9500 pixels, and Pillow opens up to" in message
+    assert [p.name for p in find_pictures(folder, 2, None)] == ["a", "b"]  # the others are not asked for
+    caplog.clear()
+    with caplog.at_level("INFO", "dmap.evaluate"):
+        found = find_pictures(folder, None, None, unreadable="skip")
+    assert [(p.name, p.index) for p in found] == [("a", 0), ("b", 1)]
+    assert f"3 files of {folder} cannot be read and are left out: {', '.join(bad[1:])}" in caplog.text
+    assert f"1 file of {folder} ignored, not ending in .png, .jpg, .jpeg, .webp, .bmp, .tif, .tiff: notes.txt" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_as_many_good_pictures_as_are_wanted(folder):
+    bad_files(folder)
+    picture(folder / "y.png")
+    assert [p.name for p in find_pictures(folder, 3, None, unreadable="skip")] == ["a", "b", "y"]
+    assert "4 pictures are wanted and 3 of those in" in refused(folder, 4, None, unreadable="skip")
+
+
+def test_names_that_results_could_not_have(folder):
+    (folder / "a.jpg").rename(folder / f"{'x' * 236}.jpg")
+    message = refused(folder, None, None)
+    assert "is 236 bytes long, and files called after it may have 200; rename it" in message
+    assert [p.name for p in find_pictures(folder, None, None, unreadable="skip")] == ["b", "c"]
+    (folder / f"{'x' * 236}.jpg").rename(folder / f"{'x' * 200}.jpg")
+    assert len(find_pictures(folder, None, None)) == 3

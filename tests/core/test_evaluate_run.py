@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from host import import_torchvision
 from PIL import Image
 from tiny_models import pictures, tiny_checkpoint, tiny_cse
 
+from dmap_core.cse.checkpoint import read_cse, write_cse
 from dmap_core.errors import Diverged
 from dmap_core.evaluate import report, results, run, tables
 from dmap_core.evaluate.config import ConfigError, make_config
@@ -567,3 +569,75 @@ def test_two_processes(given, table, tmp_path):
     found, wanted = files(out, "[0-9].png"), files(tmp_path / "alone", "[0-9].png")
     assert len(found) == 12 and {n: c for n, (c, _) in found.items()} == {n: c for n, (c, _) in wanted.items()}
     assert not list(out.rglob("*.part"))
+
+
+# ---- names
+
+
+def test_nothing_is_written_outside_the_results_folder(table, given, tmp_path, nothing_to_restore):
+    """Whatever rows, operators and pictures are called; and no name takes another's file, or that of the settings."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, name in enumerate(("run", "psnr")):
+        shutil.copy(given.photos / f"{i}.png", photos / f"{name}.png")
+    names = ["../../../../home/photos/cat", "\u8d85\u5206\u8fa8\u7387", "\u53bb\u6a21\u7cca", "...", "plots", "/etc/x", "a\0b"]
+    operators = dict.fromkeys(names, SR8)
+    rows = [{"operator": name, "solver": "as given", "name": "!"} for name in names]
+    config = table(rows, operators=operators, images=photos)
+    before = files(tmp_path)
+    out = tmp_path / "deep" / "er" / "out"
+    report.write_table(config, run.evaluate(config, out), out)
+    written = files(tmp_path).keys() - before.keys()
+    assert {name.split(os.sep)[:3] == ["deep", "er", "out"] for name in written} == {True}
+    restored = [name for name in written if name.endswith(("/run.png", "/psnr.png")) and "/plots/" not in name]
+    sheets = [name for name in written if "out/pictures-" in name]
+    assert len(restored) == 2 * len(names) and len(sheets) == len(names)
+    assert json.loads((out / "run.json").read_text())["size"] == 32
+    run.evaluate(config, out)  # and it goes on
+
+
+def test_a_run_leaves_out_what_cannot_be_read(table, given, tmp_path, nothing_to_restore, caplog):
+    photos = shutil.copytree(given.photos, tmp_path / "photos")
+    (photos / "0.png").write_bytes((photos / "0.png").read_bytes()[:300])
+    message = refused(table([GIVEN], images=photos), tmp_path / "out")
+    assert f"images: {photos / '0.png'} cannot be read" in message and not (tmp_path / "out").exists()
+    jobs = make(table([GIVEN], images=photos, unreadable="skip"), tmp_path / "out")
+    assert [job.picture.file.name for job in jobs] == ["1.png", "2.png"] and "are left out: 0.png" in caplog.text
+
+
+def test_a_cse_of_another_operator(table, given, tmp_path, caplog):
+    """As in the graph: it runs, with a warning. A damaged one is named before anything is restored."""
+    cse = given.cse
+    rows = [{**DPS, "cse": str(cse)}, {**DPS, "operator": "gray", "name": "other", "cse": str(cse)}]
+    described = read_cse(cse)[1]
+    write_cse(tmp_path / "cse.safetensors", read_cse(cse)[0], replace(described, operator=SR8))
+    rows = [{**row, "cse": str(tmp_path / "cse.safetensors")} for row in rows]
+    wanted = "the CSE cse.safetensors was trained for SuperResolution(scale=8), and the operator here is Grayscale()"
+    assert run.cse_warnings(table(rows)) == [f"row 'other' (gray): {wanted}"]
+    alone = [{**GIVEN, "operator": "gray", "cse": str(tmp_path / "cse.safetensors")}]
+    make(table(alone, count=1), tmp_path / "out")
+    assert wanted in caplog.text and f"**Warning:** row 'as given' (gray): {wanted}." in (tmp_path / "out" / "table.md").read_text()
+    weights, _ = read_cse(cse)
+    write_cse(tmp_path / "cse.safetensors", {n: t for n, t in weights.items() if not n.startswith("time_embed.")}, described)
+    with pytest.raises(ValueError, match=r"cse\.safetensors: it lacks 4 tensors of a ControlNet: time_embed\.0\.weight"):
+        run.evaluate(table(rows), tmp_path / "out")
+
+
+def test_records_of_others(copy, table):
+    """JSON that is not ours is named."""
+    for name, text, words in (
+        ("run.json", "[]", "run.json cannot be read .*no JSON object"),
+        ("sr8-dps/0.json", "3", "0.json cannot be read"),
+        ("sr8-dps/0.json", "[" * 100_000, "0.json cannot be read"),
+    ):
+        file = copy / name
+        before = file.read_bytes()
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            run.evaluate(table(), copy)
+        file.write_bytes(before)
+    file = copy / "sr8-dps" / "0.json"
+    entry = json.loads(file.read_text())
+    file.write_text(json.dumps({"original": entry["original"]}))
+    with pytest.raises(ConfigError, match="0.json lacks figures; remove it"):
+        run.evaluate(table(), copy)

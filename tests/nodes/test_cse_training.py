@@ -4,6 +4,7 @@ The same training is run once without interruption; what was cut and went on mus
 """
 
 import errno
+import os
 import re
 import shutil
 import sys
@@ -454,6 +455,7 @@ PICTURES = {
     "a folder above": ({"folder": "input/../controlnet", "pictures": None}, "folder: 'input/../controlnet' must be input/NAME"),
     "an absolute folder": ({"folder": "/etc", "pictures": None}, "folder: '/etc' must be input/NAME"),
     "alpha": ({"pictures": torch.ones(3, 40, 40, 4)}, "TrainCSE: pictures: .*alpha"),
+    "a name that is too long": ({"save_name": "x" * 300}, r"save_name: the name x+\.\.\. is 300 bytes long; 200 are the most"),
     "a name above": ({"save_name": "../x"}, r"save_name: '\.\./x' is no name"),
     "an absolute name": ({"save_name": "/tmp/dmap-nowhere/x"}, "save_name: '/tmp/dmap-nowhere/x' is no name"),
     "a name above, hidden": ({"save_name": "sub/../../x"}, "save_name: 'sub/../../x' is no name"),
@@ -519,17 +521,112 @@ def test_unreadable_files(cses, folders, caplog):
         *_, summary = cses.train(save_name="mixed", steps=1, folder="input/mixed", pictures=None, unreadable="skip")
     assert "3 pictures (input/mixed)" in summary
     assert [r for r in caplog.records if "bad.png" in r.getMessage() and "left out" in r.getMessage()] != []
+    (folder / "moving.gif").touch()
+    with caplog.at_level("INFO"):
+        cses.train(save_name="mixed", steps=1, folder="input/mixed", pictures=None, unreadable="skip")
+    assert f"TrainCSE: 1 file of {folder} ignored" in caplog.text and "moving.gif" in caplog.text
 
 
-def test_what_makes_it_run_again(lab, cses, folders, whole):
-    """New pictures, and a file that is not there any more. Nothing else."""
+def test_what_makes_it_run_again(lab, cses, folders, monkeypatch):
+    """New pictures, and a trained file that is not there any more. Not the training itself: its file is there afterwards, and was not before."""
     node = lab.NODES["DMAP_TrainCSE"]
     folder = cses.fill(folders.input / "again", 2)
-    first = node.fingerprint_inputs(folder="input/again", save_name="whole", steps=3)
-    assert node.fingerprint_inputs(folder="input/again", save_name="whole", steps=3) == first
-    assert node.fingerprint_inputs(folder="input/again", save_name="gone", steps=3) != first
+
+    def fingerprint(folder="input/again", save_name="again"):
+        return node.fingerprint_inputs(folder=folder, save_name=save_name, steps=1)
+
+    first = fingerprint()
+    cses.train(save_name="again", steps=1, folder="input/again", pictures=None)
+    assert (folders.controlnet / "again.safetensors").exists() and fingerprint() == first == fingerprint()
+    (folders.controlnet / "again.safetensors").unlink()
+    removed = fingerprint()
+    assert removed != first and fingerprint() == removed
+    cses.train(save_name="again", steps=1, folder="input/again", pictures=None)
+    assert fingerprint() == removed
+    (folder / "settings.json").touch()  # no picture
+    assert fingerprint() == removed
     cses.fill(folder, 3)
-    assert node.fingerprint_inputs(folder="input/again", save_name="whole", steps=3) != first
+    assert fingerprint() != removed
+    assert fingerprint(folder=None, save_name=None) == fingerprint(folder="", save_name="x") == fingerprint(cses.NO_FOLDER, "x")
+
+
+def loops(folders):
+    """Links with which a walk through the folders would not end."""
+    links = {folders.input / "link": "/", folders.output / "a": ".", folders.output / "b": "."}
+    for link, target in links.items():
+        link.symlink_to(target)
+    return list(links)
+
+
+def test_nothing_is_walked_to_describe_the_node(lab, cses, folders, monkeypatch):
+    """A list of all folders would be made whenever ComfyUI starts or a page is loaded; with these links it had no end."""
+    links = loops(folders)
+    seen = []
+    for name in ("scandir", "listdir", "walk"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda path=".", *given, real=real, **more: seen.append(str(path)) or real(path, *given, **more))
+    schema = lab.NODES["DMAP_TrainCSE"].define_schema()
+    lab.NODES["DMAP_TrainCSE"].GET_NODE_INFO_V1()
+    assert [path for path in seen if path.startswith((str(folders.input), str(folders.output)))] == []
+    (chosen,) = [i for i in schema.inputs if i.id == "folder"]
+    assert chosen.get_io_type() == "STRING" and chosen.default == cses.NO_FOLDER
+
+    # what is chosen is looked at alone
+    cses.fill(folders.input / "photos-of-mine", 2)
+    seen.clear()
+    assert cses.host_cse.picture_folder("input/photos-of-mine") == folders.input / "photos-of-mine"
+    assert cses.host_cse.picture_folder("output/a/b/a") == folders.output / "a/b/a" and seen == []
+    with pytest.raises(ValueError, match=r"folder: there is no input/photo\. There are .*input/photos-of-mine"):
+        cses.host_cse.picture_folder("input/photo")
+    assert sorted(seen) == sorted(map(str, (folders.input, folders.output)))
+    for link in links:
+        link.unlink()
+
+
+def test_a_folder_that_is_linked(cses, folders, tmp_path):
+    """As those are who keep their pictures on another disk."""
+    (folders.input / "linked").symlink_to(cses.fill(tmp_path / "disk", 3))
+    cses.train(save_name="linked", steps=1, folder="input/linked", pictures=None)
+    for name in (" input/linked/ ", "input\\linked"):
+        assert cses.host_cse.picture_folder(name) == folders.input / "linked"
+
+
+@pytest.mark.parametrize(
+    "name", ["input", "input/", "/input/x", "input//x", "input/./x", "input/x/..", "input/.hidden", "temp/x", "", "input/a\0b", "x"]
+)
+def test_names_of_no_folder(cses, folders, name):
+    with pytest.raises(ValueError, match="must be input/NAME or output/NAME"):
+        cses.host_cse.picture_folder(name)
+
+
+def test_many_folders_are_not_all_named(cses, folders):
+    with cses.Folders(folders.root / "few") as few:
+        with pytest.raises(ValueError, match="There are no folders in ComfyUI's input and output directories yet"):
+            cses.host_cse.picture_folder("input/x")
+        for i in range(30):
+            (few.input / f"{i:02d}").mkdir()
+        with pytest.raises(ValueError, match="input/00, .*input/19 and 10 more"):
+            cses.host_cse.picture_folder("input/" + "x" * 300)
+
+
+def test_a_second_training_of_one_file(lab, cses, folders, monkeypatch):
+    """By the command line or another ComfyUI on the same models folder."""
+    with cses.checkpoint.training_files(folders.controlnet / "busy.safetensors"), monkeypatch.context() as patch:
+        patch.setattr(cses.host_cse, "training", None)
+        with pytest.raises(ValueError, match=r"busy\.safetensors is being written by another training \(process [0-9]+\); wait for it"):
+            cses.train(save_name="busy")
+    cses.train(save_name="busy", steps=1)
+    assert not list(folders.controlnet.glob("*.lock"))
+
+
+def test_an_operator_that_no_file_can_describe(lab, cses, folders, monkeypatch):
+    """64 masks without any order: known before the training and not after it."""
+    mask = (torch.rand(64, 320, 320, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    operator = lab.call("DMAP_OperatorInpainting", mask=mask)
+    monkeypatch.setattr(cses.host_cse, "training", None)
+    with pytest.raises(ValueError, match="description of the CSE would be [0-9]+ characters long.*single mask"):
+        cses.train(save_name="masks", operator=operator, size=320, batch_size=64, pictures=torch.zeros(64, 40, 40, 3))
+    assert not (folders.controlnet / "masks.safetensors").exists()
 
 
 # ---- other families
@@ -626,8 +723,7 @@ def test_generated_pictures_are_those_of_the_stock_sampler(lab, cses):
 
 def test_a_training_takes_the_folder(lab, cses, folders):
     _, folder = generate(lab, 2, save_name="sub/train")
-    listed = {i.id: i for i in lab.NODES["DMAP_TrainCSE"].define_schema().inputs}["folder"].options
-    assert folder == "output/sub/train" and folder in listed
+    assert folder == "output/sub/train"
     *_, summary = cses.train(save_name="self", steps=1, folder=folder, pictures=None)
     assert f"2 pictures ({folder})" in summary
 

@@ -238,6 +238,59 @@ def test_a_file_that_cannot_be_used(lab, cses, folders, weights, kind, words):
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
 
 
+def without(*starts):
+    return lambda weights: {name: tensor for name, tensor in weights.items() if not name.startswith(starts)}
+
+
+def changed(name, change):
+    return lambda weights: {**weights, name: change(weights[name])}
+
+
+LAST = "zero_convs.0.0.weight"
+INCOMPLETE = {
+    "no time embedding": (
+        without("time_embed."),
+        r"it lacks 4 tensors of a ControlNet: time_embed\.0\.weight; time_embed\.0\.bias; .*1 more",
+    ),
+    "hint layers but the first": (
+        lambda weights: {n: t for n, t in weights.items() if not n.startswith("input_hint_block.") or n.startswith("input_hint_block.0.")},
+        r"it lacks 14 tensors of a ControlNet: input_hint_block\.2\.weight",
+    ),
+    "no first layer": (without("input_hint_block.0.weight"), "there is no input_hint_block.0.weight"),
+    "no first block": (without("input_blocks.0."), r"lacks 2 tensors .*: input_blocks\.0\.0\.weight; input_blocks\.0\.0\.bias"),
+    "no blocks": (without("input_blocks."), "lacks [0-9]+ tensors"),
+    "no zero convolutions": (without("zero_convs."), r"lacks [0-9]+ tensors .*: zero_convs\.0\.0\.weight"),
+    "one tensor": (without("middle_block_out.0.bias"), r"lacks 1 tensors .*: middle_block_out\.0\.bias\. Is the file complete"),
+    "one of the attention": (
+        without("input_blocks.1.1.norm.bias"),
+        r"lacks 1 of the [0-9]+ tensors of its ControlNet: input_blocks\.1\.1\.norm\.bias",
+    ),
+    "another shape": (changed(LAST, lambda t: t[:-1]), r"zero_convs\.0\.0\.weight"),
+    "another kernel": (changed("input_hint_block.4.weight", lambda t: t[..., :1, :1]), r"input_hint_block\.4\.weight"),
+    "flat": (changed("input_blocks.0.0.weight", torch.flatten), r"input_blocks\.0\.0\.weight has 1 dimensions instead of 4"),
+    "no size": (changed("time_embed.0.weight", lambda t: t[:0]), r"time_embed\.0\.weight is empty"),
+    "whole numbers": (changed(LAST, lambda t: t.to(torch.int32)), r"zero_convs\.0\.0\.weight holds int32"),
+    "all flat": (lambda weights: {n: t.flatten() for n, t in weights.items()}, r"dimensions instead of 2; .* more"),
+}
+
+
+@pytest.mark.parametrize("kind", INCOMPLETE)
+def test_a_file_that_lacks_something(cses, folders, weights, kind):
+    """ComfyUI itself would leave what is missing uninitialised, and tell the log alone."""
+    change, words = INCOMPLETE[kind]
+    cses.save(change(weights), folders.controlnet / "bad.safetensors")
+    with pytest.raises(ValueError, match=rf"bad\.safetensors.*{words}"):
+        cses.load("bad.safetensors")
+
+
+def test_marks_of_other_architectures_in_a_file(cses, folders, weights, cse):
+    """They would send ComfyUI to readers of other files."""
+    marks = {"lora_controlnet": torch.zeros(1), "after_proj_list.18.bias": torch.zeros(1), "controlnet_blocks.0.weight": torch.zeros(1)}
+    cses.save({**weights, **marks}, folders.controlnet / "marked.safetensors", **DESCRIBED)
+    loaded = cses.load("marked.safetensors")[0]
+    assert all(torch.equal(a, b) for a, b in zip(cses.outputs(loaded), cses.outputs(cse), strict=True))
+
+
 @pytest.mark.parametrize("name", ["../outside.safetensors", "deep/../../outside.safetensors", "{}/outside.safetensors"])
 def test_a_name_that_leads_out_of_the_folder(cses, folders, weights, name):
     cses.save(weights, folders.root / "outside.safetensors")

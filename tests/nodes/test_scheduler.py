@@ -44,3 +44,14 @@ def test_the_default_is_the_papers(lab):
 def test_one_step(lab, spacing):
     sigma_max = float(lab.shared()[0].model.model_sampling.sigma_max)
     assert lab.sigmas(steps=1, spacing=spacing).tolist() == [pytest.approx(sigma_max, rel=1e-5), 0]
+
+
+@pytest.mark.parametrize("spacing", ["paper", "exponential", "karras"])
+@pytest.mark.parametrize("start", [1e-9, 1e-12, 1e-300])
+def test_levels_that_would_be_equal(lab, spacing, start):
+    """In float32, in which samplers get them: every sampler refuses two equal ones, so the node that makes them does."""
+    with pytest.raises(ValueError, match=rf"start is {start:g} and end 0, which are too close for 20 steps: .*Raise start, or lower steps"):
+        lab.sigmas(steps=20, start=start, spacing=spacing)
+    assert len(lab.sigmas(steps=1, start=start, spacing=spacing)) == 2
+    small = lab.sigmas(steps=20, start=0.001, spacing=spacing)
+    assert (small[1:] < small[:-1]).all()

@@ -64,6 +64,16 @@ def test_other_shapes_and_one_channel(lab):
     assert torch.allclose(grey[0, 8:72, 8:72], torch.full((64, 64, 3), 0.2), atol=1 / 255)
 
 
+def test_a_sheet_has_a_bounded_size(lab):
+    """A picture of one column, which would be 300 times as tall as wide, is shown narrower; one of one line is not lost."""
+    column = lab.call("DMAP_ComparisonSheet", image_1=flat((1.0, 0.0, 0.0), 300, 1), image_2=RED, width=512)
+    assert column.shape[1] < 4 * 512 and torch.equal(column[0, 8 : 8 + 3 * 512, 8:13], RED[0, :1, :1].expand(1536, 5, 3))
+    line = lab.call("DMAP_ComparisonSheet", image_1=flat((1.0, 0.0, 0.0), 1, 300), image_2=GREEN, width=64)
+    assert torch.equal(line[0, 8, 8:72], RED[0, 0, :1].expand(64, 3)) and line.shape[2] == 2 * 72 + 8
+    tall = lab.call("DMAP_ComparisonSheet", image_1=flat((1.0, 0.0, 0.0), 300, 100), width=64)
+    assert torch.equal(tall[0, 8:200, 8:72], RED[0, :1, :1].expand(192, 64, 3))
+
+
 def test_what_cannot_be_shown(lab):
     def refused(match, **inputs):
         with pytest.raises(ValueError, match=match):

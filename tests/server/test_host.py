@@ -44,6 +44,18 @@ def test_failing_prompt_says_where(host: Host):
         host.run(prompt)
 
 
+def test_links_in_its_folders_are_not_followed_for_a_list(host: Host):
+    """People link their disks there. To list what lies behind such links had no end, and nothing else was answered meanwhile."""
+    links = {host.input / "link": "/", host.output / "a": ".", host.output / "b": "."}
+    for link, target in links.items():
+        link.symlink_to(target)
+    try:
+        assert host.object_info()["DMAP_TrainCSE"]["input"]["required"]["folder"][0] == "STRING"
+    finally:
+        for link in links:
+            link.unlink()
+
+
 def test_tree_is_not_written_to(host: Host, comfyui_tree: Path):
     started = host.log.parent.joinpath("custom_nodes").stat().st_mtime
     assert not [path for path in comfyui_tree.rglob("*") if path.lstat().st_mtime > started]
