@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import Diverged
 from .operators import Operator
+from .operators.base import check_batch
 from .posterior import Posterior
 from .prior import Prior
 from .schedule import generators, randn_like
@@ -51,8 +52,10 @@ def restore(
 
     sigmas: (T + 1,) falling to 0. solver: one of `solvers.SOLVERS` with its settings. The noise of x_T comes from a sample's seed, that of
     the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others.
-    Raises errors.Diverged for NaN, and what the solver raises.
+    Raises ValueError, before anything is computed, for a y that the operator does not make; errors.Diverged for NaN, and what the solver raises.
     """
+    operator.check_measurement(y)
+    check_batch(y, len(seeds))
     device = y.device
     posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
     on_gpu = device.type == "cuda"
