@@ -24,8 +24,13 @@ def ancestral_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float,
     return denoised + (sigma_down / sigma) * (z - denoised), sigma_up
 
 
+def double_on_cpu(values: Tensor | Sequence[float]) -> Tensor:
+    """A tensor or numbers as float64 on the CPU. Moved first: there are devices without float64."""
+    return values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+
+
 def _sigma_at(model_sigmas: Tensor, timesteps: Tensor) -> Tensor:
-    table = model_sigmas.double().cpu()
+    table = double_on_cpu(model_sigmas)
     below = timesteps.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[below], table[below + 1], timesteps - below)
 

@@ -28,7 +28,7 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
     with needed("PSNR", "torchmetrics"):
         from torchmetrics.functional.image import peak_signal_noise_ratio
     image, reference = pair(image, reference)
-    return peak_signal_noise_ratio(image.double(), reference.double(), data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return peak_signal_noise_ratio(image.cpu().double(), reference.cpu().double(), data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 
 @torch.no_grad()

@@ -72,9 +72,9 @@ def _split(spec: Any) -> tuple[str, dict[str, Any]]:
     name = settings.pop("operator", None)
     if not isinstance(name, str) or name not in OPERATORS:
         raise ValueError(f"unknown operator {shown(name)}; known are {', '.join(OPERATORS)}")
-    odd = next((key for key in settings if not isinstance(key, str)), None)
-    if odd is not None:
-        raise ValueError(f"{name}: it has a setting called {shown(odd)}; names of settings are text")
+    odd = [key for key in settings if not isinstance(key, str)]
+    if odd:
+        raise ValueError(f"{name}: it has a setting called {shown(odd[0])}; names of settings are text")
     return name, settings
 
 

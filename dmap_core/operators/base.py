@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from numbers import Real
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +18,14 @@ Size = tuple[int, int]
 Find = Callable[[str], Path]  # the weights file of that name, from the folders where the caller keeps them
 
 
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
+
+
 def shown(value: Any) -> str:
-    """`value` for an error message: its repr, cut to 80 characters."""
+    """`value` for an error message: its repr, cut to 80 characters, which takes no longer for a large value than for a small one."""
     try:
-        text = repr(value)
+        text = SHORT.repr(value)
     except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists without end
         text = f"a {type(value).__name__} too long to print"
     return text if len(text) <= 80 else f"{text[:77]}..."
