@@ -36,6 +36,15 @@ def initial_latent(shape: tuple[int, int, int], sigma: float, seeds: Sequence[in
     return (1 + sigma**2) ** 0.5 * randn_like(noise, [g for seed in seeds for g in generators(seed, 1)])
 
 
+def _check_latent(size: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless some factor makes a latent (C, h, w) of a picture of `size` (H, W), rounded up."""
+    factor = max(-(-n // m) for n, m in zip(size, shape[1:], strict=True))
+    if tuple(-(-n // factor) for n in size) != tuple(shape[1:]):
+        raise ValueError(
+            f"measurement: it is that of a picture of {size[1]}x{size[0]}, of which no autoencoder makes a latent of {shape[2]}x{shape[1]}"
+        )
+
+
 def restore(
     prior: Prior,
     operator: Operator,
@@ -56,6 +65,7 @@ def restore(
     """
     operator.check_measurement(y)
     check_batch(y, len(seeds))
+    _check_latent(operator.image_size(y), shape)
     device = y.device
     posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
     on_gpu = device.type == "cuda"
