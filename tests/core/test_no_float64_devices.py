@@ -10,7 +10,7 @@ import pytest
 import torch
 from host import import_torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
 from dmap_core.metrics.reference import psnr
@@ -22,6 +22,8 @@ from dmap_core.solvers import SOLVERS
 from dmap_core.solvers.unguided import sample_unguided
 from dmap_core.studies import score
 from dmap_core.studies.diversity import diversity
+
+import_torchvision()  # which torchmetrics and diffusers want
 
 LATENT, IMAGE = (4, 8, 8), (64, 64)
 SIGMAS = [9.0, 3.0, 1.0, 0.0]
@@ -174,9 +176,9 @@ def test_the_prior_without_comfyui(device):
         called.append(timestep)
         return z
 
-    with torch.utils._python_dispatch._disable_current_modes():
-        import_torchvision()
+    with _disable_current_modes():
         from dmap_core.priors.diffusers import DiffusersPrior
+
     base = SimpleNamespace(
         sigmas=torch.linspace(0.03, 14.6, 1000).to(device),
         context=torch.zeros(1, 1, 1, device=device),
