@@ -60,7 +60,8 @@ def restore(
     """A restoration for every seed, of one measurement y (1, c, h, w) or of one each (B, c, h, w). shape: (C, h, w) of a latent.
 
     sigmas: (T + 1,) falling to 0. solver: one of `solvers.SOLVERS` with its settings. The noise of x_T comes from a sample's seed, that of
-    the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others.
+    the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others,
+    but for rounding, which a guided run amplifies (docs/solvers.md).
     Raises ValueError, before anything is computed, for a y that the operator does not make; errors.Diverged for NaN, and what the solver raises.
     """
     operator.check_measurement(y)

@@ -96,7 +96,7 @@ def check_sigmas(sigmas: Tensor | Sequence[float], to_zero: bool = True) -> list
 
 
 def generators(seed: int, n: int) -> list[torch.Generator]:
-    """One CPU generator per sample, so that sample i of a batch does not depend on the batch size. Sample 0's is seeded with `seed` itself."""
+    """One CPU generator per sample, so that the noise of sample i does not depend on the batch size. Sample 0's is seeded with `seed` itself."""
     return [torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * i) % 2**64) for i in range(n)]
 
 

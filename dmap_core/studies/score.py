@@ -254,7 +254,7 @@ def score_means(
     """Means over k samples x_T ~ N(0, I) of the unconditional score, under UNCONDITIONAL, and of DPS's, under every zeta (Table 2).
 
     posterior: of one picture; its y may be repeated for a batch. shape: (C, h, w) of a latent. sigma: the first level of the schedule and
-    sigma_next its second. batch: samples at a time, which changes nothing but speed and memory. callback(done, k) after every batch.
+    sigma_next its second. batch: samples at a time, which changes speed and memory, and results by rounding. callback(done, k) after every batch.
     Sample i is the noise of `schedule.generators(seed, k)[i]`, the same as in `plain_score_mean`. k gradients in all.
     """
     check_sigmas([sigma, sigma_next], to_zero=False)
