@@ -54,15 +54,17 @@ class Preset:
     source: str
 
     def with_steps(self, steps: int) -> Preset:
-        """The same with another number of steps: zeta grows as they get fewer (B.3: "double zeta to compensate"), windows move along."""
+        """The same with another number of steps: zeta grows as they get fewer (B.3: "double zeta to compensate"), windows move along.
+
+        DSG's mix rate stays as it is: it is no step size, and was better unscaled (docs/solvers.md).
+        """
         steps = whole("steps", steps, 1)
         if steps == self.steps:
             return self
         ratio = steps / self.steps
         settings = {k: max(1, round(v * ratio)) if k in ("first", "last", "every") else v for k, v in self.settings.items()}
-        settings |= {k: float(f"{v / ratio:.4g}") for k, v in settings.items() if k in ("zeta", "gamma")}
-        if self.solver == "DSG":
-            settings["zeta"] = min(1.0, settings["zeta"])
+        if self.solver != "DSG":
+            settings |= {k: float(f"{v / ratio:.4g}") for k, v in settings.items() if k in ("zeta", "gamma")}
         settings |= {k: min(v, steps - 1) for k, v in settings.items() if k in ("first", "last")}
         spacing = self.spacing if steps > 100 else "exponential"
         return replace(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import Diverged
 from .operators import Operator
+from .operators.base import check_batch
 from .posterior import Posterior
 from .prior import Prior
 from .schedule import generators, randn_like
@@ -35,6 +36,15 @@ def initial_latent(shape: tuple[int, int, int], sigma: float, seeds: Sequence[in
     return (1 + sigma**2) ** 0.5 * randn_like(noise, [g for seed in seeds for g in generators(seed, 1)])
 
 
+def _check_latent(size: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    """Raises ValueError unless some factor makes a latent (C, h, w) of a picture of `size` (H, W), rounded up."""
+    factor = max(-(-n // m) for n, m in zip(size, shape[1:], strict=True))
+    if tuple(-(-n // factor) for n in size) != tuple(shape[1:]):
+        raise ValueError(
+            f"measurement: it is that of a picture of {size[1]}x{size[0]}, of which no autoencoder makes a latent of {shape[2]}x{shape[1]}"
+        )
+
+
 def restore(
     prior: Prior,
     operator: Operator,
@@ -50,9 +60,13 @@ def restore(
     """A restoration for every seed, of one measurement y (1, c, h, w) or of one each (B, c, h, w). shape: (C, h, w) of a latent.
 
     sigmas: (T + 1,) falling to 0. solver: one of `solvers.SOLVERS` with its settings. The noise of x_T comes from a sample's seed, that of
-    the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others.
-    Raises errors.Diverged for NaN, and what the solver raises.
+    the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others,
+    but for rounding, which a guided run amplifies (docs/solvers.md).
+    Raises ValueError, before anything is computed, for a y that the operator does not make; errors.Diverged for NaN, and what the solver raises.
     """
+    operator.check_measurement(y)
+    check_batch(y, len(seeds))
+    _check_latent(operator.image_size(y), shape)
     device = y.device
     posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
     on_gpu = device.type == "cuda"

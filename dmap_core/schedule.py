@@ -24,8 +24,13 @@ def ancestral_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float,
     return denoised + (sigma_down / sigma) * (z - denoised), sigma_up
 
 
+def double_on_cpu(values: Tensor | Sequence[float]) -> Tensor:
+    """A tensor or numbers as float64 on the CPU. Moved first: there are devices without float64."""
+    return values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)
+
+
 def _sigma_at(model_sigmas: Tensor, timesteps: Tensor) -> Tensor:
-    table = model_sigmas.double().cpu()
+    table = double_on_cpu(model_sigmas)
     below = timesteps.floor().long().clamp(max=len(table) - 2)
     return torch.lerp(table[below], table[below + 1], timesteps - below)
 
@@ -101,7 +106,7 @@ def check_sigmas(sigmas: Tensor | Sequence[float], to_zero: bool = True) -> list
 
 
 def generators(seed: int, n: int) -> list[torch.Generator]:
-    """One CPU generator per sample, so that sample i of a batch does not depend on the batch size. Sample 0's is seeded with `seed` itself."""
+    """One CPU generator per sample, so that the noise of sample i does not depend on the batch size. Sample 0's is seeded with `seed` itself."""
     return [torch.Generator().manual_seed((seed + 0x9E3779B97F4A7C15 * i) % 2**64) for i in range(n)]
 
 

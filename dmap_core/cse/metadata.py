@@ -14,6 +14,8 @@ from .settings import HINT_RANGES
 KEY = "dmap_cse"
 LONGEST = 1_000_000  # characters; an inpainting mask is the longest thing in it
 LONGEST_SETTING = 80  # characters
+LONGEST_TEXT = 10_000  # characters, of a name or a licence
+DEEPEST = 40  # lists in lists; printing or comparing what is deeper could exhaust the stack
 TEXTS = ("base", "prediction", "hint_range", "licence", "fingerprint", "source")
 NUMBERS = ("steps", "pictures", "batch_size", "size", "seed")
 
@@ -41,21 +43,26 @@ class CSEMetadata:
     licence: str = ""
 
     def write(self) -> dict[str, str]:
-        """The metadata of a safetensors file. Raises ValueError for what `read_metadata` would refuse for its length."""
+        """The metadata of a safetensors file. Raises ValueError for what `read_metadata` would not take, such as too many masks."""
         text = json.dumps(asdict(self), sort_keys=True)
         if len(text) > LONGEST:
             raise ValueError(
                 f"the description of the CSE would be {len(text)} characters long, and {LONGEST} are the most; most of it is the operator's spec. "
                 "An inpainting operator with a batch of masks is one: train with a single mask, a smaller or a simpler one"
             )
-        return {"format": "pt", KEY: text}
+        found = {"format": "pt", KEY: text}
+        try:
+            read_metadata(found)
+        except ValueError as error:
+            raise ValueError(f"the CSE's file could not be read again: {error}") from error
+        return found
 
     def trained_for(self) -> str:
         """The operator in one line, such as `SuperResolution(scale=8)`; long settings (a mask) are left out."""
         if self.operator is None:
             return "an unknown operator"
         settings = {k: v for k, v in self.operator.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
-        return f"{self.operator.get('operator', 'an unknown operator')}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+        return f"{str(self.operator.get('operator', 'an unknown operator'))[:LONGEST_SETTING]}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
     def other_operator(self, operator: Operator, file: str) -> str:
         """What is to be said where the CSE of a file was trained for another operator than this one; empty where it fits, or is not known."""
@@ -90,13 +97,31 @@ def read_metadata(metadata: Mapping[str, str] | None) -> CSEMetadata | None:
     if not isinstance(values, dict):
         raise ValueError(f"its description ({KEY}) is not a JSON object")
     known = {f.name: values[f.name] for f in fields(CSEMetadata) if f.name in values}
+    _check_depth(known)
     kinds = dict.fromkeys(TEXTS, str) | dict.fromkeys(NUMBERS, int) | {"learning_rate": (int, float), "operator": (dict, type(None))}
     for name, value in known.items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool) or (isinstance(value, int) and abs(value) >= 2**64):
             raise ValueError(f"its description ({KEY}) has a {name} of the wrong kind: {str(value)[:40]!r}")
+        if isinstance(value, str) and len(value) > LONGEST_TEXT:
+            raise ValueError(f"its description ({KEY}) has a {name} of {len(value)} characters; {LONGEST_TEXT} are the most")
+    try:
+        json.dumps(known, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half a character
+        raise ValueError(f"its description ({KEY}) has text that cannot be printed: {error}") from error
     found = CSEMetadata(**known)
     if found.hint_range not in HINT_RANGES or found.prediction not in PREDICTIONS:
         raise ValueError(
             f"its description ({KEY}) has an unknown hint range or prediction: {found.hint_range[:20]!r}, {found.prediction[:20]!r}"
         )
     return found
+
+
+def _check_depth(known: dict[str, Any]) -> None:
+    """Raises ValueError for lists in lists without end."""
+    level, depth = [known], 0
+    while level:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"its description ({KEY}) has lists or objects more than {DEEPEST} inside each other")
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, (dict, list))]

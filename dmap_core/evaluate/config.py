@@ -75,9 +75,9 @@ class Config:
 
     size: pictures are resized (shorter side) and centre-cropped to it; None takes them as they are, which must then be equal in size.
     settings_for: whose presets fill in what rows leave out, one of `presets.MODELS`. seed: of the first picture; each takes three (run.SEEDS).
-    batch: pictures restored at once, which changes results by rounding alone. repeats: restorations of every picture, each with a seed of
-    its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images` that cannot be
-    read, one of UNREADABLE.
+    batch: pictures restored at once, which changes results by rounding, amplified (docs/solvers.md). repeats: restorations of every picture, each
+    with a seed of its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images`
+    that cannot be read, one of UNREADABLE.
     """
 
     operators: dict[str, dict[str, Any]]

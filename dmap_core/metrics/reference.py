@@ -27,7 +27,7 @@ def psnr(image: Tensor, reference: Tensor) -> Tensor:
     """(B,) peak signal-to-noise ratio in dB, float64: -10 log10 of the mean squared error, infinite for equal pictures."""
     with needed("PSNR", "torchmetrics"):
         from torchmetrics.functional.image import peak_signal_noise_ratio
-    image, reference = pair(image, reference)
+    image, reference = pair(image.cpu(), reference.cpu())  # not every device has float64
     return peak_signal_noise_ratio(image.double(), reference.double(), data_range=1.0, reduction="none", dim=(1, 2, 3))
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from numbers import Real
 from pathlib import Path
+from reprlib import Repr
 from typing import Any, ClassVar
 
 import torch
@@ -16,15 +18,49 @@ Size = tuple[int, int]
 Find = Callable[[str], Path]  # the weights file of that name, from the folders where the caller keeps them
 
 
-def whole(name: str, value: Any, least: int) -> int:
-    """`value` as an int. Raises ValueError, naming it, unless it is a whole number of at least `least`."""
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxlong = SHORT.maxother = 80
+
+
+def shown(value: Any) -> str:
+    """`value` for an error message: its repr, cut to 80 characters, which takes no longer for a large value than for a small one."""
+    try:
+        text = SHORT.repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, or lists in lists without end
+        text = f"a {type(value).__name__} too long to print"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def whole(name: str, value: Any, least: int, most: int | None = None, odd: bool = False) -> int:
+    """`value` as an int. Raises ValueError, naming it, unless it is a whole number of at least `least` and, if given, at most `most`."""
     try:
         number = int(value)
     except (TypeError, ValueError, OverflowError):
         number = None
-    if isinstance(value, str) or number is None or number != value or number < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}")
+    wrong = isinstance(value, (str, bool)) or number is None or number != value or number < least or (odd and number % 2 == 0)
+    if wrong or (most is not None and number > most):
+        limits = f"{'be odd and ' * odd}at least {least}{f' and at most {most}' if most is not None else ''}"
+        raise ValueError(
+            f"{name} is {shown(value)}; it must {limits}" if odd else f"{name} is {shown(value)}; it must be a whole number of {limits}"
+        )
     return number
+
+
+def real(name: str, value: Any, most: float, above: float | None = 0.0, unit: str = "") -> float:
+    """`value`, as it is if it is an int or a float. Raises ValueError, naming it, unless it is a number in (`above`, `most`].
+
+    With `above` None it may be negative, down to -`most`. `unit`: its plural, for the message.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not (-most <= value if above is None else above < value) or value > most:
+        limits = f"from {-most:g} to {most:g}" if above is None else f"above {above:g} and at most {most:g}"
+        raise ValueError(f"{name} is {shown(value)}{f' {unit}' * bool(unit)}; it must be a number {limits}")
+    return value if isinstance(value, (int, float)) else float(value)
+
+
+def check_batch(y: Tensor, batch: int) -> None:
+    """Raises ValueError unless there is one measurement y, or one for each of `batch` latents or pictures."""
+    if len(y) not in (1, batch):
+        raise ValueError(f"measurement: {len(y)} measurements for a batch of {batch}; give one, or one for each sample of the batch")
 
 
 class Operator:
@@ -36,6 +72,7 @@ class Operator:
     linear: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...] | None] = None  # names of the fields in spec(); all of them unless said otherwise
     noise: float = 0.0  # standard deviation of the measurement's noise, in the units of [-1, 1] images, if it is known
+    parts: tuple[Operator, ...] = ()  # the operators that this one is made of
 
     def __call__(self, image: Tensor) -> Tensor:
         raise NotImplementedError
@@ -48,8 +85,20 @@ class Operator:
         """f^T(y), an image of `size` (H, W), in the channels of f's input. Linear operators only."""
         raise NotImplementedError(f"{self.name} has no adjoint: it is not linear")
 
+    def check_size(self, y: Tensor, size: Size) -> None:
+        """Raises ValueError unless y is of the height and width that f gives an image of `size`."""
+        wanted = tuple(self.measurement_size(size))
+        if tuple(y.shape[-2:]) != wanted:
+            raise ValueError(
+                f"measurement: it is {y.shape[-1]}x{y.shape[-2]}, and {self.describe()} makes {wanted[1]}x{wanted[0]} of a picture of {size[1]}x{size[0]}"
+            )
+
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        """||y_hat - y||, the plain l2 norm (not squared, not a mean) of every sample, (B,) float32 (Eq. 3)."""
+        """||y_hat - y||, the plain l2 norm (not squared, not a mean) of every sample, (B,) float32 (Eq. 3).
+
+        y_hat: (B, c, h, w), what f makes of an image; y: the measurement, of that shape, or (1, c, h, w). Raises ValueError for others.
+        """
+        self.check_pair(y_hat, y)
         return torch.linalg.vector_norm(self.difference(y_hat, y).float().flatten(1), dim=1)
 
     def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
@@ -63,6 +112,44 @@ class Operator:
     def check(self, size: Size, batch: int = 1) -> None:
         """Raises ValueError for images that f cannot take, without computing anything."""
         self.measurement_size(size)
+
+    def check_pair(self, y_hat: Tensor, y: Tensor) -> None:
+        """Raises ValueError unless y is shaped as y_hat behind the batch, of which it may have one sample or as many."""
+        if y.shape[1:] != y_hat.shape[1:]:
+            raise ValueError(
+                f"measurement: it has shape {tuple(y.shape)}, and {self.describe()} makes {tuple(y_hat.shape)} of the restored picture; "
+                "channels, height and width must be the same"
+            )
+        check_batch(y, len(y_hat))
+
+    def check_measurement(self, y: Tensor, image_channels: int = 3) -> None:
+        """Raises ValueError unless y (B, c, h, w) can be a measurement of images with that many channels, without computing anything."""
+        if y.ndim != 4 or 0 in y.shape:
+            raise ValueError(f"measurement: it has shape {tuple(y.shape)}; it must be (B, c, h, w), and none of them 0")
+        self.measurement_size(self.image_size(y))
+        wanted = self.channels(image_channels)
+        if y.shape[1] != wanted:
+            raise ValueError(f"measurement: it has {y.shape[1]} channel(s), and {self.describe()} measures {wanted}")
+
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        """(1 or B, 1, h, w), 1 where a measurement holds nothing of the image, 0 elsewhere; None if it holds something everywhere.
+
+        before: the same of the image, for an operator that comes after others, and channels: how many that image has.
+        """
+        return None
+
+    def seen(self, y: Tensor) -> Tensor:
+        """y with 0 where it holds nothing of the image, so that whatever a damaged picture shows there counts nowhere."""
+        hidden = self.hidden()
+        return y if hidden is None else y * self._visible(hidden, y)
+
+    def _visible(self, hidden: Tensor, y: Tensor) -> Tensor:
+        if hidden.shape[-2:] != y.shape[-2:]:
+            (h, w), size = hidden.shape[-2:], tuple(y.shape[-2:])
+            raise ValueError(f"{self.name}: the measurement is {size[1]}x{size[0]}; with this mask it must be {w}x{h}")
+        if len(hidden) not in (1, len(y)):
+            raise ValueError(f"{self.name}: {len(hidden)} masks for a batch of {len(y)} pictures; give one mask or one per picture")
+        return 1 - hidden.to(y)
 
     def to(self, device: torch.device | str) -> Operator:
         """This operator, with its network, if it has one, on `device`."""
@@ -126,6 +213,12 @@ class Operator:
         return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.spec().items() if k != 'operator')})"
 
 
+def nothing_left(count: Tensor) -> Tensor | None:
+    """1 where `count`, how many known pixels a measured one is made of, is below one half; None if that is nowhere."""
+    hidden = (count < 0.5).float()
+    return hidden if hidden.any() else None
+
+
 class Separable(Operator):
     """f(x) = M_h x M_w^T for every channel: a matrix for the rows and one for the columns, so that the adjoint is their transposes."""
 
@@ -142,5 +235,12 @@ class Separable(Operator):
         return rows @ image @ columns.mT
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
+        self.check_size(y, size)
         rows, columns = self._matrices(size, y)
         return rows.mT @ y @ columns
+
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        if before is None:
+            return None
+        rows, columns = ((m != 0).float() for m in self._matrices(tuple(before.shape[-2:]), before.double()))
+        return nothing_left(rows @ (1 - before) @ columns.mT)

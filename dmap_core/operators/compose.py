@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Find, Operator, Size
+from .base import Find, Operator, Size, shown
+
+MOST, DEEPEST = (
+    32,
+    8,
+)  # operators that are parts of one, parts of parts included, and how far down they go: more only come from a hostile spec
 
 
 @dataclass(frozen=True)
 class Compose(Operator):
-    """f = f_n ... f_2 f_1: the first operator of the list touches the image first. An old photo is grayscale, blur, downsampling."""
+    """f = f_n ... f_2 f_1: the first operator of the list touches the image first. An old photo is grayscale, blur, downsampling.
+
+    Raises ValueError for parts that are no operators or have noise, for none, for more than 32 in all, and for more than 8 inside each other.
+    """
 
     operators: tuple[Operator, ...]
 
     def __post_init__(self):
+        if not isinstance(self.operators, (list, tuple)):
+            raise ValueError(f"Compose: operators is {shown(self.operators)}; it must be a list of operators")
         object.__setattr__(self, "operators", tuple(self.operators))
+        wrong = [f for f in self.operators if not isinstance(f, Operator)]
+        if wrong:
+            raise ValueError(f"Compose: {shown(wrong[0])} cannot be a part; only operators can")
         if not self.operators:
             raise ValueError("Compose: needs at least one operator")
         noisy = [f.name for f in self.operators if f.noise]
         if noisy:
             raise ValueError(f"Compose: {noisy[0]} cannot be a part; noise comes last, so put it around the Compose")
+        check_extent(self)
+
+    @property
+    def parts(self) -> tuple[Operator, ...]:
+        return self.operators
 
     @property
     def linear(self) -> bool:
@@ -48,13 +67,33 @@ class Compose(Operator):
         return y
 
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
+        """The last operator's, of what holds something of the image: pixels that an earlier Inpainting took do not count."""
+        if self._hidden is not None:
+            self.operators[-1].check_pair(y_hat, y)
+            y_hat, y = y_hat * self._visible(self._hidden, y_hat), self.seen(y)
         return self.operators[-1].distance(y_hat, y)
 
     def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
         return self.operators[-1].difference(y_hat, y)
 
     def elements(self, y: Tensor) -> Tensor:
-        return self.operators[-1].elements(y)
+        if self._hidden is None:
+            return self.operators[-1].elements(y)
+        self.operators[-1].elements(y)  # which may raise
+        return y.shape[1] * self._visible(self._hidden, y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
+
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        return self._hidden if before is None and channels == 3 else self._propagated(before, channels)
+
+    @cached_property
+    def _hidden(self) -> Tensor | None:
+        return self._propagated(None, 3)
+
+    def _propagated(self, before: Tensor | None, channels: int) -> Tensor | None:
+        with torch.inference_mode(False), torch.no_grad():  # a host may call this under inference mode, and the cache outlives that
+            for f in self.operators:
+                before, channels = f.hidden(before, channels), f.channels(channels)
+        return before
 
     def check(self, size: Size, batch: int = 1) -> None:
         for f in self.operators:
@@ -90,6 +129,7 @@ class Compose(Operator):
         return image_channels
 
     def hint(self, y: Tensor) -> Tensor:
+        y = self.seen(y)  # first: enlarging would carry the hole's pixels past its edge
         for f in reversed(self.operators):
             y = f.hint(y)
         return y
@@ -101,7 +141,21 @@ class Compose(Operator):
     def from_settings(cls, settings: dict[str, Any], find: Find | None = None) -> Compose:
         from . import from_spec
 
-        return cls(tuple(from_spec(spec, find) for spec in settings["operators"]))
+        rest = dict(settings)
+        parts = rest.pop("operators")
+        if not isinstance(parts, (list, tuple)) or rest:
+            raise ValueError(f"Compose: its settings are {shown(settings)}; there must be one, operators, a list of operators")
+        return cls(tuple(from_spec(spec, find) for spec in parts))
 
     def describe(self) -> str:
         return f"Compose[{', '.join(f.describe() for f in self.operators)}]"
+
+
+def check_extent(f: Operator) -> None:
+    """Raises ValueError for an operator of more parts than `MOST`, or more than `DEEPEST` inside each other."""
+    level, count, depth = list(f.parts), 0, 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MOST or depth > DEEPEST:
+            raise ValueError(f"{f.name}: it is made of too many operators; {MOST} are the most, and {DEEPEST} inside each other")
+        level = [part for g in level for part in g.parts]

@@ -19,7 +19,11 @@ class Grayscale(Operator):
         return luma(image)
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
+        self.check_size(y, size)
         return y * luma_weights(y)
+
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        return before
 
     def channels(self, image_channels: int = 3) -> int:
         if image_channels != 3:

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Find, Operator, Size, whole
+from .base import Find, Operator, Size, shown, whole
+
+PIXELS = 2**24  # of all the masks of a spec together, such as 64 of 512x512: a few bytes of a stranger's file may ask for any number
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,15 +22,21 @@ class Inpainting(Operator):
     """f(x) = x (1 - mask). `mask` is (H, W) or (B, 1, H, W), 1 where the picture is missing (ComfyUI's convention), 0 where it is known.
 
     Missing pixels of the measurement are 0: mid-grey in [-1, 1]. Masks are binary: 0.5 and above count as missing.
+    Raises ValueError for masks of another shape or without pixels, with NaN, and for those that hide nothing or everything.
     """
 
     mask: Tensor
 
     def __post_init__(self):
-        mask = torch.as_tensor(self.mask, dtype=torch.float32)
+        try:
+            mask = torch.as_tensor(self.mask, dtype=torch.float32)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"Inpainting: mask is {shown(self.mask)}; it must be numbers, (H, W) or (B, 1, H, W): {error}") from error
         mask = mask.reshape(1, 1, *mask.shape) if mask.ndim == 2 else mask
         if mask.ndim != 4 or mask.shape[1] != 1:
-            raise ValueError(f"Inpainting: mask has shape {tuple(self.mask.shape)}; it must be (H, W) or (B, 1, H, W)")
+            raise ValueError(f"Inpainting: mask has shape {tuple(mask.shape)}; it must be (H, W) or (B, 1, H, W)")
+        if not mask.numel():
+            raise ValueError(f"Inpainting: mask has shape {tuple(mask.shape)}, which is no pixel at all; give one of the picture's size")
         if not torch.isfinite(mask).all():
             raise ValueError("Inpainting: mask holds NaN or infinite values")
         mask = (mask >= 0.5).float()
@@ -64,6 +72,12 @@ class Inpainting(Operator):
     def elements(self, y: Tensor) -> Tensor:
         return y.shape[1] * self._known(y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
 
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        if before is None:
+            return self.mask
+        self.check(tuple(before.shape[-2:]), len(before) if len(before) > 1 else len(self.mask))
+        return torch.maximum(self.mask, before.to(self.mask))
+
     def hint(self, y: Tensor) -> Tensor:
         return y * self._known(y)
 
@@ -86,27 +100,53 @@ class Inpainting(Operator):
         """A mask as `spec` packs it; or size: [H, W] and box: [h, w], a centred hole, which a person can write into a config."""
         if settings.keys() == {"size", "box"}:
             return cls(_box_of(settings["size"], settings["box"]))
+        shape, count = _shape_of(settings), cls.pixels(settings)
+        text = settings["mask"]
+        if not isinstance(text, str):
+            raise ValueError(f"Inpainting: the spec's mask is {shown(text)}; it must be text")
+        expected = -(-count // 8)
         try:
-            shape = tuple(int(n) for n in settings["shape"])
-            count = math.prod(shape)
-            packed = zlib.decompress(base64.b64decode(settings["mask"], validate=True))
+            stream = zlib.decompressobj()
+            packed = stream.decompress(
+                base64.b64decode(text, validate=True), expected + 1
+            )  # no byte more than it takes to see that there are too many
         except (ValueError, zlib.error) as error:
-            raise ValueError(f"Inpainting: the spec's shape or mask cannot be read: {error}") from error
+            raise ValueError(f"Inpainting: the spec's mask cannot be read: {error}") from error
+        if len(packed) != expected or not stream.eof:
+            raise ValueError(f"Inpainting: the spec's mask has more or fewer bytes than the {expected} that make a mask of shape {shape}")
         bits = np.frombuffer(packed, dtype=np.uint8)
-        if min(shape, default=0) < 1 or len(bits) != math.ceil(count / 8):
-            raise ValueError(f"Inpainting: the spec's mask has {len(bits)} bytes, which do not make a mask of shape {shape}")
         return cls(torch.from_numpy(np.unpackbits(bits, count=count).reshape(shape).astype(np.float32)))
+
+    @staticmethod
+    def pixels(settings: dict[str, Any]) -> int:
+        """How many the masks of a spec have, without making them. Raises ValueError for more than `PIXELS`, or a shape that is none."""
+        shape = _sides("size", settings["size"], 2) if settings.keys() == {"size", "box"} else _shape_of(settings)
+        count = math.prod(shape)
+        if count > PIXELS:
+            raise ValueError(f"Inpainting: the spec asks for masks of {shape}, {count} pixels; {PIXELS} are the most that one may have")
+        return count
 
     def describe(self) -> str:
         h, w = self.mask.shape[-2:]
         return f"Inpainting({w}x{h}, {100 * float(self.mask.mean()):.1f} % missing)"
 
 
+def _sides(name: str, value: Any, count: int) -> tuple[int, ...]:
+    if not isinstance(value, (list, tuple)) or len(value) != count:
+        what = "[height, width] in pixels" if count == 2 else "[masks, 1, height, width]"
+        raise ValueError(f"Inpainting: {name} is {shown(value)}; it must be {what}")
+    return tuple(whole(f"Inpainting: {name}", n, 1, PIXELS) for n in value)
+
+
+def _shape_of(settings: dict[str, Any]) -> tuple[int, ...]:
+    if settings.keys() != {"shape", "mask"}:
+        given = ", ".join(sorted(settings)) or "nothing"
+        raise ValueError(f"Inpainting: the spec has {given}; it must have shape and mask, or size and box")
+    return _sides("shape", settings["shape"], 4)
+
+
 def _box_of(size: Any, box: Any) -> Tensor:
-    for name, value in (("size", size), ("box", box)):
-        if not isinstance(value, (list, tuple)) or len(value) != 2:
-            raise ValueError(f"Inpainting: {name} is {value!r}; it must be [height, width] in pixels")
-    size, box = (tuple(whole(f"Inpainting: {name}", n, 1) for n in value) for name, value in (("size", size), ("box", box)))
+    size, box = _sides("size", size, 2), _sides("box", box, 2)
     if box[0] > size[0] or box[1] > size[1]:
         raise ValueError(f"Inpainting: the box {box[1]}x{box[0]} is larger than the picture, {size[1]}x{size[0]}")
     return centred_box(size, box)

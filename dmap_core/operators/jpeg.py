@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Operator, whole
+from .base import Operator, nothing_left, shown, whole
 from .colour import LUMA
 
 # ITU-T T.81 Annex K.1, rows of rising vertical frequency: luma (Table K.1) and chroma (Table K.2)
@@ -63,6 +63,11 @@ def edge(x: Tensor, down: int, across: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % across, 0, -x.shape[-2] % down), mode="replicate")
 
 
+def blocks_with_any(x: Tensor, height: int, width: int) -> Tensor:
+    """x (B, 1, h, w), whose sides are multiples of the block's, with the largest value of every block in all of it."""
+    return F.max_pool2d(x, (height, width)).repeat_interleave(height, -2).repeat_interleave(width, -1)
+
+
 def triangle(x: Tensor, dim: int) -> Tensor:
     """Twice the samples along `dim`: 3/4 of the nearest and 1/4 of the next nearest, the edge repeated (libjpeg's "fancy upsampling")."""
     dim, n = dim % x.ndim, x.shape[dim]
@@ -90,12 +95,10 @@ class Jpeg(Operator):
     linear = False
 
     def __post_init__(self):
-        object.__setattr__(self, "quality", whole("Jpeg: quality", self.quality, 1))
-        if self.quality > 100:
-            raise ValueError(f"Jpeg: quality is {self.quality}; it must be a whole number of at most 100")
+        object.__setattr__(self, "quality", whole("Jpeg: quality", self.quality, 1, 100))
         for name, known in (("subsampling", SUBSAMPLINGS), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in tuple(known):
-                raise ValueError(f"Jpeg: {name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise ValueError(f"Jpeg: {name} is {shown(getattr(self, name))}; it must be one of {', '.join(known)}")
 
     def __call__(self, image: Tensor) -> Tensor:
         if image.shape[1] not in (1, 3):
@@ -111,6 +114,18 @@ class Jpeg(Operator):
             x = torch.cat([self._compressed(x[:, :1], luma), self._subsampled(x[:, 1:], chroma)], 1) - offset
             x = self._bytes(torch.einsum("oc,bchw->bohw", ycbcr_matrix().inverse().to(x), x))
         return (x / 127.5 - 1).to(image.dtype)
+
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        """A pixel is made of its block's, and of the blocks whose colour is smoothed into its own."""
+        if before is None:
+            return None
+        (down, across), (height, width) = SUBSAMPLINGS[self.subsampling], before.shape[-2:]
+        known = edge(1 - before, 8 * down, 8 * across)
+        found = blocks_with_any(known, 8, 8)
+        if channels == 3:
+            colour = blocks_with_any(known, 8 * down, 8 * across)
+            found = torch.maximum(found, F.max_pool2d(colour, (2 * down - 1, 2 * across - 1), 1, (down - 1, across - 1)))
+        return nothing_left(found[..., :height, :width])
 
     def _bytes(self, x: Tensor, lean: float = 0.0) -> Tensor:
         """x as 8-bit samples, 0 .. 255. Halves of odd columns go up and those of even ones down if `lean` > 0, the reverse if it is < 0."""

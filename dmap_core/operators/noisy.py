@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Find, Operator, Size
+from .base import Find, Operator, Size, real, shown
+from .compose import check_extent
+
+LOUDEST = 1000.0  # sigma: a thousand times the range of picture values
 
 
 @dataclass(frozen=True)
 class Noisy(Operator):
     """y = f(x) + noise, white and Gaussian, f being `operator`. Calling it is f alone: only who makes a measurement adds noise.
 
-    sigma: the noise's standard deviation (above 0) in picture values 0 .. 1, so 5 / 255 is 5 levels of 8 bits. `noise` is the same in the
+    sigma: the noise's standard deviation (above 0, at most 1000) in picture values 0 .. 1, so 5 / 255 is 5 levels of 8 bits. `noise` is the same in the
     units of [-1, 1] images, twice as much.
     Raises ValueError for another sigma, and for an operator that is noisy itself.
     """
@@ -27,12 +28,15 @@ class Noisy(Operator):
 
     def __post_init__(self):
         if not isinstance(self.operator, Operator):
-            raise ValueError(f"Noisy: operator is {self.operator!r}; it must be the operator whose measurement is noisy")
+            raise ValueError(f"Noisy: operator is {shown(self.operator)}; it must be the operator whose measurement is noisy")
         if self.operator.noise:
             raise ValueError(f"Noisy: {self.operator.describe()} is noisy already; give it the sigma of all the noise")
-        if not isinstance(self.sigma, Real) or not 0 < self.sigma < math.inf:
-            raise ValueError(f"Noisy: sigma is {self.sigma!r} (picture values 0..1); it must be a number above 0")
-        object.__setattr__(self, "sigma", float(self.sigma))
+        object.__setattr__(self, "sigma", float(real("Noisy: sigma", self.sigma, LOUDEST, unit="(picture values 0..1)")))
+        check_extent(self)
+
+    @property
+    def parts(self) -> tuple[Operator, ...]:
+        return (self.operator,)
 
     @property
     def noise(self) -> float:
@@ -64,6 +68,12 @@ class Noisy(Operator):
 
     def elements(self, y: Tensor) -> Tensor:
         return self.operator.elements(y)
+
+    def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
+        return self.operator.hidden(before, channels)
+
+    def seen(self, y: Tensor) -> Tensor:
+        return self.operator.seen(y)
 
     def check(self, size: Size, batch: int = 1) -> None:
         self.operator.check(size, batch)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Find, Operator, Size, whole
+from .base import Find, Operator, Size, shown, whole
 from .weights import fingerprint, load_into, read_tensors
 
 WIDTH, FRONT, BACK = 64, 10, 20  # of the published weights
@@ -190,7 +190,7 @@ class NonlinearBlur(Operator):
     def __post_init__(self):
         object.__setattr__(self, "seed", whole("NonlinearBlur: seed", self.seed, 0))
         if self.seed >= SEEDS:
-            raise ValueError(f"NonlinearBlur: seed is {self.seed}; it must be less than 2^64")
+            raise ValueError(f"NonlinearBlur: seed is {shown(self.seed)}; it must be less than 2^64")
 
     def kernel(self, size: Size) -> Tensor:
         """The blur code (1, 512, H / 128, W / 128) for images of `size` (H, W), float32 on the CPU."""

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from .base import Separable, Size, whole
 from .boundary import symmetric_index
 
+LARGEST = 64  # scale: one pixel for 64 x 64 says nothing about a picture any more
+
 
 def cubic(x: Tensor) -> Tensor:
     """Keys' cubic convolution kernel with a = -0.5 (Keys 1981), zero outside |x| < 2."""
@@ -36,7 +38,7 @@ def downsampling_matrix(length: int, scale: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SuperResolution(Separable):
-    """Antialiased bicubic downsampling by `scale` (>= 2) with symmetric reflection at the borders, as in the paper's SR x8.
+    """Antialiased bicubic downsampling by `scale` (2 to 64) with symmetric reflection at the borders, as in the paper's SR x8.
 
     The measurement of an image (B, C, H, W) is (B, C, H/scale, W/scale).
     """
@@ -44,7 +46,7 @@ class SuperResolution(Separable):
     scale: int = 8
 
     def __post_init__(self):
-        object.__setattr__(self, "scale", whole("SuperResolution: scale", self.scale, 2))
+        object.__setattr__(self, "scale", whole("SuperResolution: scale", self.scale, 2, LARGEST))
 
     def matrix(self, length: int) -> Tensor:
         return downsampling_matrix(length, self.scale)

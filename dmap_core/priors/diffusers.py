@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from ..cse.checkpoint import read_controlnet
 from ..cse.diffusers_models import BaseModel
 from ..cse.loss import in_range
 from ..cse.metadata import CSEMetadata
+from ..schedule import double_on_cpu
 
 FACTOR = 8  # pixels per latent, of all autoencoders that `open_base` reads
 
@@ -26,7 +28,7 @@ class DiffusersPrior:
     def __init__(self, base: BaseModel, size: tuple[int, int], controlnet: nn.Module | None = None, hint: Tensor | None = None):
         self.base, self.size, self.controlnet = base, size, controlnet
         self.hint = None if hint is None else F.pad(hint, _surplus(size), mode="replicate").to(base.context.device)
-        self._log_sigmas = base.sigmas.double().log()
+        self._log_sigmas = double_on_cpu(base.sigmas).log()
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w): the size divided by the autoencoder's factor, rounded up."""
@@ -34,7 +36,7 @@ class DiffusersPrior:
 
     def denoise(self, z: Tensor, sigma: float) -> Tensor:
         level = z.new_full((len(z),), sigma)
-        timestep = (self._log_sigmas - torch.tensor(sigma, dtype=torch.float64, device=z.device).log()).abs().argmin().expand(len(z))
+        timestep = (self._log_sigmas - math.log(sigma)).abs().argmin().to(z.device).expand(len(z))
         hint = None if self.hint is None else self.hint.expand(len(z), -1, -1, -1)
         return self.base.denoise_at(self.controlnet, z, level, timestep, hint)
 

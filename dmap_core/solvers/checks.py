@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import Diverged
-from ..operators.base import whole
+from ..operators.base import check_batch, whole
+from ..posterior import Posterior
+from ..schedule import check_sigmas
 
 
 def check_settings(zeta: float, eta: float = 1.0, K: int = 1) -> None:
@@ -18,6 +21,12 @@ def check_settings(zeta: float, eta: float = 1.0, K: int = 1) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
     whole("K", K, 1)
+
+
+def check_problem(posterior: Posterior, z: Tensor, sigmas: Tensor | Sequence[float]) -> list[float]:
+    """The schedule as floats. Raises ValueError for one without meaning, and unless there is one measurement, or one for every latent z."""
+    check_batch(posterior.y, len(z))
+    return check_sigmas(sigmas)
 
 
 def check_finite(step: int, steps: int, zeta: float, z: Tensor, residual: Tensor) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
+from ..schedule import ancestral_step, randn_like
 from .adam import direction
-from .checks import check_finite, check_settings
+from .checks import check_finite, check_problem, check_settings
 
 
 def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
@@ -49,7 +49,7 @@ def sample_dmap(
     if eta == 0:
         raise ValueError("eta is 0, where DMAP's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
     step = direction(optimizer)
-    levels = check_sigmas(sigmas)
+    levels = check_problem(posterior, z, sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = posterior.denoise(z, sigma)
         mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
+from ..schedule import ancestral_step, randn_like
 from .adam import direction
-from .checks import check_finite, check_settings
+from .checks import check_finite, check_problem, check_settings
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def sample_dps(
     """
     check_settings(zeta, eta)
     step = direction(optimizer)
-    levels = check_sigmas(sigmas)
+    levels = check_problem(posterior, z, sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         grad, denoised, residual = posterior.gradient(z, sigma)
         z = guided_step(z, denoised, zeta * step(grad), sigma, sigma_next, eta, generator)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
-from .checks import check_finite, check_settings
+from ..schedule import ancestral_step, randn_like
+from .checks import check_finite, check_problem, check_settings
 from .dmap import project
 
 
@@ -21,7 +21,7 @@ def sample_dsg(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: flo
     z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta in (0, 1] is a mix rate, not a step size: 0.08 in the
     paper, 1 is steepest descent on the sphere. d and both norms are every sample's own. eta in (0, 1]: at 0 the sphere is a point.
     generator: one torch.Generator, or one per sample. callback(step, denoised, z, residual) after every step. Returns z0.
-    len(sigmas) - 1 denoiser calls, each with gradient; at the last step sigma_up = 0 and z0 is the denoised latent, unguided.
+    T = len(sigmas) - 1 denoiser calls, T - 1 of them with gradient: at the last step sigma_up = 0 and z0 is the denoised latent, unguided.
     Raises ValueError for settings or sigmas without meaning and errors.Diverged for NaN.
     """
     check_settings(zeta, eta)
@@ -29,18 +29,20 @@ def sample_dsg(posterior: Posterior, z: Tensor, sigmas, *, zeta: float, eta: flo
         raise ValueError(f"zeta is {zeta:g}; DSG's is a mix rate between 0 (no guidance) and 1 (no noise), 0.08 in the paper")
     if eta == 0:
         raise ValueError("eta is 0, where DSG's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
-    levels = check_sigmas(sigmas)
+    levels = check_problem(posterior, z, sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        grad, denoised, residual = posterior.gradient(z, sigma)
-        check_finite(i, len(levels) - 1, zeta, grad, residual)
-        mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        if sigma_up > 0:
+        if sigma_next > 0:
+            grad, denoised, residual = posterior.gradient(z, sigma)
+            check_finite(i, len(levels) - 1, zeta, grad, residual)
+            mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
             radius = math.sqrt(z[0].numel()) * sigma_up
             noise = sigma_up * randn_like(z, generator)
             steepest = -radius * unit(grad, instead=-noise)
             z = project(mu + noise + zeta * (steepest - noise), mu, sigma_up)
-        else:
-            z = mu
+        else:  # no sphere to move on: a gradient would be thrown away
+            denoised = posterior.denoise(z, sigma)
+            z, _ = ancestral_step(z, denoised, sigma, sigma_next, eta)
+            residual = posterior.residual(z, 0.0)
         check_finite(i, len(levels) - 1, zeta, z, residual)
         if callback:
             callback(i, denoised, z, residual)

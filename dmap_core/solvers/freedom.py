@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..posterior import Posterior
-from ..schedule import check_sigmas, randn_like
-from .checks import check_finite, check_settings, check_window
+from ..schedule import randn_like
+from .checks import check_finite, check_problem, check_settings, check_window
 from .dps import guided_step
 
 TRAVELS = ("forward", "published")
@@ -43,7 +43,7 @@ def sample_freedom(
     check_settings(zeta, eta, K)
     if travel not in TRAVELS:
         raise ValueError(f"travel is {travel!r}; it must be one of {', '.join(TRAVELS)}")
-    levels = check_sigmas(sigmas)
+    levels = check_problem(posterior, z, sigmas)
     check_window(first, last, len(levels) - 1)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         passes = int(K) if first <= i <= last else 1

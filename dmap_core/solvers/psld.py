@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from ..operators import Operator
 from ..operators.base import Size
 from ..posterior import Posterior
-from ..schedule import check_sigmas
-from .checks import check_finite, check_settings
+from .checks import check_finite, check_problem, check_settings
 from .dps import guided_step
 
 TRANSPOSES = ("adjoint", "published")
@@ -44,8 +43,9 @@ def sample_psld(
     check_settings(zeta, eta)
     if not 0 <= gamma < math.inf:
         raise ValueError(f"gamma is {gamma}; the weight of the gluing term must be a number of at least 0")
-    levels = check_sigmas(sigmas)
-    f, y, encode = posterior.operator, posterior.y, posterior.prior.encode
+    levels = check_problem(posterior, z, sigmas)
+    f, encode = posterior.operator, posterior.prior.encode
+    y = f.seen(posterior.y)  # the published transpose, unlike the true one, would glue in what the measurement shows in a hole
     back = transposed(f, f.image_size(y), y, transpose)
 
     def glue(z0: Tensor, image: Tensor) -> Tensor:

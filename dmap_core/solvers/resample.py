@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..schedule import check_sigmas, randn_like
-from .checks import check_finite, check_settings, check_window
+from ..schedule import randn_like
+from .checks import check_finite, check_problem, check_settings, check_window
 from .dps import guided_step
 
 SPACES = ("both", "latent", "pixel")
@@ -55,7 +55,7 @@ def sample_resample(
     if not (0 < learning_rate < math.inf and 0 < factor < math.inf):
         raise ValueError(f"learning_rate is {learning_rate} and factor {factor}; both must be numbers above 0")
     every, iterations = whole("every", every, 1), whole("iterations", iterations, 1)
-    levels = check_sigmas(sigmas)
+    levels = check_problem(posterior, z, sigmas)
     steps = len(levels) - 1
     check_window(first, last, steps)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..posterior import Posterior
-from ..schedule import ancestral_step, check_sigmas, randn_like
-from .checks import check_finite, check_settings
+from ..schedule import ancestral_step, randn_like
+from .checks import check_finite, check_problem, check_settings
 
 
 @torch.no_grad()
@@ -21,7 +21,7 @@ def sample_unguided(posterior: Posterior, z: Tensor, sigmas, *, eta: float = 1.0
     computed for the callback only. Returns z0. len(sigmas) - 1 denoiser calls.
     """
     check_settings(1.0, eta)
-    levels = check_sigmas(sigmas)
+    levels = check_problem(posterior, z, sigmas)
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         denoised = posterior.denoise(z, sigma)
         z, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)

@@ -32,6 +32,7 @@ def diversity(images: Tensor) -> Diversity:
     k = len(images)
     if k < 2:
         raise ValueError(f"images holds {k} picture(s); a spread needs at least 2 restorations of the same measurement")
+    images = images.detach().cpu()  # not every device has float64
     if not all(bool(((image >= 0) & (image <= 1)).all()) for image in images):
         raise ValueError("images has values outside [0, 1] or NaN; map the decoder's [-1, 1] to [0, 1] and clamp")
     # one picture at a time in float64: 50 pictures of 512 x 512 need no second copy

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..schedule import check_sigmas, generators, randn_like
+from ..schedule import check_sigmas, double_on_cpu, generators, randn_like
 from ..solvers.dps import guided_denoised
 
 UNCONDITIONAL = "unconditional"
@@ -157,7 +157,7 @@ def _dps_score_of(point: ScorePoint, zeta: float) -> Tensor:
 
 def _norms(score: Tensor) -> Tensor:
     """(B,) float64 on the CPU."""
-    return torch.linalg.vector_norm(score.double().flatten(1), dim=1).cpu()
+    return torch.linalg.vector_norm(score.cpu().double().flatten(1), dim=1)  # on the CPU first: not every device has float64
 
 
 def timesteps(sigmas: Sequence[float] | Tensor, model_sigmas: Sequence[float] | Tensor) -> Tensor:
@@ -165,8 +165,7 @@ def timesteps(sigmas: Sequence[float] | Tensor, model_sigmas: Sequence[float] | 
 
     model_sigmas: (N,) rising VE sigmas of the timesteps 0 to N - 1.
     """
-    levels = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
-    model = torch.as_tensor(model_sigmas, dtype=torch.float64).cpu()
+    levels, model = double_on_cpu(sigmas), double_on_cpu(model_sigmas)
     if len(model) < 2 or not (model[0] > 0 and (model.diff() > 0).all()):
         raise ValueError("model_sigmas must hold at least two noise levels, rising and above 0")
     if not (levels > 0).all():
@@ -191,7 +190,7 @@ class ScoreMean:
 
     def update(self, score: Tensor) -> None:
         """Adds the scores (B, C, h, w) of B samples."""
-        for sample in score.detach().double().cpu():
+        for sample in score.detach().cpu().double():
             if self._mean is None:
                 self._mean, self._squares = torch.zeros_like(sample), torch.zeros_like(sample)
             self.k += 1
@@ -255,7 +254,7 @@ def score_means(
     """Means over k samples x_T ~ N(0, I) of the unconditional score, under UNCONDITIONAL, and of DPS's, under every zeta (Table 2).
 
     posterior: of one picture; its y may be repeated for a batch. shape: (C, h, w) of a latent. sigma: the first level of the schedule and
-    sigma_next its second. batch: samples at a time, which changes nothing but speed and memory. callback(done, k) after every batch.
+    sigma_next its second. batch: samples at a time, which changes speed and memory, and results by rounding. callback(done, k) after every batch.
     Sample i is the noise of `schedule.generators(seed, k)[i]`, the same as in `plain_score_mean`. k gradients in all.
     """
     check_sigmas([sigma, sigma_next], to_zero=False)

@@ -32,7 +32,7 @@ CASES = {
     "DMAP": ("DMAP", {"zeta": 0.5, "K": 2}),
     "DMAP adam": ("DMAP", {"zeta": 0.05, "K": 2, "optimizer": "adam"}),
 }
-GRADIENTS = {"DPS": 6, "DPS adam": 6, "PSLD": 6, "PSLD published": 6, "FreeDoM": 12, "FreeDoM published": 12, "ReSample": 6, "DSG": 6}
+GRADIENTS = {"DPS": 6, "DPS adam": 6, "PSLD": 6, "PSLD published": 6, "FreeDoM": 12, "FreeDoM published": 12, "ReSample": 6, "DSG": 5}
 GRADIENTS |= {"DMAP": 10, "DMAP adam": 10}
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -149,7 +149,10 @@ def test_float32_stays_float32(autoencoder, case):
 
 @every_case
 def test_the_callback_sees_every_step(autoencoder, case):
-    """denoised and residual are those of the step's last gradient: at z before the step, in DMAP at the new noise level."""
+    """denoised and residual are those of the step's last gradient: at z before the step, in DMAP at the new noise level.
+
+    DMAP and DSG take none at the last step, which ends at z0: denoised is z0, and the residual is its.
+    """
     posterior, z = problem(autoencoder(), 2)
     seen = []
 
@@ -162,8 +165,8 @@ def test_the_callback_sees_every_step(autoencoder, case):
     out = solve(case, posterior, z, generator=generators(1, 2), callback=callback)
     assert [step for step, *_ in seen] == list(range(STEPS))
     assert torch.equal(seen[-1][2], out)
-    dmap = case.startswith("DMAP")
-    for step, denoised, latent, residual, gradients in seen[: STEPS - 1 if dmap else STEPS]:
+    dmap, spherical = case.startswith("DMAP"), case[:3] in ("DMA", "DSG")
+    for step, denoised, latent, residual, gradients in seen[: STEPS - 1 if spherical else STEPS]:
         at, sigma, last_denoised, last_residual = posterior.gradients[gradients - 1]
         assert sigma == SIGMAS[step + 1 if dmap else step]
         assert torch.equal(denoised, last_denoised)
@@ -172,7 +175,7 @@ def test_the_callback_sees_every_step(autoencoder, case):
         if not dmap and not (case.startswith("FreeDoM") and 1 <= step <= 3):
             assert torch.equal(at, seen[step - 1][2] if step else z)
         assert not torch.equal(latent, at)
-    if dmap:
+    if spherical:
         assert torch.equal(seen[-1][1], out)
         torch.testing.assert_close(seen[-1][3], posterior.residual(out, 0.0), rtol=1e-6, atol=0)
 
@@ -182,11 +185,11 @@ def test_calls_of_the_denoiser(autoencoder, case):
     prior = autoencoder()
     posterior, z = problem(prior)
     solve(case, posterior, z)
-    gradients, rest = GRADIENTS[case], STEPS if case.startswith("DMAP") else 0
+    gradients, rest = GRADIENTS[case], STEPS if case.startswith("DMAP") else 1 if case == "DSG" else 0
     assert posterior.denoiser_calls == len(prior.denoised_at) == gradients + rest
     assert len(posterior.gradients) == sum(with_gradient for _, with_gradient in prior.denoised_at) == gradients
-    # ReSample: D and E once for each of two pictures, D at every iteration in the latent; DMAP: the last residual
-    more = 2 + 3 if case == "ReSample" else 1 if case.startswith("DMAP") else 0
+    # ReSample: D and E once for each of two pictures, D at every iteration in the latent; DMAP, DSG: the last residual
+    more = 2 + 3 if case == "ReSample" else 1 if case[:3] in ("DMA", "DSG") else 0
     assert posterior.decoder_calls == prior.decoded == gradients + more
 
 
@@ -351,10 +354,11 @@ def test_an_operator_without_gradient_is_named(autoencoder, case, f):
         solve(case, posterior, z)
 
 
-def test_dmap_of_one_step_takes_no_gradient(autoencoder):
+@pytest.mark.parametrize("case", ["DMAP", "DSG"])
+def test_the_last_step_of_a_sphere_takes_no_gradient(autoencoder, case):
     """There is no sphere to move on: the operator need not be differentiable, and the result is the denoised latent."""
     posterior, z = problem(autoencoder(), f=Labels())
-    out = solve("DMAP", posterior, z, [4.0, 0.0])
+    out = solve(case, posterior, z, [4.0, 0.0])
     assert torch.equal(out, posterior.denoise(z, 4.0))
 
 
@@ -417,6 +421,6 @@ def test_dps_like_solvers_take_gradients_at_the_levels_of_the_schedule(autoencod
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS)):
         if case.startswith("DMAP"):
             expected += [sigma_next] * (2 if sigma_next else 0)
-        else:
+        elif case != "DSG" or sigma_next:
             expected += [sigma] * (3 if case.startswith("FreeDoM") and 1 <= i <= 3 else 1)
     assert [sigma for _, sigma, *_ in posterior.gradients] == expected
