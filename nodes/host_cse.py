@@ -394,12 +394,29 @@ def self_generate(
         if not file.exists():
             noise = comfy.sample.prepare_noise(latent, seed + i)
             samples = comfy.sample.sample(
-                model, noise, steps, cfg, "euler_ancestral", "normal", positive, negative, latent, seed=seed + i, disable_pbar=True
+                model,
+                noise,
+                steps,
+                cfg,
+                "euler_ancestral",
+                "normal",
+                positive,
+                negative,
+                latent,
+                callback=stop_if_interrupted,
+                disable_pbar=True,
+                seed=seed + i,
             )
+            stop_if_interrupted()
             image = vae.decode(samples)[0].movedim(-1, 0) * 2 - 1
             picture = to_picture(image[:, : size[0], : size[1]])
             write_whole(file, lambda part, picture=picture: picture.save(part, format="PNG"))
         yield file
+
+
+def stop_if_interrupted(*_: object) -> None:
+    """Ends the run if the user cancelled it. Not every ComfyUI asks between the steps of a sampler that a node calls itself."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 def base_fingerprint(model: Any) -> str:

@@ -12,6 +12,7 @@ writes goes to a base directory of its own.
 import argparse
 import asyncio
 import contextlib
+import importlib.machinery
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 import uuid
@@ -91,6 +93,38 @@ def import_torchvision() -> bool:
     return True
 
 
+class _NoAudio(types.ModuleType):
+    """A module with nothing in it that says why."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{self.__name__}.{name} is not there: this Python has no torchaudio that works with its torch.")
+
+
+def import_torchaudio() -> bool:
+    """Import torchaudio, or put an empty module in its place. True if nothing special was needed.
+
+    The package registry has no build of it that loads beside a CPU build of torch, and ComfyUI from 0.20 on does not start without the
+    module. What works with sound then fails when it is used, and nothing else needs it.
+    """
+    try:
+        import torchaudio  # noqa: F401
+    except (ImportError, OSError):
+        empty_torchaudio()
+        return False
+    return True
+
+
+def empty_torchaudio() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchaudio"]:
+        del sys.modules[name]
+    top = _NoAudio("torchaudio")
+    parts = {part: _NoAudio(f"torchaudio.{part}") for part in ("functional", "transforms")}
+    vars(top).update(parts, __path__=[])
+    for module in (top, *parts.values()):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
+        sys.modules[module.__name__] = module
+
+
 def import_comfy() -> None:
     """Make ComfyUI's modules importable in this process, on the CPU if there is no CUDA device."""
     tree = str(comfyui_path())
@@ -99,6 +133,7 @@ def import_comfy() -> None:
     import torch
 
     import_torchvision()
+    import_torchaudio()
     from comfy.cli_args import args
 
     if not torch.cuda.is_available():
@@ -355,13 +390,18 @@ def serve(tree: str, arguments: list[str]) -> None:
     # This file's folder has names in it that ComfyUI uses too (server, nodes).
     here = Path(__file__).resolve().parent
     sys.path[:] = [tree, *(entry for entry in sys.path if entry and Path(entry).resolve() not in (here, ROOT))]
-    if not os.environ.pop("DMAP_HOST_PLAIN", None):
+    again = os.environ.pop("DMAP_HOST_PLAIN", None)
+    if again == "silent":
+        empty_torchaudio()
+    elif not again:
         import torch
 
         plain = import_torchvision()
+        audible = import_torchaudio()
         if torch.cuda.is_available():
             if plain:  # ComfyUI sets up CUDA's allocator before it imports torch: start over in a fresh process
-                os.execve(sys.executable, [sys.executable, __file__, "--serve", tree, *arguments], {**os.environ, "DMAP_HOST_PLAIN": "1"})
+                environment = {**os.environ, "DMAP_HOST_PLAIN": "audible" if audible else "silent"}
+                os.execve(sys.executable, [sys.executable, __file__, "--serve", tree, *arguments], environment)
         elif "--cpu" not in arguments:
             arguments = [*arguments, "--cpu"]
     _end_with_parent()

