@@ -11,10 +11,8 @@ from torch import Tensor
 
 from .base import Find, Operator, Size, shown
 
-MOST, DEEPEST = (
-    32,
-    8,
-)  # operators that are parts of one, parts of parts included, and how far down they go: more only come from a hostile spec
+MOST = 32  # operators that are parts of one, parts of parts included: more only come from a hostile spec
+DEEPEST = 8  # and how far down they go
 
 
 @dataclass(frozen=True)
@@ -68,13 +66,16 @@ class Compose(Operator):
 
     def distance(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """The last operator's, of what holds something of the image: pixels that an earlier Inpainting took do not count."""
-        if self._hidden is not None:
-            self.operators[-1].check_pair(y_hat, y)
-            y_hat, y = y_hat * self._visible(self._hidden, y_hat), self.seen(y)
-        return self.operators[-1].distance(y_hat, y)
+        return self.operators[-1].distance(*self._seen_pair(y_hat, y))
 
     def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
-        return self.operators[-1].difference(y_hat, y)
+        return self.operators[-1].difference(*self._seen_pair(y_hat, y))
+
+    def _seen_pair(self, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self._hidden is None:
+            return y_hat, y
+        self.operators[-1].check_pair(y_hat, y)
+        return y_hat * self._visible(self._hidden, y_hat), self.seen(y)
 
     def elements(self, y: Tensor) -> Tensor:
         if self._hidden is None:
