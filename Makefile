@@ -48,9 +48,10 @@ else
 	@$(PYTHON) -m pytest $(ARGS)
 endif
 
+# Under dynamic VRAM, as it runs on most people's cards.
 test-newest: export COMFYUI_PATH := $(CURDIR)/.host/ComfyUI-newest
 test-newest: export COMFYUI_PYTHON := $(CURDIR)/.host/newest/bin/python
-test-newest: export DMAP_TESTS_DYNAMIC_VRAM := 1  # as it runs on most people's cards
+test-newest: export DMAP_TESTS_DYNAMIC_VRAM := 1
 test-newest: setup-newest
 	@$(PYTHON) -m pytest $(or $(ARGS),tests/nodes tests/server tests/browser)
 
