@@ -12,7 +12,6 @@ from prompts import NOTES, node_inputs, titled, to_prompt
 
 FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 SD2 = [name for name in FILES if name.startswith("sd2-")]
-ORIGINAL = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
 STEPS = 2
 TITLE_BAR = 30  # pixels above a node's position
 # What the page says when it cannot reach something: a picture that is not there yet, the internet.
@@ -45,9 +44,18 @@ def complaints(page) -> Iterator[list[str]]:
     page.remove_listener("pageerror", uncaught)
 
 
-def load(page, host: Host, name: str) -> dict:
+@pytest.fixture
+def fresh_page(page) -> Iterator["playwright.sync_api.Page"]:  # noqa: F821 (imported when needed)
+    """Another page, as a user's first look: nothing is open, and no dialog of a workflow before is still fading out."""
+    tab = page.context.browser.new_page(viewport=page.viewport_size)
+    tab.goto(page.url, timeout=2 * MILLISECONDS)
+    tab.wait_for_function("() => window.app?.extensionManager && app.graph", timeout=2 * MILLISECONDS)
+    yield tab
+    tab.context.close()
+
+
+def load(page, name: str) -> dict:
     """Open a workflow on the page; returns what its file holds. Dialogs stay open."""
-    host.upload(ORIGINAL)
     workflow = json.loads(FILES[name].read_text(encoding="utf-8"))
     page.keyboard.press("Escape")  # a dialog of the workflow before
     page.evaluate("workflow => app.loadGraphData(workflow)", workflow)
@@ -56,24 +64,27 @@ def load(page, host: Host, name: str) -> dict:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_workflow_loads_whole(page, host: Host, info: dict, complaints: list[str], name: str):
-    workflow = load(page, host, name)
+def test_workflow_loads_whole(page, info: dict, complaints: list[str], name: str):
+    workflow = load(page, name)
     nodes = page.evaluate(
         """() => app.graph.nodes.map(node => ({
-            id: node.id, type: node.type, known: node.type in LiteGraph.registered_node_types, broken: Boolean(node.has_errors),
+            id: Number(node.id), type: node.type, known: node.type in LiteGraph.registered_node_types, broken: Boolean(node.has_errors),
             x: node.pos[0], y: node.pos[1], width: node.size[0], height: node.size[1]
         }))"""
     )
-    assert [node["type"] for node in nodes if not node["known"] or node["broken"]] == []
+    # their checkpoint is missing, and newer interfaces mark its node
+    marked = {node["type"] for node in nodes if node["broken"]} - ({"CheckpointLoaderSimple"} if name in SD2 else set())
+    assert [node["type"] for node in nodes if not node["known"]] == [] and not marked
     assert not re.search(r"missing nodes|node types were not found", page.inner_text("body"), re.IGNORECASE)
-    if name not in SD2:  # their checkpoint is missing, and a dialog says so
+    if name not in SD2:  # a dialog of older interfaces says that the checkpoint is missing
         assert page.get_by_role("dialog").count() == 0
 
     saved = page.evaluate("() => app.graph.serialize()")
     expected = {node["id"]: node for node in workflow["nodes"]}
     for node in saved["nodes"]:
-        if node["type"] not in NOTES:
-            assert node.get("widgets_values", []) == expected[node["id"]]["widgets_values"], node["type"]
+        values = expected[int(node["id"])].get("widgets_values", [])
+        if node["type"] not in NOTES:  # some interfaces add values of widgets of their own behind a node's
+            assert node.get("widgets_values", [])[: len(values)] == values, node["type"]
     links = [[*link[:5], str(link[5])] for link in saved["links"]]
     assert sorted(links) == sorted(workflow["links"])
 
@@ -97,18 +108,18 @@ def test_workflow_loads_whole(page, host: Host, info: dict, complaints: list[str
 
 
 @pytest.mark.parametrize("name", SD2)
-def test_missing_checkpoint_is_offered_for_download(page, host: Host, name: str):
-    page.reload()  # the interface does not open a dialog of a kind whose last one is still fading out
-    page.wait_for_function("() => window.app?.extensionManager && app.graph", timeout=MILLISECONDS)
-    load(page, host, name)
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_text("checkpoints / 512-base-ema.safetensors").wait_for(timeout=MILLISECONDS)
-    page.keyboard.press("Escape")
-    dialog.wait_for(state="hidden", timeout=MILLISECONDS)
+def test_missing_checkpoint_is_offered_for_download(fresh_page, name: str):
+    load(fresh_page, name)
+    dialog = fresh_page.get_by_text("checkpoints / 512-base-ema.safetensors")
+    panel = fresh_page.get_by_text("512-base-ema.safetensors is missing")  # since frontend 1.40 or so a notice that opens a list of errors
+    dialog.or_(panel).first.wait_for(timeout=MILLISECONDS)
+    if panel.count():
+        fresh_page.get_by_role("button", name="View details").click()
+    fresh_page.get_by_role("button", name=re.compile("Download")).first.wait_for(timeout=MILLISECONDS)
 
 
 def test_workflow_runs_from_the_page(page, host: Host, info: dict, complaints: list[str], tmp_path: Path):
-    workflow = load(page, host, "demo-super-resolution-x8")
+    workflow = load(page, "demo-super-resolution-x8")
     page.evaluate(
         """steps => {
             for (const node of app.graph.nodes.filter(node => node.type === "DMAP_DMAPScheduler"))

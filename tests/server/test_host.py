@@ -1,10 +1,12 @@
 """The server starts, with this pack in it."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from host import PACK, Host, PromptFailed
+from host import PACK, ROOT, Host, PromptFailed
 
 PICTURE = {
     "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 32, "batch_size": 2, "color": 255}},
@@ -20,6 +22,23 @@ def test_pack_is_imported(host: Host):
     failures = [line for line in host.log.read_text().splitlines() if PACK in line and ("IMPORT FAILED" in line or "Cannot import" in line)]
     assert not failures, host.log.read_text()
     assert [node_id for node_id in host.object_info() if node_id.startswith("DMAP_")]
+
+
+def test_torchaudio_may_be_missing():
+    """ComfyUI's imports of it work, in the ways it writes them; what would need it says so."""
+    code = """
+import importlib.util, host
+host.empty_torchaudio()
+import torchaudio
+import torchaudio.functional as functional
+assert importlib.util.find_spec("torchaudio") is not None and torchaudio.functional is functional
+try:
+    from torchaudio.transforms import MelScale
+except ImportError:
+    torchaudio.functional.resample
+"""
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tests", capture_output=True, text=True)
+    assert "AttributeError: torchaudio.functional.resample is not there: this Python has no torchaudio" in answer.stderr
 
 
 def test_prompt_makes_pictures(host: Host):
