@@ -28,6 +28,7 @@ from comfy.k_diffusion.sampling import default_noise_sampler
 from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from ..dmap_core.operators import Operator
 from ..dmap_core.operators.weights import SUFFIXES
@@ -344,7 +345,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             raise ValueError(
                 f"latent_image: {given[1]}x{given[0]} latents make a {given[1] * factor}x{given[0] * factor} picture, but the measurement "
                 f"of {self.y.shape[-1]}x{self.y.shape[-2]} and {self.operator.describe()} make one of {self.size[1]}x{self.size[0]} "
-                f"({wanted[1]}x{wanted[0]} latents). Connect 'EmptyMeasurementLatent', or mend the operator's settings"
+                f"({wanted[1]}x{wanted[0]} latents). Connect 'Empty Measurement Latent', or mend the operator's settings"
             )
         if len(self.y) not in (1, len(noise)):
             raise ValueError(
@@ -401,7 +402,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report.residuals.append(residual.tolist())
         return guided_denoised(denoised, grad, self.zeta, sigma, sigma_next)
 
-    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask) -> Tensor:
+    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
         """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
         inpaint = comfy.samplers.KSamplerX0Inpaint(self, sigmas)  # keeps the unmasked part of a latent with a noise mask
         inpaint.latent_image, inpaint.noise = latent_image, noise
@@ -411,6 +412,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
         def report(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
             self.report.residuals.append(residual.tolist())
+            bar.update()
             if callback:
                 callback(step, denoised, z, steps)
 
@@ -418,7 +420,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         try:
             # on a host that shifts the seed itself, the shift has not happened yet: only its own samplers do it
             noise_seed = extra_args["seed"] + 1 - SEED_SHIFT
-            z = sampler.solver(self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report)
+            with tqdm(total=steps, disable=disable_pbar) as bar:  # the line that stock samplers write
+                z = sampler.solver(
+                    self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report
+                )
         finally:
             self._solving = False
         if denoise_mask is not None:
@@ -441,4 +446,4 @@ class SolverSampler(comfy.samplers.Sampler):
                 f"{self.name}: it was given a {type(model_wrap).__name__}, which knows neither measurement nor operator. "
                 "Connect the node 'DPSGuider' to the guider input of SamplerCustomAdvanced"
             )
-        return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask)
+        return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)

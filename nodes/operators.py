@@ -27,6 +27,7 @@ from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from . import host
 from .pictures import check_picture, from_core, measurement_to_core, to_core
+from .schema import schema
 
 Operator = io.Custom("OPERATOR")
 CATEGORY = "DMAP/operators"
@@ -49,11 +50,12 @@ def measurement_input(more: str = ""):
 class OperatorSuperResolution(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorSuperResolution",
-            display_name="Operator: Super-Resolution",
+            display_name="Operator: Super-Resolution (upscale)",
             category=CATEGORY,
             description="The picture was made smaller: bicubic downsampling with antialiasing. Restoring it is super-resolution.",
+            search_aliases=["upscale", "enlarge", "upscaler", "super resolution", "restore", "photo", "sharpen"],
             inputs=[
                 io.Int.Input(
                     "scale",
@@ -75,11 +77,12 @@ class OperatorSuperResolution(io.ComfyNode):
 class OperatorGaussianBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorGaussianBlur",
-            display_name="Operator: Gaussian Blur",
+            display_name="Operator: Gaussian Blur (deblur)",
             category=CATEGORY,
             description="The picture is out of focus. Restoring it is deblurring.",
+            search_aliases=["deblur", "sharpen", "unblur", "out of focus", "restore", "photo"],
             inputs=[
                 io.Float.Input(
                     "sigma",
@@ -111,11 +114,12 @@ class OperatorGaussianBlur(io.ComfyNode):
 class OperatorMotionBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorMotionBlur",
-            display_name="Operator: Motion Blur",
+            display_name="Operator: Motion Blur (deblur)",
             category=CATEGORY,
             description="The camera moved along a straight line. Restoring it is motion deblurring.",
+            search_aliases=["deblur", "sharpen", "unblur", "camera shake", "restore", "photo"],
             inputs=[
                 io.Float.Input(
                     "length",
@@ -145,11 +149,12 @@ class OperatorMotionBlur(io.ComfyNode):
 class OperatorKernelBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorKernelBlur",
-            display_name="Operator: Kernel Blur",
+            display_name="Operator: Kernel Blur (sharpen)",
             category=CATEGORY,
             description="The picture was blurred by a kernel that you have as a small picture, for example a point of light in the blurred photo.",
+            search_aliases=["deblur", "sharpen", "unblur", "point spread function", "deconvolution"],
             inputs=[
                 io.Image.Input(
                     "kernel",
@@ -170,11 +175,12 @@ class OperatorKernelBlur(io.ComfyNode):
 class OperatorInpainting(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorInpainting",
-            display_name="Operator: Inpainting",
+            display_name="Operator: Inpainting (holes, scratches)",
             category=CATEGORY,
             description="Parts of the picture are missing or damaged. What the measurement shows inside the mask is ignored.",
+            search_aliases=["inpaint", "scratch", "hole", "restore", "photo", "remove"],
             inputs=[
                 io.Mask.Input(
                     "mask",
@@ -193,11 +199,12 @@ class OperatorInpainting(io.ComfyNode):
 class OperatorGrayscale(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorGrayscale",
-            display_name="Operator: Grayscale",
+            display_name="Operator: Grayscale (colorize)",
             category=CATEGORY,
             description="The picture lost its colours (BT.601 luma). Restoring it is colourisation. A colour picture given as its measurement is turned grey first.",
+            search_aliases=["colorize", "colourise", "colorise", "black and white", "restore", "photo"],
             inputs=[],
             outputs=[operator_output()],
         )
@@ -210,11 +217,12 @@ class OperatorGrayscale(io.ComfyNode):
 class OperatorJpeg(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorJpeg",
-            display_name="Operator: JPEG",
+            display_name="Operator: JPEG (artifacts)",
             category=CATEGORY,
             description="The picture was saved as a JPEG of low quality: blocks, rings at edges, smeared colours. Restoring it is artifact removal.",
+            search_aliases=["artifact removal", "deblock", "compression", "restore", "photo"],
             inputs=[
                 io.Int.Input(
                     "quality",
@@ -258,11 +266,12 @@ def weights_input(example: str):
 class OperatorNonlinearBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorNonlinearBlur",
-            display_name="Operator: Nonlinear Blur",
+            display_name="Operator: Nonlinear Blur (deblur)",
             category=CATEGORY,
             description="The camera shook and things moved, each in its own way: the blur of a network that was trained on such photos (GoPro). The paper's nonlinear deblurring.",
+            search_aliases=["deblur", "sharpen", "unblur", "camera shake"],
             inputs=[
                 weights_input("GOPRO_wVAE.pth"),
                 io.Int.Input(
@@ -304,11 +313,12 @@ class OperatorSegmentation(io.ComfyNode):
 class OperatorNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorNoise",
-            display_name="Operator: Known Noise",
+            display_name="Operator: Known Noise (denoise)",
             category=CATEGORY,
             description="The measurement is noisy as well, by a known amount. The restoration then stops where only the noise is left to explain, instead of painting it in.",
+            search_aliases=["denoise", "noise removal", "grain", "restore", "photo"],
             inputs=[
                 Operator.Input(
                     "operator", tooltip="The damage without the noise. For several kinds of damage put this node after Compose."
@@ -334,11 +344,12 @@ class OperatorNoise(io.ComfyNode):
 class OperatorCompose(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorCompose",
-            display_name="Operator: Compose",
+            display_name="Operator: Compose (old photo)",
             category=CATEGORY,
             description="Several kinds of damage in the order in which they happened. An old photo is grayscale, then blur, then super-resolution.",
+            search_aliases=["restore", "old photo", "combine operators"],
             inputs=[
                 Operator.Input("first", tooltip="What happened first to the clean picture. Grayscale belongs here."),
                 Operator.Input("second", tooltip="What happened then."),
@@ -399,7 +410,7 @@ class EmptyMeasurementLatent(io.ComfyNode):
             display_name="Empty Measurement Latent",
             category="DMAP/sampling",
             description="An empty latent of the size that the restored picture will have. Where that size is no multiple of the VAE's factor (8), the latent is "
-            "rounded up: crop the decoded picture at the right and the bottom to width and height (node ImageCrop at 0, 0).",
+            "rounded up, and DMAP Decode cuts the picture to its size.",
             inputs=[
                 measurement_input(),
                 Operator.Input("operator", tooltip="The damage."),
@@ -421,10 +432,10 @@ class EmptyMeasurementLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, measurement, operator: CoreOperator, vae, batch_size) -> io.NodeOutput:
-        y = measurement_to_core(measurement, operator, "EmptyMeasurementLatent: measurement")
+        y = measurement_to_core(measurement, operator, "Empty Measurement Latent: measurement")
         if batch_size > 1 and len(y) > 1:
             raise ValueError(
-                f"EmptyMeasurementLatent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once"
+                f"Empty Measurement Latent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once"
             )
         height, width = operator.image_size(y)
         h, w = host.latent_size(vae, (height, width))

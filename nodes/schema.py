@@ -13,3 +13,9 @@ NEWER = frozenset({"search_aliases", "essentials_category"})  # what hosts from 
 def schema(**settings) -> io.Schema:
     """io.Schema(**settings); of the newer fields, those that this host has."""
     return io.Schema(**{name: value for name, value in settings.items() if name in KNOWN or name not in NEWER})
+
+
+def advanced(given: io.Input) -> io.Input:
+    """The input, hidden by the interface until advanced inputs are asked for. Older hosts have no argument for it, but pass extra_dict on."""
+    given.extra_dict["advanced"] = True
+    return given
