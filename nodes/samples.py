@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from PIL import Image
 
 from .schema import schema
@@ -45,7 +45,8 @@ class SamplePicture(io.ComfyNode):
     def execute(cls, picture) -> io.NodeOutput:
         with Image.open(NAMES[picture]) as file:
             rgba = torch.from_numpy(np.asarray(file.convert("RGBA"), np.float32) / 255).unsqueeze(0)
-        return io.NodeOutput(rgba[..., :3].clone(), 1 - rgba[..., 3])
+        image = rgba[..., :3].clone()
+        return io.NodeOutput(image, 1 - rgba[..., 3], ui=ui.PreviewImage(image))
 
     @classmethod
     def fingerprint_inputs(cls, picture) -> str:

@@ -25,7 +25,11 @@ PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/checkp
 CSE = "dmap-demo-cse-sr4.safetensors"
 CSE_URL = f"https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/controlnet/{CSE}"
 SAMPLE = "dmap-demo-00"
-OWN = "**A picture of your own**: put **Load Image** in the place of *{title}* (the node DMAP Sample Picture) and connect its outputs in the same way."
+OWN = """### Your own picture: Load Image in the place of {title}
+
+Replace *DMAP Sample Picture* by **Load Image** and connect its outputs in the same way."""
+CHECKPOINT_RUN = "### With the checkpoint there, press Run: the picture comes with the pack"
+RUN = "### Press Run: nothing has to be prepared"
 COLUMN, ROW = 360, 30
 
 
@@ -104,7 +108,7 @@ class Graph:
 
     def save(self, path: Path) -> None:
         workflow = {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links}
-        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 0.8, "offset": [560, 80]}}, "version": 0.4}
+        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 1.0, "offset": [600, 130]}}, "version": 0.4}
         path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="ascii")
 
 
@@ -205,16 +209,20 @@ def demo(info, kind: str) -> Graph:
         f"""## {kind.replace("-", " ").capitalize()} on the demo prior
 
 A small model of emoji pictures (128x128), shipped with this pack. It runs in seconds on a CPU.
-**Press Run**: nothing has to be prepared.
 
-- {OWN.format(title="Original picture")} The demo prior knows emoji of 128x128 on white, and little else.
+{RUN}
+
+{OWN.format(title="Original picture")} The demo prior knows emoji of 128x128 on white, and little else.
+
+### What to change
+
 - **Degrade** damages it on purpose, so that the result can be compared with the original.
 - **zeta** is the strength of the guidance: raise it if the result does not match the measurement, lower it if it is noisy.
 - **K**: gradient steps of DMAP per noise level. K 3 with all {DEMO_STEPS} steps is the paper's "full".
 - The number beside *control after generate* of **RandomNoise** is the seed: another seed, another restoration.
 
 Checkpoint: `{PRIOR}`, which comes with the pack.""",
-        360,
+        480,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -291,15 +299,20 @@ def sd2(info, kind: str) -> Graph:
     g.note(
         f"""## {kind.replace("-", " ").capitalize()} with Stable Diffusion 2.0 base
 
-**Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`. With it, **press Run**: the picture comes with the pack.
+**Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`.
 
-- {OWN.format(title="Damaged picture")} {SD2_TEXT[kind]}
+{CHECKPOINT_RUN}
+
+{OWN.format(title="Damaged picture")} {SD2_TEXT[kind]}
+
+### What to change
+
 - **zeta** ({zeta:g}: {source}): raise it if the result does not match the measurement, lower it if it is noisy.
 - **steps**: 250 with K 2 costs what DPS costs with 500. For a quick look use 50.
 - **prompt**: empty is the paper's choice; a few words about the picture can help. **cfg** above 1 needs the negative prompt connected.
 - **memory** of DPSGuider: leave it at auto; *checkpoint* needs least.
 - To try it on a good picture, put **Degrade** between it and everything that takes a measurement.""",
-        440,
+        560,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
@@ -324,6 +337,8 @@ def all_solvers(info, stable_diffusion: bool) -> Graph:
     g.note(
         f"""## All six solvers of the paper
 
+{CHECKPOINT_RUN if stable_diffusion else RUN}
+
 Super-resolution x8 of one picture that is damaged on purpose, with the same seed by DPS, PSLD, FreeDoM, ReSample, DSG and DMAP, on one sheet with
 residual, denoiser calls, seconds and PSNR.
 
@@ -333,8 +348,9 @@ residual, denoiser calls, seconds and PSNR.
 - *DMAP full* in a preset is the paper's best and slowest.
 
 Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`" if stable_diffusion else f"`{PRIOR}` comes with the pack"}.
+
 {OWN.format(title="Original picture")} It should be {"512x512" if stable_diffusion else "an emoji of 128x128"}.""",
-        400,
+        520,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": name, "url": url, "directory": "checkpoints"}], ckpt_name=name)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -378,6 +394,8 @@ def cse(info) -> Graph:
     g.note(
         f"""## What a conditional score estimator (CSE) adds
 
+{RUN}
+
 Super-resolution x4 of one picture that is damaged on purpose: by DPS and DMAP without the CSE, by the CSE alone, and by DPS and DMAP that start
 from the CSE's estimate instead of the model's own.
 
@@ -387,8 +405,9 @@ from the CSE's estimate instead of the model's own.
 - To train one of your own, see **TrainCSE** and `docs/cse.md`.
 
 Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`.
+
 {OWN.format(title="Original picture")} It should be an emoji of 128x128.""",
-        420,
+        540,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -440,7 +459,7 @@ def train_cse(info) -> Graph:
 - **TrainCSE** has the paper's settings: 5000 steps of 64 pictures take some 8 hours on an A100 (the paper's figure). For a first try set batch_size to 8, accumulation to 2, learning_rate to 0.0001 and steps to 500.
 - Cancel at any time: what was trained is saved, and the next run with the same settings goes on.
 - The file is in `models/controlnet`: **CSEControlNetLoader** lists it after the page is reloaded.""",
-        480,
+        600,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
@@ -484,6 +503,8 @@ def metrics(info) -> Graph:
     g.note(
         f"""## How good is a restoration?
 
+{RUN}
+
 Super-resolution x4 of four copies of one picture that is damaged on purpose, each with noise of its own, restored by DMAP and compared with the original.
 
 - **RestorationMetrics** gives PSNR and SSIM against the original, and ||f(x) - y|| against the measurement. It needs `pip install torchmetrics`.
@@ -491,8 +512,10 @@ Super-resolution x4 of four copies of one picture that is damaged on purpose, ea
 - **distribution**: FID and KID are for hundreds of pictures.
 - With several pictures the text gives means and 95 % intervals. For a thousand pictures there is a command line: `docs/studies.md`.
 
-The checkpoint `{PRIOR}` comes with the pack.""",
-        440,
+The checkpoint `{PRIOR}` comes with the pack.
+
+{OWN.format(title="Original picture")} It should be an emoji of 128x128.""",
+        560,
     )
     demo = damaged_demo_picture(g)
     given = {name: demo[name] for name in ("measurement", "operator", "vae")}
@@ -519,6 +542,8 @@ def observations(info) -> Graph:
     g.note(
         f"""## The paper's three observations
 
+{RUN}
+
 Is DPS a conditional sampler? Super-resolution x4 of one picture, compared with a conditional model: the CSE of this pack.
 
 - **Score Error Study** (Fig. 1): how far DPS's score is from the conditional model's, over the noise levels. **conditional** takes any guider: a ControlNet, or a patched model such as StableSR.
@@ -527,7 +552,7 @@ Is DPS a conditional sampler? Super-resolution x4 of one picture, compared with 
 
 zeta {STUDY_ZETAS.split(", ")[-1]} is the one that works here. They need `pip install matplotlib`. What came out with more samples: `docs/report/`.
 Minutes on a CPU.""",
-        520,
+        640,
     )
     demo = damaged_demo_picture(g)
     model, vae, noise = demo["model"], demo["vae"], (g.add("RandomNoise", 1, noise_seed=0), 0)
@@ -557,14 +582,16 @@ def ablations(info) -> Graph:
     """T against K at the same number of gradient steps, and ancestral steps against the PF-ODE."""
     g = Graph(info)
     g.note(
-        """## Steps and solvers
+        f"""## Steps and solvers
+
+{RUN}
 
 - **Steps Study** (Table 5): DPS, DSG and DMAP with K = 1, 2 and 4 gradient steps per noise level, all with the same number of gradient steps (**budget**; the paper: 100).
 - **Solver Study** (Table 9): DPS with fresh noise at every step (ancestral, DDPM) and without (PF-ODE, DDIM). To compare two base models connect a DPSGuider of the other one to **guider_2**.
 
 One picture says little: `python -m dmap_core.cli evaluate --config studies/configs/demo/table5.yaml` does this on many.
 They need `pip install matplotlib torchmetrics`. Minutes on a CPU.""",
-        380,
+        500,
     )
     demo = damaged_demo_picture(g)
     given = {"reference": demo["original"], "zeta": 7.5, "spacing": "exponential"}
@@ -581,13 +608,15 @@ def toy(info) -> Graph:
     """The toy example, at the published measurement and at one where the posterior has two modes."""
     g = Graph(info)
     g.note(
-        """## The toy example (A.4, Fig. 8)
+        f"""## The toy example (A.4, Fig. 8)
+
+{RUN}
 
 Two Gaussians in the plane, of which a measurement shows the first coordinate. Everything about it is known, also the true posterior.
 
 - **y0** is the measurement. At the published 0.5 the true posterior has one mode, and DPS leaves a third of its samples in the other one; at 0 it has two.
 - **zeta** is DPS's (paper: 0.05). No model is needed, only `pip install matplotlib`.""",
-        300,
+        420,
     )
     for y0, name in ((0.5, "published"), (0.0, "two modes")):
         study = g.add("DMAP_ToyStudy", 0, title=f"Toy: {name}", y0=y0)
