@@ -47,6 +47,14 @@ def measurement_input(more: str = ""):
     )
 
 
+def built(node: str, kind: type[CoreOperator], *settings, **named) -> io.NodeOutput:
+    """The operator as a node's output. Its errors name the node, not the class."""
+    try:
+        return io.NodeOutput(kind(*settings, **named))
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{kind.__name__}: ", f"Operator: {node}: ", 1)) from error
+
+
 class OperatorSuperResolution(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -71,7 +79,7 @@ class OperatorSuperResolution(io.ComfyNode):
 
     @classmethod
     def execute(cls, scale) -> io.NodeOutput:
-        return io.NodeOutput(SuperResolution(scale))
+        return built("Super-Resolution", SuperResolution, scale)
 
 
 class OperatorGaussianBlur(io.ComfyNode):
@@ -108,7 +116,7 @@ class OperatorGaussianBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, sigma, kernel_size) -> io.NodeOutput:
-        return io.NodeOutput(GaussianBlur(kernel_size=kernel_size, sigma=sigma))
+        return built("Gaussian Blur", GaussianBlur, kernel_size=kernel_size, sigma=sigma)
 
 
 class OperatorMotionBlur(io.ComfyNode):
@@ -143,7 +151,7 @@ class OperatorMotionBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, length, angle) -> io.NodeOutput:
-        return io.NodeOutput(MotionBlur(length, angle))
+        return built("Motion Blur", MotionBlur, length, angle)
 
 
 class OperatorKernelBlur(io.ComfyNode):
@@ -169,7 +177,7 @@ class OperatorKernelBlur(io.ComfyNode):
         check_picture(kernel, "Operator: Kernel Blur: kernel")
         if len(kernel) != 1:
             raise ValueError(f"Operator: Kernel Blur: kernel is a batch of {len(kernel)} pictures; give one")
-        return io.NodeOutput(KernelBlur(tuple(map(tuple, kernel[0].mean(-1).tolist()))))
+        return built("Kernel Blur", KernelBlur, tuple(map(tuple, kernel[0].mean(-1).tolist())))
 
 
 class OperatorInpainting(io.ComfyNode):
@@ -193,7 +201,7 @@ class OperatorInpainting(io.ComfyNode):
     @classmethod
     def execute(cls, mask) -> io.NodeOutput:
         mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
-        return io.NodeOutput(Inpainting(mask.unsqueeze(1)))
+        return built("Inpainting", Inpainting, mask.unsqueeze(1))
 
 
 class OperatorGrayscale(io.ComfyNode):
@@ -211,7 +219,7 @@ class OperatorGrayscale(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(Grayscale())
+        return built("Grayscale", Grayscale)
 
 
 class OperatorJpeg(io.ComfyNode):
@@ -251,7 +259,7 @@ class OperatorJpeg(io.ComfyNode):
 
     @classmethod
     def execute(cls, quality, subsampling, rounding="straight-through") -> io.NodeOutput:
-        return io.NodeOutput(Jpeg(quality, subsampling, rounding))
+        return built("JPEG", Jpeg, quality, subsampling, rounding)
 
 
 def weights_input(example: str):
@@ -289,7 +297,7 @@ class OperatorNonlinearBlur(io.ComfyNode):
     @classmethod
     def execute(cls, weights, seed) -> io.NodeOutput:
         path = host.find_weights(weights, "GOPRO_wVAE.pth")
-        return io.NodeOutput(NonlinearBlur(load_kernel_wizard(path), seed, weights))
+        return built("Nonlinear Blur", NonlinearBlur, load_kernel_wizard(path), seed, weights)
 
 
 class OperatorSegmentation(io.ComfyNode):
@@ -307,7 +315,7 @@ class OperatorSegmentation(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
-        return io.NodeOutput(Segmentation(load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights))
+        return built("Segmentation", Segmentation, load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights)
 
 
 class OperatorNoise(io.ComfyNode):
@@ -338,7 +346,7 @@ class OperatorNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, operator, sigma) -> io.NodeOutput:
-        return io.NodeOutput(Noisy(operator, sigma))
+        return built("Known Noise", Noisy, operator, sigma)
 
 
 class OperatorCompose(io.ComfyNode):
@@ -361,7 +369,7 @@ class OperatorCompose(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, third=None, fourth=None) -> io.NodeOutput:
-        return io.NodeOutput(Compose(tuple(f for f in (first, second, third, fourth) if f is not None)))
+        return built("Compose", Compose, tuple(f for f in (first, second, third, fourth) if f is not None))
 
 
 class Degrade(io.ComfyNode):

@@ -222,7 +222,7 @@ A small model of emoji pictures (128x128), shipped with this pack. It runs in se
 - The number beside *control after generate* of **RandomNoise** is the seed: another seed, another restoration.
 
 Checkpoint: `{PRIOR}`, which comes with the pack.""",
-        480,
+        400,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -312,7 +312,7 @@ def sd2(info, kind: str) -> Graph:
 - **prompt**: empty is the paper's choice; a few words about the picture can help. **cfg** above 1 needs the negative prompt connected.
 - **memory** of DPSGuider: leave it at auto; *checkpoint* needs least.
 - To try it on a good picture, put **Degrade** between it and everything that takes a measurement.""",
-        560,
+        480,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
@@ -350,7 +350,7 @@ residual, denoiser calls, seconds and PSNR.
 Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`" if stable_diffusion else f"`{PRIOR}` comes with the pack"}.
 
 {OWN.format(title="Original picture")} It should be {"512x512" if stable_diffusion else "an emoji of 128x128"}.""",
-        520,
+        440,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": name, "url": url, "directory": "checkpoints"}], ckpt_name=name)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -407,7 +407,7 @@ from the CSE's estimate instead of the model's own.
 Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`.
 
 {OWN.format(title="Original picture")} It should be an emoji of 128x128.""",
-        540,
+        460,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
@@ -459,7 +459,7 @@ def train_cse(info) -> Graph:
 - **TrainCSE** has the paper's settings: 5000 steps of 64 pictures take some 8 hours on an A100 (the paper's figure). For a first try set batch_size to 8, accumulation to 2, learning_rate to 0.0001 and steps to 500.
 - Cancel at any time: what was trained is saved, and the next run with the same settings goes on.
 - The file is in `models/controlnet`: **CSEControlNetLoader** lists it after the page is reloaded.""",
-        600,
+        520,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
@@ -515,7 +515,7 @@ Super-resolution x4 of four copies of one picture that is damaged on purpose, ea
 The checkpoint `{PRIOR}` comes with the pack.
 
 {OWN.format(title="Original picture")} It should be an emoji of 128x128.""",
-        560,
+        480,
     )
     demo = damaged_demo_picture(g)
     given = {name: demo[name] for name in ("measurement", "operator", "vae")}
@@ -552,7 +552,7 @@ Is DPS a conditional sampler? Super-resolution x4 of one picture, compared with 
 
 zeta {STUDY_ZETAS.split(", ")[-1]} is the one that works here. They need `pip install matplotlib`. What came out with more samples: `docs/report/`.
 Minutes on a CPU.""",
-        640,
+        560,
     )
     demo = damaged_demo_picture(g)
     model, vae, noise = demo["model"], demo["vae"], (g.add("RandomNoise", 1, noise_seed=0), 0)
@@ -591,7 +591,7 @@ def ablations(info) -> Graph:
 
 One picture says little: `python -m dmap_core.cli evaluate --config studies/configs/demo/table5.yaml` does this on many.
 They need `pip install matplotlib torchmetrics`. Minutes on a CPU.""",
-        500,
+        420,
     )
     demo = damaged_demo_picture(g)
     given = {"reference": demo["original"], "zeta": 7.5, "spacing": "exponential"}
@@ -616,7 +616,7 @@ Two Gaussians in the plane, of which a measurement shows the first coordinate. E
 
 - **y0** is the measurement. At the published 0.5 the true posterior has one mode, and DPS leaves a third of its samples in the other one; at 0 it has two.
 - **zeta** is DPS's (paper: 0.05). No model is needed, only `pip install matplotlib`.""",
-        420,
+        340,
     )
     for y0, name in ((0.5, "published"), (0.0, "two modes")):
         study = g.add("DMAP_ToyStudy", 0, title=f"Toy: {name}", y0=y0)

@@ -42,7 +42,7 @@ def mask(lab, height=None, width=None, value=0.0):
 @pytest.mark.parametrize("sampler", ["dps", "dmap", "euler"])
 def test_a_latent_of_another_size(lab, refused, sampler):
     sampler = {"dps": lab.dps, "dmap": lab.dmap, "euler": lambda: lab.stock("euler")}[sampler]()
-    with refused("latent_image", "64x64 latents", "100x100", "800x800", "EmptyMeasurementLatent") as model:
+    with refused("latent_image", "64x64 latents", "100x100", "800x800", "Empty Measurement Latent") as model:
         guider = lab.guider(model=model, measurement=lab.picture(height=100, width=100))
         lab.sample(guider, sampler, latent=lab.empty(height=64, width=64))
 

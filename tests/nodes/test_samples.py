@@ -37,7 +37,7 @@ def test_every_picture_is_listed_once_and_opens(lab):
     assert len(listed) == len(set(listed)) == 69
     for name in (listed[0], *listed[64:]):
         image, _ = sample(lab, name)
-        assert image.shape[0] == 1 and image.shape[3] == 3 and 0 <= image.min() and image.max() <= 1
+        assert image.shape[0] == 1 and image.shape[3] == 3 and image.min() >= 0 and image.max() <= 1
 
 
 @pytest.mark.parametrize("name", DAMAGED)
