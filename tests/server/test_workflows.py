@@ -159,6 +159,10 @@ def test_demo_workflow_runs(host: Host, info: dict, name: str):
         assert values[-1] == STEPS
         assert values == sorted(values)
     assert (pictures["DPS"] != pictures["DMAP"]).any()
+    if name == "demo-inpainting":
+        known = np.ones((128, 128), bool)
+        known[40:88, 40:88] = False
+        assert all((picture[known] == pixels(degraded)[known]).all() for picture in pictures.values())
 
     previews = [message[1] for message in messages if isinstance(message, tuple) and int.from_bytes(message[1][:4], "big") == 1]
     assert previews
@@ -203,6 +207,27 @@ def test_sd2_workflow_lacks_nothing_but_its_checkpoint_and_runs_on_another(host:
     report = report_of(entry, titled(prompt, "DMAP: report"))
     assert report["denoiser_calls"] == STEPS + (STEPS - 1) * K
     assert all(math.isfinite(step[0]) for step in report["residuals"])
+
+
+def test_a_photo_of_odd_size_with_a_painted_mask(host: Host, info: dict):
+    """What comes back has its size, and is the photo itself outside the mask."""
+    prompt = to_prompt(load("sd2-inpainting"), info)
+    photo = Image.open(ORIGINAL).convert("RGB").resize((45, 30), Image.LANCZOS)
+    given = np.asarray(photo)
+    alpha = Image.new("L", photo.size, 255)
+    ImageDraw.Draw(alpha).rectangle((30, 10, 44, 20), fill=0)
+    photo.putalpha(alpha)
+    photo.save(host.input / "odd.png")
+    use_picture(prompt, "Damaged picture", "odd.png")
+    of_class(prompt, "CheckpointLoaderSimple")["inputs"]["ckpt_name"] = PRIOR
+    text = prompt[titled(prompt, "Prompt (empty: the paper)")]
+    text["class_type"], text["inputs"] = "DMAP_DMAPUnconditional", {"model": [text["inputs"]["clip"][0], 0]}
+    prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = STEPS
+    (path,) = host.images(host.run(prompt), titled(prompt, "DMAP: save"))
+    restored, known = pixels(path), np.asarray(alpha) > 0
+    assert restored.shape == given.shape
+    assert (restored[known] == given[known]).all()
+    assert (restored[~known] != given[~known]).any()
 
 
 @pytest.mark.parametrize("name", ALL_SOLVERS)
