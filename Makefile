@@ -71,7 +71,7 @@ demo-prior: setup
 	@mkdir -p demo/run
 	$(PYTHON) demo/train.py autoencoder --minutes $(AE_MINUTES) --out demo/run/autoencoder.safetensors
 	$(PYTHON) demo/train.py unet --minutes $(UNET_MINUTES) --init demo/run/autoencoder.safetensors --out demo/run/unet.safetensors
-	cp demo/run/unet.safetensors demo/dmap-demo-prior.safetensors
+	cp demo/run/unet.safetensors models/checkpoints/dmap-demo-prior.safetensors
 
 demo-cse: setup
 	$(PYTHON) demo/cse.py 100 $(ARGS)

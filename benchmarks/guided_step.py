@@ -70,7 +70,7 @@ def build(model: str, device: torch.device, dtype: torch.dtype):
             decoder = randomise(Decoder(**SD2_VAE).to(device, dtype))
         else:
             loaded, _, vae, _ = comfy.sd.load_checkpoint_guess_config(
-                str(ROOT / "demo" / "dmap-demo-prior.safetensors"), output_vae=True, output_clip=False
+                str(ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"), output_vae=True, output_clip=False
             )
             unet, decoder = loaded.model.diffusion_model.to(device, dtype), vae.first_stage_model.to(device, dtype)
             for p in [*unet.parameters(), *decoder.parameters()]:

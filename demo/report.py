@@ -37,7 +37,7 @@ from dmap_core.studies import commands  # noqa: E402
 
 CONFIGS = ROOT / "studies" / "configs" / "demo"
 TABLES = ("table4", "table1", "table5", "table9", "table10")
-PRIOR = HERE / "dmap-demo-prior.safetensors"
+PRIOR = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 CSE = ROOT / "models" / "controlnet" / "dmap-demo-cse-sr4.safetensors"
 PICTURE = HERE / "held-out" / "dmap-demo-00.png"
 OPERATOR = '{"operator":"SuperResolution","scale":4}'

@@ -27,11 +27,11 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from host import Host  # noqa: E402
-from prompts import titled, to_prompt, upstream  # noqa: E402
+from prompts import titled, to_prompt, upstream, use_picture  # noqa: E402
 
 OPERATORS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
 QUICK = ("super-resolution-x8", "gaussian-deblur", "inpainting", "old-photo")
-PRIOR_FILE = HERE / "dmap-demo-prior.safetensors"
+PRIOR_FILE = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 SOLVERS = ("DPS", "DMAP", "DMAP-full")
 
 
@@ -58,7 +58,7 @@ def prepare(workflow: dict, info: dict, picture: Path, solver: str, seed: int, s
     def inputs(title: str) -> dict:
         return prompt[titled(prompt, title)]["inputs"]
 
-    inputs("Original picture")["image"] = picture.name
+    use_picture(prompt, "Original picture", picture.name)
     next(node for node in prompt.values() if node["class_type"] == "RandomNoise")["inputs"]["noise_seed"] = seed
     if steps:
         inputs("DPS: schedule")["steps"] = steps

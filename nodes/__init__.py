@@ -2,12 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cse, guiders, host, host_cse, metrics, operators, samplers, sheets, studies
+from . import cse, decode, guiders, host, host_cse, metrics, operators, samplers, samples, sheets, studies
 
 
 class DMAPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [*operators.NODES, *guiders.NODES, *samplers.NODES, *cse.NODES, *sheets.NODES, *metrics.NODES, *studies.NODES]
+        modules = (samples, operators, guiders, samplers, decode, cse, sheets, metrics, studies)
+        return [node for module in modules for node in module.NODES]
 
 
 async def comfy_entrypoint() -> DMAPExtension:

@@ -12,6 +12,7 @@ from ..dmap_core.solvers import check_settings
 from . import host, host_cse
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
+from .schema import advanced, schema
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 CATEGORY = "DMAP/sampling"
@@ -20,12 +21,25 @@ CATEGORY = "DMAP/sampling"
 class DPSGuider(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_DPSGuider",
-            display_name="DPSGuider",
+            display_name="DPSGuider (restore, enlarge photos)",
             category=CATEGORY,
             description="The problem to solve: which picture, seen through the operator, looks like the measurement and is likely under the model? "
             "Connect it to SamplerCustomAdvanced, together with DMAPSampler (best), DPSSampler, or any stock sampler (ddpm is DPS).",
+            search_aliases=[
+                "restore",
+                "photo",
+                "restoration",
+                "deblur",
+                "upscale",
+                "enlarge",
+                "denoise",
+                "scratch",
+                "sharpen",
+                "colorize",
+                "inpaint",
+            ],
             inputs=[
                 io.Model.Input(
                     "model",
@@ -38,15 +52,20 @@ class DPSGuider(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The model's VAE. Its decoder is part of the gradient."),
                 Operator.Input("operator", tooltip="How a clean picture became the measurement."),
                 measurement_input("One measurement serves a whole batch of latents."),
-                io.Float.Input(
-                    "zeta",
-                    default=4.8,
-                    min=0.001,
-                    max=1000.0,
-                    step=0.1,
-                    round=0.001,
-                    tooltip="Step size of the guidance for stock samplers, in latent units (paper: 4.8 for super-resolution x8, 0.6 for Gaussian blur, at 500 steps and 512x512). "
-                    "Raise it if the result does not match the measurement, lower it if it is noisy. DMAPSampler and DPSSampler use their own zeta instead.",
+                advanced(
+                    io.Float.Input(
+                        "zeta",
+                        display_name="zeta (stock samplers only)",
+                        default=4.8,
+                        min=0.001,
+                        max=1000.0,
+                        step=0.1,
+                        round=0.001,
+                        optional=True,  # but first of the optional widgets, as it was: saved workflows hold widget values by place
+                        tooltip="Only for stock samplers such as ddpm: this pack's samplers have a zeta of their own, and ignore this one. "
+                        "Step size of the guidance in latent units (paper: 4.8 for super-resolution x8, 0.6 for Gaussian blur, at 500 steps and 512x512). "
+                        "Raise it if the result does not match the measurement, lower it if it is noisy.",
+                    )
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="What the picture should not show. Used only if cfg is not 1."),
                 io.Float.Input(
@@ -74,7 +93,7 @@ class DPSGuider(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, vae, operator, measurement, zeta, negative=None, cfg=1.0, memory="auto", max_megapixels=MAX_MEGAPIXELS
+        cls, model, positive, vae, operator, measurement, zeta=4.8, negative=None, cfg=1.0, memory="auto", max_megapixels=MAX_MEGAPIXELS
     ) -> io.NodeOutput:
         check_settings(zeta)
         if negative is None and cfg != 1:

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from tqdm.auto import tqdm
 
 from ..dmap_core.operators import Operator
 from ..dmap_core.operators.weights import SUFFIXES
@@ -92,8 +93,8 @@ def frozen(networks: list[nn.Module]) -> Iterator[None]:
 
 
 def offer_demo_prior() -> None:
-    """List the small prior of demo/ among the checkpoints, so that the demo workflows run right after installation."""
-    folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent.parent / "demo"))
+    """List the small prior among the checkpoints, so that the demo workflows run right after installation."""
+    folder_paths.add_model_folder_path("checkpoints", str(Path(__file__).resolve().parent.parent / "models" / "checkpoints"))
 
 
 WEIGHTS_FOLDER = "dmap"  # below ComfyUI's models
@@ -626,7 +627,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report.residuals.append(residual.tolist())
         return guided_denoised(denoised, grad, self.zeta, sigma, sigma_next)
 
-    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask) -> Tensor:
+    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
         """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
         inpaint = comfy.samplers.KSamplerX0Inpaint(self, sigmas)  # keeps the unmasked part of a latent with a noise mask
         inpaint.latent_image, inpaint.noise = latent_image, noise
@@ -636,6 +637,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
         def report(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
             self.report.residuals.append(residual.tolist())
+            bar.update()
             if callback:
                 callback(step, denoised, z, steps)
 
@@ -643,7 +645,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         try:
             # on a host that shifts the seed itself, the shift has not happened yet: only its own samplers do it
             noise_seed = extra_args["seed"] + 1 - SEED_SHIFT
-            z = sampler.solver(self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report)
+            with tqdm(total=steps, disable=disable_pbar) as bar:  # the line that stock samplers write
+                z = sampler.solver(
+                    self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report
+                )
         finally:
             self._solving = False
         if denoise_mask is not None:
@@ -666,4 +671,4 @@ class SolverSampler(comfy.samplers.Sampler):
                 f"{self.name}: it was given a {type(model_wrap).__name__}, which knows neither measurement nor operator. "
                 "Connect the node 'DPSGuider' to the guider input of SamplerCustomAdvanced"
             )
-        return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask)
+        return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)

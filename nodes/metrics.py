@@ -59,7 +59,7 @@ class RestorationMetrics(io.ComfyNode):
             description="How close restored pictures are to their originals and to the measurement: PSNR, SSIM and more, for every picture and on "
             "average, as text and as a table, and where the errors are.",
             inputs=[
-                io.Image.Input("restored", tooltip="The restored pictures, RGB, from VAEDecode."),
+                io.Image.Input("restored", tooltip="The restored pictures, RGB, from DMAP Decode."),
                 io.Image.Input(
                     "reference", tooltip="The undamaged pictures of the same size: one for all, or one for each restored picture."
                 ),

@@ -27,6 +27,7 @@ from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from . import host
 from .pictures import check_mask, check_picture, from_core, measurement_to_core, to_core
+from .schema import schema
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 Operator = io.Custom("OPERATOR")
@@ -47,14 +48,23 @@ def measurement_input(more: str = ""):
     )
 
 
+def built(node: str, kind: type[CoreOperator], *settings, **named) -> io.NodeOutput:
+    """The operator as a node's output. Its errors name the node, not the class."""
+    try:
+        return io.NodeOutput(kind(*settings, **named))
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{kind.__name__}: ", f"Operator: {node}: ", 1)) from error
+
+
 class OperatorSuperResolution(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorSuperResolution",
-            display_name="Operator: Super-Resolution",
+            display_name="Operator: Super-Resolution (upscale)",
             category=CATEGORY,
             description="The picture was made smaller: bicubic downsampling with antialiasing. Restoring it is super-resolution.",
+            search_aliases=["upscale", "enlarge", "upscaler", "super resolution", "restore", "photo", "sharpen"],
             inputs=[
                 io.Int.Input(
                     "scale",
@@ -70,17 +80,18 @@ class OperatorSuperResolution(io.ComfyNode):
 
     @classmethod
     def execute(cls, scale) -> io.NodeOutput:
-        return io.NodeOutput(SuperResolution(scale))
+        return built("Super-Resolution", SuperResolution, scale)
 
 
 class OperatorGaussianBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorGaussianBlur",
-            display_name="Operator: Gaussian Blur",
+            display_name="Operator: Gaussian Blur (deblur)",
             category=CATEGORY,
             description="The picture is out of focus. Restoring it is deblurring.",
+            search_aliases=["deblur", "sharpen", "unblur", "out of focus", "restore", "photo"],
             inputs=[
                 io.Float.Input(
                     "sigma",
@@ -106,17 +117,18 @@ class OperatorGaussianBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, sigma, kernel_size) -> io.NodeOutput:
-        return io.NodeOutput(GaussianBlur(kernel_size=kernel_size, sigma=sigma))
+        return built("Gaussian Blur", GaussianBlur, kernel_size=kernel_size, sigma=sigma)
 
 
 class OperatorMotionBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorMotionBlur",
-            display_name="Operator: Motion Blur",
+            display_name="Operator: Motion Blur (deblur)",
             category=CATEGORY,
             description="The camera moved along a straight line. Restoring it is motion deblurring.",
+            search_aliases=["deblur", "sharpen", "unblur", "camera shake", "restore", "photo"],
             inputs=[
                 io.Float.Input(
                     "length",
@@ -140,17 +152,18 @@ class OperatorMotionBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, length, angle) -> io.NodeOutput:
-        return io.NodeOutput(MotionBlur(length, angle))
+        return built("Motion Blur", MotionBlur, length, angle)
 
 
 class OperatorKernelBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorKernelBlur",
-            display_name="Operator: Kernel Blur",
+            display_name="Operator: Kernel Blur (sharpen)",
             category=CATEGORY,
             description="The picture was blurred by a kernel that you have as a small picture, for example a point of light in the blurred photo.",
+            search_aliases=["deblur", "sharpen", "unblur", "point spread function", "deconvolution"],
             inputs=[
                 io.Image.Input(
                     "kernel",
@@ -165,17 +178,18 @@ class OperatorKernelBlur(io.ComfyNode):
         kernel = check_picture(kernel, "Operator: Kernel Blur: kernel")
         if len(kernel) != 1:
             raise ValueError(f"Operator: Kernel Blur: kernel is a batch of {len(kernel)} pictures; give one")
-        return io.NodeOutput(KernelBlur(tuple(map(tuple, kernel[0].mean(-1).tolist()))))
+        return built("Kernel Blur", KernelBlur, tuple(map(tuple, kernel[0].mean(-1).tolist())))
 
 
 class OperatorInpainting(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorInpainting",
-            display_name="Operator: Inpainting",
+            display_name="Operator: Inpainting (holes, scratches)",
             category=CATEGORY,
             description="Parts of the picture are missing or damaged. What the measurement shows inside the mask is ignored.",
+            search_aliases=["inpaint", "scratch", "hole", "restore", "photo", "remove"],
             inputs=[
                 io.Mask.Input(
                     "mask",
@@ -187,34 +201,36 @@ class OperatorInpainting(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask) -> io.NodeOutput:
-        return io.NodeOutput(Inpainting(check_mask(mask, "Operator: Inpainting: mask").unsqueeze(1)))
+        return built("Inpainting", Inpainting, check_mask(mask, "Operator: Inpainting: mask").unsqueeze(1))
 
 
 class OperatorGrayscale(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorGrayscale",
-            display_name="Operator: Grayscale",
+            display_name="Operator: Grayscale (colorize)",
             category=CATEGORY,
             description="The picture lost its colours (BT.601 luma). Restoring it is colourisation. A colour picture given as its measurement is turned grey first.",
+            search_aliases=["colorize", "colourise", "colorise", "black and white", "restore", "photo"],
             inputs=[],
             outputs=[operator_output()],
         )
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(Grayscale())
+        return built("Grayscale", Grayscale)
 
 
 class OperatorJpeg(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorJpeg",
-            display_name="Operator: JPEG",
+            display_name="Operator: JPEG (artifacts)",
             category=CATEGORY,
             description="The picture was saved as a JPEG of low quality: blocks, rings at edges, smeared colours. Restoring it is artifact removal.",
+            search_aliases=["artifact removal", "deblock", "compression", "restore", "photo"],
             inputs=[
                 io.Int.Input(
                     "quality",
@@ -243,7 +259,7 @@ class OperatorJpeg(io.ComfyNode):
 
     @classmethod
     def execute(cls, quality, subsampling, rounding="straight-through") -> io.NodeOutput:
-        return io.NodeOutput(Jpeg(quality, subsampling, rounding))
+        return built("JPEG", Jpeg, quality, subsampling, rounding)
 
 
 def weights_input(example: str):
@@ -258,11 +274,12 @@ def weights_input(example: str):
 class OperatorNonlinearBlur(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorNonlinearBlur",
-            display_name="Operator: Nonlinear Blur",
+            display_name="Operator: Nonlinear Blur (deblur)",
             category=CATEGORY,
             description="The camera shook and things moved, each in its own way: the blur of a network that was trained on such photos (GoPro). The paper's nonlinear deblurring.",
+            search_aliases=["deblur", "sharpen", "unblur", "camera shake"],
             inputs=[
                 weights_input("GOPRO_wVAE.pth"),
                 io.Int.Input(
@@ -280,7 +297,7 @@ class OperatorNonlinearBlur(io.ComfyNode):
     @classmethod
     def execute(cls, weights, seed) -> io.NodeOutput:
         path = host.find_weights(weights, "GOPRO_wVAE.pth")
-        return io.NodeOutput(NonlinearBlur(load_kernel_wizard(path), seed, weights))
+        return built("Nonlinear Blur", NonlinearBlur, load_kernel_wizard(path), seed, weights)
 
 
 class OperatorSegmentation(io.ComfyNode):
@@ -298,17 +315,18 @@ class OperatorSegmentation(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
-        return io.NodeOutput(Segmentation(load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights))
+        return built("Segmentation", Segmentation, load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights)
 
 
 class OperatorNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorNoise",
-            display_name="Operator: Known Noise",
+            display_name="Operator: Known Noise (denoise)",
             category=CATEGORY,
             description="The measurement is noisy as well, by a known amount. The restoration then stops where only the noise is left to explain, instead of painting it in.",
+            search_aliases=["denoise", "noise removal", "grain", "restore", "photo"],
             inputs=[
                 Operator.Input(
                     "operator", tooltip="The damage without the noise. For several kinds of damage put this node after Compose."
@@ -328,17 +346,18 @@ class OperatorNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, operator, sigma) -> io.NodeOutput:
-        return io.NodeOutput(Noisy(operator, sigma))
+        return built("Known Noise", Noisy, operator, sigma)
 
 
 class OperatorCompose(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_OperatorCompose",
-            display_name="Operator: Compose",
+            display_name="Operator: Compose (old photo)",
             category=CATEGORY,
             description="Several kinds of damage in the order in which they happened. An old photo is grayscale, then blur, then super-resolution.",
+            search_aliases=["restore", "old photo", "combine operators"],
             inputs=[
                 Operator.Input("first", tooltip="What happened first to the clean picture. Grayscale belongs here."),
                 Operator.Input("second", tooltip="What happened then."),
@@ -350,7 +369,7 @@ class OperatorCompose(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, third=None, fourth=None) -> io.NodeOutput:
-        return io.NodeOutput(Compose(tuple(f for f in (first, second, third, fourth) if f is not None)))
+        return built("Compose", Compose, tuple(f for f in (first, second, third, fourth) if f is not None))
 
 
 class Degrade(io.ComfyNode):
@@ -399,7 +418,7 @@ class EmptyMeasurementLatent(io.ComfyNode):
             display_name="Empty Measurement Latent",
             category="DMAP/sampling",
             description="An empty latent of the size that the restored picture will have. Where that size is no multiple of the VAE's factor (8), the latent is "
-            "rounded up: crop the decoded picture at the right and the bottom to width and height (node ImageCrop at 0, 0).",
+            "rounded up, and DMAP Decode cuts the picture to its size.",
             inputs=[
                 measurement_input(),
                 Operator.Input("operator", tooltip="The damage."),

@@ -14,6 +14,7 @@ from ..dmap_core.solvers.psld import TRANSPOSES, check_linear
 from ..dmap_core.solvers.resample import SPACES, TWEEDIES
 from . import host
 from .operators import Operator
+from .schema import schema
 
 CATEGORY = "DMAP/sampling"
 
@@ -76,12 +77,13 @@ def window_inputs(first: int, last: int, what: str):
 class DMAPSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_DMAPSampler",
             display_name="DMAPSampler",
             category=CATEGORY,
             description="The paper's algorithm: at every noise level K gradient steps towards the measurement, each put back onto the sphere where the noise lives. "
             "Needs DPSGuider. T steps cost T + (T - 1) K denoiser calls.",
+            search_aliases=["restore", "restoration", "photo"],
             inputs=[
                 io.Int.Input(
                     "K",
@@ -361,12 +363,13 @@ class DMAPScheduler(io.ComfyNode):
 class DMAPPreset(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_DMAPPreset",
             display_name="DMAPPreset",
             category=CATEGORY,
             description="A sampler and its noise levels, set as the paper or a search on the demo prior found best for the operator. Connect both to SamplerCustomAdvanced. "
             "The text says what was chosen and where the numbers come from.",
+            search_aliases=["restore", "restoration", "photo"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that is sampled."),
                 Operator.Input("operator", tooltip="The damage, the same that goes to DPSGuider."),

@@ -157,7 +157,7 @@ class ScoreErrorStudy(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, conditional, picture, sigmas, zetas, repeats, noise_seed) -> io.NodeOutput:
-        name = "ScoreErrorStudy"
+        name = "Score Error Study"
         check_matplotlib()
         steps = numbers(zetas, f"{name}: zetas")
         schedule(sigmas, f"{name}: sigmas")
@@ -222,7 +222,7 @@ class ScoreMeanStudy(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, sigmas, zetas, samples, batch, noise_seed, conditional=None) -> io.NodeOutput:
-        name = "ScoreMeanStudy"
+        name = "Score Mean Study"
         check_matplotlib()
         steps = numbers(zetas, f"{name}: zetas")
         schedule(sigmas, f"{name}: sigmas")
@@ -268,7 +268,7 @@ class DiversityStudy(io.ComfyNode):
             inputs=[
                 io.Image.Input(
                     "images_1",
-                    tooltip="A batch of restorations of one measurement, at least 2 (paper: 50). EmptyMeasurementLatent's batch_size makes them.",
+                    tooltip="A batch of restorations of one measurement, at least 2 (paper: 50). batch_size of Empty Measurement Latent makes them.",
                 ),
                 *(
                     io.Image.Input(f"images_{i}", optional=True, tooltip="The same of another solver or setting.")
@@ -297,7 +297,7 @@ class DiversityStudy(io.ComfyNode):
         check_matplotlib()
         given = {"images_1": images_1, **{f"images_{i}": more.get(f"images_{i}") for i in range(2, SETS + 1)}}
         given = {name: images for name, images in given.items() if images is not None}
-        entries = list(zip(own_names(names, list(given), "DiversityStudy"), _spreads(given), strict=True))
+        entries = list(zip(own_names(names, list(given), "Diversity Study"), _spreads(given), strict=True))
         top = max(float(d.std.max()) for _, d in entries) or 1.0
         means = torch.stack([d.mean for _, d in entries]).movedim(1, -1)
         maps = torch.stack([d.std / top for _, d in entries]).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
@@ -308,14 +308,14 @@ class DiversityStudy(io.ComfyNode):
 def _spreads(given: dict[str, Tensor]) -> list[Diversity]:
     found = []
     for name, images in given.items():
-        x = picture(images, f"DiversityStudy: {name}")
+        x = picture(images, f"Diversity Study: {name}")
         size, first = (f"{s[2]}x{s[1]}" for s in (images.shape, given["images_1"].shape))
         if size != first:
-            raise ValueError(f"DiversityStudy: {name} is {size} and images_1 {first}; all must be restorations of one measurement")
+            raise ValueError(f"Diversity Study: {name} is {size} and images_1 {first}; all must be restorations of one measurement")
         try:
             found.append(diversity(x))
         except ValueError as error:
-            raise ValueError(f"DiversityStudy: {name}: {error}") from error
+            raise ValueError(f"Diversity Study: {name}: {error}") from error
     return found
 
 
@@ -473,7 +473,7 @@ class StepsStudy(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, reference, budget, K, zeta, dsg_zeta, spacing, noise_seed) -> io.NodeOutput:
-        name = "StepsStudy"
+        name = "Steps Study"
         host_studies.check_guider(guider, f"{name}: guider")
         host_studies.check_size(reference, guider, f"{name}: reference")
         check_step_size(zeta, f"{name}: zeta")
@@ -544,7 +544,7 @@ class SolverStudy(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider_1, reference, steps, zeta, noise_seed, guider_2=None, names="", spacing="paper") -> io.NodeOutput:
-        node = "SolverStudy"
+        node = "Solver Study"
         check_step_size(zeta, f"{node}: zeta")
         guiders = {name: guider for name, guider in (("guider_1", guider_1), ("guider_2", guider_2)) if guider is not None}
         for name, guider in guiders.items():

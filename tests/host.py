@@ -188,8 +188,8 @@ class Host:
         for name in ("custom_nodes", "models/checkpoints", "input", "output", "user", "temp"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         _link(self.base / "custom_nodes" / PACK, ROOT)
-        if (ROOT / "demo" / PRIOR).exists():
-            _link(self.base / "models" / "checkpoints" / PRIOR, ROOT / "demo" / PRIOR)
+        if (ROOT / "models" / "checkpoints" / PRIOR).exists():
+            _link(self.base / "models" / "checkpoints" / PRIOR, ROOT / "models" / "checkpoints" / PRIOR)
 
         arguments = ["--base-directory", self.base, "--listen", "127.0.0.1", "--port", self.port, "--disable-auto-launch"]
         known = (tree / "comfy" / "cli_args.py").read_text(encoding="utf-8")

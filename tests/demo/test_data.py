@@ -49,7 +49,7 @@ def test_held_out_pictures():
 
 
 def test_prior_is_small_and_says_what_it_is():
-    file = DEMO / "dmap-demo-prior.safetensors"
+    file = DEMO.parent / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
     assert file.stat().st_size < 60e6
     with safe_open(file, "pt") as f:
         keys = list(f.keys())

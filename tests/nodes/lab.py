@@ -54,7 +54,7 @@ core = SimpleNamespace(
     posterior=importlib.import_module("dmap_pack.dmap_core.posterior"),
 )
 NODES = {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())}
-folder_paths.add_model_folder_path("checkpoints", str(ROOT / "demo"))
+folder_paths.add_model_folder_path("checkpoints", str(ROOT / "models" / "checkpoints"))
 comfy.utils.set_progress_bar_enabled(False)  # bars of stock samplers would fill the output of tests that fail
 
 

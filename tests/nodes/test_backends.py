@@ -23,7 +23,9 @@ def core(lab):
 @pytest.fixture(scope="module")
 def base(lab, core):
     with torch.inference_mode(False):
-        return core["diffusers_models"].open_base(lab.ROOT / "demo" / lab.CHECKPOINT).to(torch.device("cpu"), torch.float32)
+        return (
+            core["diffusers_models"].open_base(lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT).to(torch.device("cpu"), torch.float32)
+        )
 
 
 def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11):

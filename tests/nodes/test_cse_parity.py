@@ -32,7 +32,7 @@ def theirs(lab, cses):
 
     models = importlib.import_module(f"{cses.PACK}.dmap_core.cse.diffusers_models")
     with torch.inference_mode(False):
-        base = models.open_base(lab.ROOT / "demo" / lab.CHECKPOINT)
+        base = models.open_base(lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT)
         return base.to(torch.device("cpu"), torch.float32)
 
 
@@ -150,7 +150,14 @@ def test_a_training(lab, cses, tmp_path, monkeypatch):
         photos = cses.fill(folders.input / "photos", 3)
         cses.train(save_name="node", folder="input/photos", pictures=None, steps=steps)
         options = f"--steps {steps} --batch-size 2 --learning-rate 1e-3 --size 32 --seed 0 --workers 0 --validate-every 0"
-        where = ["--checkpoint", lab.ROOT / "demo" / lab.CHECKPOINT, "--pictures", photos, "--operator", json.dumps(cses.SR8)]
+        where = [
+            "--checkpoint",
+            lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT,
+            "--pictures",
+            photos,
+            "--operator",
+            json.dumps(cses.SR8),
+        ]
         with torch.inference_mode(False):
             train.main([*map(str, where), "--out", str(tmp_path / "line.safetensors"), *options.split()])
         node, line = cses.state(folders.controlnet / "node"), cses.state(tmp_path / "line")

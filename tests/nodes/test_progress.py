@@ -31,6 +31,15 @@ def test_callback(lab, name):
             assert torch.isfinite(tensor).all()
 
 
+@pytest.mark.parametrize("name", ["dps", "dmap", "ddpm"])
+def test_the_console_gets_a_line_as_from_stock_samplers(lab, name, capsys):
+    sampler = {"dps": lab.dps, "dmap": lab.dmap, "ddpm": lambda: lab.stock("ddpm")}[name]()
+    lab.watch(lab.guider(), sampler, None, STEPS)
+    assert f"{STEPS}/{STEPS} [" in capsys.readouterr().err
+    lab.sample(lab.guider(), sampler, STEPS)  # with ComfyUI's bars switched off
+    assert "it" not in capsys.readouterr().err
+
+
 def test_the_preview_is_the_denoised_latent(lab):
     """The last step of DPS goes to the denoised latent but for the gradient."""
     seen = []

@@ -218,7 +218,7 @@ def test_what_has_no_diversity(lab):
     pair = image.expand(2, -1, -1, -1)
 
     def refused(match, **inputs):
-        with pytest.raises(ValueError, match=f"DiversityStudy: {match}"):
+        with pytest.raises(ValueError, match=f"Diversity Study: {match}"):
             lab.call("DMAP_DiversityStudy", **inputs)
 
     refused("images_1: .*1 picture", images_1=image)
@@ -412,7 +412,7 @@ def test_a_guider_without_measurement(lab, study):
 
 
 def test_the_second_guider_is_looked_at_too(lab):
-    with before_any_network(lab, "SolverStudy: guider_2: it is a CFGGuider.*connect DPSGuider"):
+    with before_any_network(lab, "Solver Study: guider_2: it is a CFGGuider.*connect DPSGuider"):
         solver(lab, guider_2=lab.stock_guider())
 
 
@@ -462,9 +462,9 @@ def test_a_conditional_model_of_another_kind(lab, run):
 
 
 def test_pictures_that_do_not_fit(lab):
-    with before_any_network(lab, "ScoreErrorStudy: picture: it is 40x32, but the guider restores 32x32"):
+    with before_any_network(lab, "Score Error Study: picture: it is 40x32, but the guider restores 32x32"):
         score_error(lab, picture=lab.picture(0, 32, 40))
-    with before_any_network(lab, "ScoreErrorStudy: picture: 2 pictures"):
+    with before_any_network(lab, "Score Error Study: picture: 2 pictures"):
         score_error(lab, picture=lab.picture().expand(2, -1, -1, -1))
     for run in (steps, solver):
         with before_any_network(lab, "Study: reference.*it is 40x32, but the guider restores 32x32"):
@@ -473,9 +473,9 @@ def test_pictures_that_do_not_fit(lab):
             run(lab, reference=lab.picture().expand(2, -1, -1, -1))
         with before_any_network(lab, "Study: reference.*NaN"):
             run(lab, reference=lab.picture() * float("nan"))
-    with before_any_network(lab, "SolverStudy: guider_1 has 1 measurement.* and guider_2 2"):
+    with before_any_network(lab, "Solver Study: guider_1 has 1 measurement.* and guider_2 2"):
         solver(lab, guider_2=several(lab))
-    with before_any_network(lab, "SolverStudy: names holds 1 names for 2"):
+    with before_any_network(lab, "Solver Study: names holds 1 names for 2"):
         solver(lab, guider_2=lab.guider(), names="one")
 
 
@@ -491,14 +491,14 @@ def test_pictures_that_do_not_fit(lab):
     ],
 )
 def test_a_budget_that_does_not_come_out_even(lab, K, match):
-    with before_any_network(lab, f"StepsStudy: .*{match}"):
+    with before_any_network(lab, f"Steps Study: .*{match}"):
         steps(lab, K=K)
 
 
 def test_step_sizes_out_of_range(lab):
     for value in (0.0, -1.0, float("nan"), float("inf")):
-        for run, node in ((steps, "StepsStudy"), (solver, "SolverStudy")):
+        for run, node in ((steps, "Steps Study"), (solver, "Solver Study")):
             with before_any_network(lab, f"{node}: zeta is .*above 0"):
                 run(lab, zeta=value)
-    with before_any_network(lab, "StepsStudy: dsg_zeta is 1.5; .*at most 1"):
+    with before_any_network(lab, "Steps Study: dsg_zeta is 1.5; .*at most 1"):
         steps(lab, dsg_zeta=1.5)

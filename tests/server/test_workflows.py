@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from host import PRIOR, ROOT, Host, PromptFailed
 from PIL import Image, ImageDraw
-from prompts import NOTES, node_inputs, titled, to_prompt, upstream
+from prompts import NOTES, node_inputs, titled, to_prompt, upstream, use_picture
 
 FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 ALL_SOLVERS = [name for name in FILES if name.endswith("-all-solvers")]
@@ -63,7 +63,7 @@ def cached(entry: dict) -> set[str]:
 def dmap_prompt(host: Host, info: dict, steps: int = STEPS, seed: int = 0, zeta: float | None = None) -> tuple[dict, str, str]:
     """(prompt, id of its save node, id of its report): super-resolution x4 to 64x64 by DMAP, cut out of the demo workflow."""
     prompt = to_prompt(load("demo-super-resolution-x4"), info)
-    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = small_original(host)
+    use_picture(prompt, "Original picture", small_original(host))
     prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = steps
     of_class(prompt, "RandomNoise")["inputs"]["noise_seed"] = seed
     if zeta is not None:
@@ -127,7 +127,6 @@ def test_checkpoint_can_be_downloaded_from_the_workflow(name: str):
 @pytest.mark.parametrize("name", DEMO)
 def test_demo_workflow_runs(host: Host, info: dict, name: str):
     prompt = to_prompt(load(name), info)
-    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = host.upload(ORIGINAL)
     for solver in ("DPS", "DMAP"):
         prompt[titled(prompt, f"{solver}: schedule")]["inputs"]["steps"] = STEPS
     with host.listen() as messages:
@@ -160,6 +159,10 @@ def test_demo_workflow_runs(host: Host, info: dict, name: str):
         assert values[-1] == STEPS
         assert values == sorted(values)
     assert (pictures["DPS"] != pictures["DMAP"]).any()
+    if name == "demo-inpainting":
+        known = np.ones((128, 128), bool)
+        known[40:88, 40:88] = False
+        assert all((picture[known] == pixels(degraded)[known]).all() for picture in pictures.values())
 
     previews = [message[1] for message in messages if isinstance(message, tuple) and int.from_bytes(message[1][:4], "big") == 1]
     assert previews
@@ -178,9 +181,9 @@ def test_sd2_workflow_lacks_nothing_but_its_checkpoint_and_runs_on_another(host:
         alpha = Image.new("L", picture.size, 255)
         ImageDraw.Draw(alpha).rectangle((20, 20, 43, 43), fill=0)
         picture.putalpha(alpha)
-    loader, image = of_class(prompt, "CheckpointLoaderSimple")["inputs"], prompt[titled(prompt, "Damaged picture")]["inputs"]
-    image["image"] = f"{name}.png"
-    picture.save(host.input / image["image"])
+    loader = of_class(prompt, "CheckpointLoaderSimple")["inputs"]
+    use_picture(prompt, "Damaged picture", f"{name}.png")
+    picture.save(host.input / f"{name}.png")
 
     with pytest.raises(urllib.error.HTTPError) as refusal:
         host.post("/prompt", {"prompt": prompt})
@@ -206,10 +209,31 @@ def test_sd2_workflow_lacks_nothing_but_its_checkpoint_and_runs_on_another(host:
     assert all(math.isfinite(step[0]) for step in report["residuals"])
 
 
+def test_a_photo_of_odd_size_with_a_painted_mask(host: Host, info: dict):
+    """What comes back has its size, and is the photo itself outside the mask."""
+    prompt = to_prompt(load("sd2-inpainting"), info)
+    photo = Image.open(ORIGINAL).convert("RGB").resize((45, 30), Image.LANCZOS)
+    given = np.asarray(photo)
+    alpha = Image.new("L", photo.size, 255)
+    ImageDraw.Draw(alpha).rectangle((30, 10, 44, 20), fill=0)
+    photo.putalpha(alpha)
+    photo.save(host.input / "odd.png")
+    use_picture(prompt, "Damaged picture", "odd.png")
+    of_class(prompt, "CheckpointLoaderSimple")["inputs"]["ckpt_name"] = PRIOR
+    text = prompt[titled(prompt, "Prompt (empty: the paper)")]
+    text["class_type"], text["inputs"] = "DMAP_DMAPUnconditional", {"model": [text["inputs"]["clip"][0], 0]}
+    prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = STEPS
+    (path,) = host.images(host.run(prompt), titled(prompt, "DMAP: save"))
+    restored, known = pixels(path), np.asarray(alpha) > 0
+    assert restored.shape == given.shape
+    assert (restored[known] == given[known]).all()
+    assert (restored[~known] != given[~known]).any()
+
+
 @pytest.mark.parametrize("name", ALL_SOLVERS)
 def test_all_solvers_side_by_side(host: Host, info: dict, name: str):
     prompt = to_prompt(load(name), info)
-    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = small_original(host)
+    use_picture(prompt, "Original picture", small_original(host))
     if name.startswith("sd2-"):  # the graph with the demo prior, which has no text encoder
         of_class(prompt, "CheckpointLoaderSimple")["inputs"]["ckpt_name"] = PRIOR
         text = prompt[titled(prompt, "Prompt (empty: the paper)")]
@@ -237,7 +261,7 @@ def test_all_solvers_side_by_side(host: Host, info: dict, name: str):
 
 def test_cse_side_by_side(host: Host, info: dict):
     prompt = to_prompt(load("demo-cse"), info)
-    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = small_original(host)
+    use_picture(prompt, "Original picture", small_original(host))
     assert of_class(prompt, "DMAP_CSEControlNetLoader")["inputs"]["cse"].startswith("dmap-demo-cse-sr4")
     for solver in ("DPS", "DMAP"):
         prompt[titled(prompt, f"{solver}: preset")]["inputs"]["steps"] = 3
@@ -258,7 +282,7 @@ def test_cse_side_by_side(host: Host, info: dict):
 def study_prompt(host: Host, info: dict, name: str) -> dict:
     """A workflow of studies with a small picture."""
     prompt = to_prompt(load(name), info)
-    prompt[titled(prompt, "Original picture")]["inputs"]["image"] = small_original(host)
+    use_picture(prompt, "Original picture", small_original(host))
     return prompt
 
 
@@ -414,7 +438,7 @@ def test_latent_of_the_wrong_size_names_the_node_that_makes_the_right_one(host: 
     prompt, save, _ = dmap_prompt(host, info)
     latent = of_class(prompt, "DMAP_EmptyMeasurementLatent")
     latent["class_type"], latent["inputs"] = "EmptyLatentImage", {"width": 128, "height": 64, "batch_size": 1}
-    with pytest.raises(PromptFailed, match=r"128x64 picture.*16x16.*64x64.*EmptyMeasurementLatent"):
+    with pytest.raises(PromptFailed, match=r"128x64 picture.*16x16.*64x64.*Empty Measurement Latent"):
         host.run(upstream(prompt, [save]))
 
 

@@ -1,0 +1,62 @@
+"""Make demo/samples/: one good picture of 512x512 and what it looks like after each damage of the workflows sd2-*.
+
+    python demo/samples.py    # fetches the demo data first
+
+The node "DMAP Sample Picture" lists them after the pictures of demo/held-out/. Each damaged one is the operator of its workflow on the good one.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from data import fetch, load
+from PIL import Image, ImageDraw
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from dmap_core.operators import Compose, GaussianBlur, Grayscale, Operator, SuperResolution  # noqa: E402
+
+NAME = "1f413"  # the rooster, of a held-out concept
+SIDE = 512
+DAMAGE = {
+    "rooster-small-64": SuperResolution(8),
+    "rooster-blurred-512": GaussianBlur(kernel_size=61, sigma=3.0),
+    "rooster-old-photo-128": Compose((Grayscale(), GaussianBlur(kernel_size=61, sigma=1.5), SuperResolution(4))),
+}
+
+
+def damaged(good: Image.Image, operator: Operator) -> Image.Image:
+    """What the operator makes of an RGB picture, rounded to 8 bits."""
+    x = torch.from_numpy(np.asarray(good, np.float32) / 127.5 - 1).movedim(-1, 0).unsqueeze(0)
+    y = operator.picture(operator(x)).squeeze(0).movedim(0, -1)
+    return Image.fromarray(((y + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def with_holes(good: Image.Image) -> Image.Image:
+    """A torn-out piece and two scratches, grey and transparent, as the mask editor leaves them."""
+    alpha = Image.new("L", good.size, 255)
+    draw = ImageDraw.Draw(alpha)
+    draw.rectangle((250, 190, 349, 289), fill=0)
+    draw.line((40, 90, 470, 200), fill=0, width=7)
+    draw.line((150, 20, 120, 500), fill=0, width=5)
+    picture = Image.composite(good, Image.new("RGB", good.size, (128, 128, 128)), alpha)
+    picture.putalpha(alpha)
+    return picture
+
+
+def main() -> None:
+    out = HERE / "samples"
+    out.mkdir(exist_ok=True)
+    good = Image.fromarray(load(fetch(HERE / "cache") / f"{NAME}.webp", 256)).resize((SIDE, SIDE), Image.LANCZOS)
+    pictures = {"rooster-512": good, **{name: damaged(good, operator) for name, operator in DAMAGE.items()}}
+    pictures["rooster-holes-512"] = with_holes(good)
+    for name, picture in pictures.items():
+        path = out / f"{name}.png"
+        picture.save(path, optimize=True)
+        print(f"{path}  {picture.width}x{picture.height}  {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Messages and texts speak of nodes by the names that users see."""
+
+import ast
+import re
+
+import pytest
+
+# Names that are no node of the pack: ComfyUI's, or words of the text itself.
+HOSTS = {"Split Image with Alpha", "Load Image", "VAE Decode", "SamplerCustomAdvanced", "RandomNoise", "Results", "Nothing was saved"}
+WORDS = ["deblur", "upscale", "restore", "photo", "denoise", "scratch", "enlarge", "sharpen", "colorize", "inpaint"]
+REACH = 30  # how far into a name the search of older interfaces looks
+
+
+def shown(lab):
+    """Display names without what is in brackets behind them."""
+    return {cls.GET_SCHEMA().display_name.partition(" (")[0] for cls in lab.NODES.values()}
+
+
+def classes(lab):
+    """Names of node classes that are no display names: what users must not be told."""
+    names = {cls.__name__ for cls in lab.NODES.values()} - shown(lab)
+    return {name for name in names if sum(map(str.isupper, name)) > 1}  # "Decode" is a word of any text
+
+
+def texts(path):
+    """(line, text) of every string in a file that is not a docstring or a name in code; gaps of f-strings are {}."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    parts = {id(part) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    parts |= {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield node.lineno, node.value
+
+
+def test_no_text_of_a_node_speaks_of_a_class(lab):
+    unknown = re.compile(rf"\b({'|'.join(sorted(classes(lab)))})\b(?! *\()")
+    found = [
+        f"{path.name}:{line}: {text}"
+        for path in sorted((lab.ROOT / "nodes").glob("*.py"))
+        for line, text in texts(path)
+        if " " in text and unknown.search(text)
+    ]
+    assert found == []
+
+
+def test_nodes_in_quotes_are_there(lab):
+    names = shown(lab) | HOSTS
+    found = [
+        f"{path.name}:{line}: {quoted}"
+        for path in sorted((lab.ROOT / "nodes").glob("*.py"))
+        for line, text in texts(path)
+        for quoted in re.findall(r"(?<!\w)'([A-Z][A-Za-z:\- ]{3,})'", text)
+        if quoted not in names
+    ]
+    assert found == []
+
+
+def test_an_operators_error_names_its_node(lab):
+    noisy = lab.call("DMAP_OperatorNoise", operator=lab.call("DMAP_OperatorSuperResolution", scale=2), sigma=0.1)
+    with pytest.raises(ValueError, match=r"^Operator: Known Noise: .* is noisy already"):
+        lab.call("DMAP_OperatorNoise", operator=noisy, sigma=0.1)
+    with pytest.raises(ValueError, match=r"^Operator: Gaussian Blur: kernel_size is 4; it must be odd"):
+        lab.call("DMAP_OperatorGaussianBlur", sigma=3.0, kernel_size=4)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_what_people_look_for_is_in_names_and_aliases(lab, word):
+    """Older interfaces search the beginning of names only, newer ones the aliases as well."""
+    from comfy_api.latest import io
+
+    schemas = [cls.GET_SCHEMA() for cls in lab.NODES.values()]
+    assert any(-1 < schema.display_name.lower().find(word) < REACH for schema in schemas)
+    if "search_aliases" in io.Schema.__dataclass_fields__:
+        assert any(word in schema.search_aliases for schema in schemas)
+
+
+def test_fields_that_a_host_lacks_are_left_out(lab, monkeypatch):
+    import dataclasses
+    import importlib
+
+    from comfy_api.latest import io
+
+    module = importlib.import_module("dmap_pack.nodes.schema")
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    given = {"node_id": "DMAP_X", "search_aliases": ["x"]}
+    assert hasattr(module.schema(**given), "search_aliases") == ("search_aliases" in known)
+    with pytest.raises(TypeError):  # nothing but what is known to be newer
+        module.schema(**given, misspelt=1)
+
+
+def test_the_zeta_of_the_guider_says_whose_it_is(lab):
+    import json
+
+    zeta = next(i for i in lab.NODES["DMAP_DPSGuider"].GET_SCHEMA().inputs if i.id == "zeta")
+    locale = json.loads((lab.ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert zeta.display_name == locale["DMAP_DPSGuider"]["inputs"]["zeta"]["name"] == "zeta (stock samplers only)"  # for older interfaces
+    assert zeta.optional and zeta.as_dict()["advanced"] is True
+
+
+def test_prompts_with_and_without_the_guiders_zeta_are_taken(lab):
+    """Old prompts give it, and old workflows hold it as the first of three widget values."""
+    inputs = lab.problem()
+    assert lab.call("DMAP_DPSGuider", **inputs).zeta == 1.0
+    del inputs["zeta"]
+    assert lab.call("DMAP_DPSGuider", **inputs).zeta == 4.8
+    info = lab.NODES["DMAP_DPSGuider"].GET_NODE_INFO_V1()["input"]
+    widgets = [name for group in ("required", "optional") for name, spec in info[group].items() if spec[0] in ("FLOAT", "COMBO")]
+    assert widgets[:3] == ["zeta", "cfg", "memory"]
