@@ -135,7 +135,7 @@ class SamplingReport(io.ComfyNode):
         report = host.report_of(latent["samples"]) or getattr(guider, "report", None)
         if report is None:
             raise ValueError("DMAP Sampling Report: guider has no finished run; connect the DPSGuider that the sampler used")
-        return io.NodeOutput(report.text(), json.dumps(asdict(report)), ui=ui.PreviewText(report.text()))
+        return io.NodeOutput(report.text(), json.dumps(asdict(report)), ui=ui.PreviewText(json.dumps(asdict(report))))
 
 
 NODES = [DPSGuider, SamplingReport]
