@@ -11,10 +11,8 @@ from torch import Tensor
 
 from .base import Find, Operator, Size, shown
 
-MOST, DEEPEST = (
-    32,
-    8,
-)  # operators that are parts of one, parts of parts included, and how far down they go: more only come from a hostile spec
+MOST = 32  # operators that are parts of one, parts of parts included: more only come from a hostile spec
+DEEPEST = 8  # how many of them are inside each other
 
 
 @dataclass(frozen=True)
