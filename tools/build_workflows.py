@@ -454,7 +454,7 @@ def train_cse(info) -> Graph:
 
 **Checkpoint**: [{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`.
 
-- **SelfGenerateCSEDataset** lets the model make 100 training pictures. To train on pictures of your own (about 100, 512 pixels or more), remove it, put them into a folder in ComfyUI's `input/`, reload the page and choose it in **folder** of TrainCSE.
+- **SelfGenerateCSEDataset** lets the model make 100 training pictures. To train on pictures of your own (about 100, 512 pixels or more), remove it, put them into a folder in ComfyUI's `input/` and write `input/NAME` into **folder** of TrainCSE.
 - **Operator**: the damage that the CSE is to see through. One CSE knows one damage.
 - **TrainCSE** has the paper's settings: 5000 steps of 64 pictures take some 8 hours on an A100 (the paper's figure). For a first try set batch_size to 8, accumulation to 2, learning_rate to 0.0001 and steps to 500.
 - Cancel at any time: what was trained is saved, and the next run with the same settings goes on.

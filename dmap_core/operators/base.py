@@ -59,8 +59,10 @@ def real(name: str, value: Any, most: float, above: float | None = 0.0, unit: st
 
 def check_batch(y: Tensor, batch: int) -> None:
     """Raises ValueError unless there is one measurement y, or one for each of `batch` latents or pictures."""
-    if len(y) not in (1, batch):
-        raise ValueError(f"measurement: {len(y)} measurements for a batch of {batch}; give one, or one for each sample of the batch")
+    if y.ndim == 0 or len(y) not in (1, batch):
+        raise ValueError(
+            f"measurement: {len(y) if y.ndim else 0} measurements for a batch of {batch}; give one, or one for each sample of the batch"
+        )
 
 
 class Operator:
@@ -132,7 +134,7 @@ class Operator:
             raise ValueError(f"measurement: it has {y.shape[1]} channel(s), and {self.describe()} measures {wanted}")
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
-        """(1 or B, 1, h, w), 1 where a measurement holds nothing of the image, 0 elsewhere; None if it holds something everywhere.
+        """(1 or B, 1, h, w) on the CPU, 1 where a measurement holds nothing of the image, 0 elsewhere; None if it holds something everywhere.
 
         before: the same of the image, for an operator that comes after others, and channels: how many that image has.
         """

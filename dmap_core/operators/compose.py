@@ -12,7 +12,7 @@ from torch import Tensor
 from .base import Find, Operator, Size, shown
 
 MOST = 32  # operators that are parts of one, parts of parts included: more only come from a hostile spec
-DEEPEST = 8  # and how far down they go
+DEEPEST = 8  # how many of them are inside each other
 
 
 @dataclass(frozen=True)

@@ -74,9 +74,9 @@ class Inpainting(Operator):
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         if before is None:
-            return self.mask
+            return self.mask.cpu()
         self.check(tuple(before.shape[-2:]), len(before) if len(before) > 1 else len(self.mask))
-        return torch.maximum(self.mask, before.to(self.mask))
+        return torch.maximum(self.mask.cpu(), before)
 
     def hint(self, y: Tensor) -> Tensor:
         return y * self._known(y)
@@ -107,9 +107,8 @@ class Inpainting(Operator):
         expected = -(-count // 8)
         try:
             stream = zlib.decompressobj()
-            packed = stream.decompress(
-                base64.b64decode(text, validate=True), expected + 1
-            )  # no byte more than it takes to see that there are too many
+            # no byte more than shows that there are too many
+            packed = stream.decompress(base64.b64decode(text, validate=True), expected + 1)
         except (ValueError, zlib.error) as error:
             raise ValueError(f"Inpainting: the spec's mask cannot be read: {error}") from error
         if len(packed) != expected or not stream.eof:
