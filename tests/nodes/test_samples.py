@@ -1,4 +1,4 @@
-"""The pictures that come with the pack."""
+"""The pictures and the checkpoint that come with the pack."""
 
 import pytest
 
@@ -58,3 +58,12 @@ def test_damaged_pictures_are_what_the_operator_of_their_workflow_makes(lab, nam
     shipped, _ = sample(lab, name)
     assert tuple(shipped.shape[1:3]) == (DAMAGED[name], DAMAGED[name])
     assert (shipped - measurement.clamp(0, 1)).abs().max() < 0.5001 / 255
+
+
+def test_the_pack_offers_one_checkpoint_and_lists_nothing_else(lab):
+    """What `make demo-prior` writes below demo/run/ is no checkpoint of the user's."""
+    import folder_paths
+
+    offered = [lab.Path(folder) for folder in folder_paths.get_folder_paths("checkpoints") if lab.ROOT in lab.Path(folder).parents]
+    assert {folder.relative_to(lab.ROOT).as_posix() for folder in offered} == {"models/checkpoints"}
+    assert [path.name for path in offered[0].rglob("*") if path.is_file()] == [lab.CHECKPOINT]
