@@ -6,7 +6,7 @@ import re
 import pytest
 
 # Names that are no node of the pack: ComfyUI's, or words of the text itself.
-HOSTS = {"Split Image with Alpha", "Load Image", "VAE Decode", "SamplerCustomAdvanced", "RandomNoise", "Results", "Nothing was saved"}
+HOSTS = {"MultiGPU CFG Split", "Split Image with Alpha", "Load Image", "VAE Decode", "SamplerCustomAdvanced", "RandomNoise", "Results", "Nothing was saved"}
 WORDS = ["deblur", "upscale", "restore", "photo", "denoise", "scratch", "enlarge", "sharpen", "colorize", "inpaint"]
 REACH = 30  # how far into a name the search of older interfaces looks
 
