@@ -102,14 +102,16 @@ def test_it_is_the_solver_with_these_settings(lab, name):
         assert not torch.equal(run(lab, make(lab, name, **{setting: value})), result), f"{setting} changes nothing"
 
 
-# AdamW's first steps have the learning rate's length whatever the gradient's, so that rounding of an entry near 0 is worth a whole step. With
-# this rate all steps together stay below the tolerance; that they are the same for a batch is tested in float64, without ComfyUI.
+# Settings that do not amplify rounding: these runs differ by 6e-5 of a standard deviation at most. AdamW's first steps have the learning rate's
+# length whatever the gradient's, so that rounding of an entry near 0 is worth a whole step; that they are the same for a batch is tested in
+# float64, without ComfyUI. FreeDoM's travels with a zeta of 2 magnify rounding to 2e-3.
 RESAMPLE_BATCH = {"learning_rate": 1e-5}
+FREEDOM_BATCH = {"zeta": 0.5}
 
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("DSG", {}), ("PSLD", {}), ("PSLD", {"transpose": "adjoint"}), ("FreeDoM", {}), ("ReSample", RESAMPLE_BATCH)],
+    [("DSG", {}), ("PSLD", {}), ("PSLD", {"transpose": "adjoint"}), ("FreeDoM", FREEDOM_BATCH), ("ReSample", RESAMPLE_BATCH)],
 )
 def test_a_batch_is_as_good_as_single_runs(lab, name, changes):
     sampler, schedule = make(lab, name, **changes), lab.sigmas(STEPS)
