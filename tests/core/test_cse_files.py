@@ -441,7 +441,8 @@ def test_settings_at_their_limits():
 
 def test_a_description_is_not_written_that_would_not_be_read():
     """Its length is known before a training and not after it."""
-    longest = CSEMetadata(licence="x" * (LONGEST - len(CSEMetadata().write()[KEY])))
+    described = CSEMetadata(operator={"operator": "Inpainting", "mask": ""})
+    longest = replace(described, operator={"operator": "Inpainting", "mask": "x" * (LONGEST - len(described.write()[KEY]))})
     assert read_metadata(longest.write()) == longest
     with pytest.raises(ValueError, match=rf"would be {LONGEST + 1} characters long, and {LONGEST} are the most.*single mask"):
-        replace(longest, licence=longest.licence + "x").write()
+        replace(longest, licence="x").write()

@@ -142,7 +142,8 @@ def test_solvers(device, case, f):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 def test_schedules(device, spacing):
-    assert SPACINGS[spacing](torch.linspace(0.03, 14.6, 1000).to(device), 5).device.type == "cpu"
+    """One step, since the stand-in has but one noise level."""
+    assert SPACINGS[spacing](torch.linspace(0.03, 14.6, 1000).to(device), 1).device.type == "cpu"
 
 
 def test_the_score_studies(device):
