@@ -272,7 +272,7 @@ def test_cse_side_by_side(host: Host, info: dict):
     residuals = {}
     for way in ("DPS", "DMAP", "DPS + CSE", "DMAP + CSE"):
         report = report_of(entry, titled(prompt, f"{way}: report"))
-        assert report["warnings"] == []  # the operator is the CSE's own
+        assert not [warning for warning in report["warnings"] if "trained for" in warning]  # the operator is the CSE's own
         residuals[way] = [step[0] for step in report["residuals"]]
         assert all(map(math.isfinite, residuals[way]))
     for solver in ("DPS", "DMAP"):  # the CSE's first estimate is closer to the measurement
