@@ -32,6 +32,7 @@ from ..dmap_core.cse.trainer import Trainer
 from ..dmap_core.operators import from_spec
 from . import host, host_cse
 from .charts import loss_curve
+from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core, to_core
 
@@ -431,7 +432,8 @@ class TrainCSE(io.ComfyNode):
         path = host_cse.new_cse_path(save_name)
         chosen, source = cls._pictures(folder, pictures, unreadable)
         size = settings.size
-        operator.check((size, size), settings.batch_size // settings.accumulation)
+        with speaking_of_nodes("TrainCSE: size: "):
+            operator.check((size, size), settings.batch_size // settings.accumulation)
         looked_at = [to_picture(p) for p in to_core(validation, "TrainCSE: validation")] if validation is not None else chosen
         looked_at = [p if isinstance(p, Image.Image) else open_rgb(p) for p in looked_at[:VALIDATED]]
         looked_at = torch.stack([to_tensor(centred(p, size)) for p in looked_at])

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..dmap_core.operators import Inpainting
 from ..dmap_core.operators import Operator as CoreOperator
 from . import host
+from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
 from .schema import schema
@@ -41,7 +42,8 @@ class Decode(io.ComfyNode):
     @classmethod
     def execute(cls, latent, vae, measurement, operator: CoreOperator, keep_given) -> io.NodeOutput:
         y = measurement_to_core(measurement, operator, f"{NAME}: measurement")
-        height, width = operator.image_size(y)
+        with speaking_of_nodes(f"{NAME}: measurement: "):
+            height, width = operator.image_size(y)
         z, wanted = latent["samples"], host.latent_size(vae, (height, width))
         if z.ndim != 4 or tuple(z.shape[-2:]) != wanted:
             raise ValueError(
@@ -52,7 +54,8 @@ class Decode(io.ComfyNode):
         if keep_given and isinstance(operator, Inpainting):
             if len(y) not in (1, len(image)):
                 raise ValueError(f"{NAME}: {len(image)} pictures for {len(y)} measurements; give one measurement, or one per picture")
-            operator.check((height, width), len(image))
+            with speaking_of_nodes(f"{NAME}: "):
+                operator.check((height, width), len(image))
             image = image.where(operator.mask.movedim(1, -1).to(image) > 0, measurement.to(image))  # y has been to [-1, 1], with rounding
         return io.NodeOutput(image)
 

@@ -10,6 +10,7 @@ from comfy_api.latest import io, ui
 from ..dmap_core.memory import PLANS
 from ..dmap_core.solvers import check_settings
 from . import host, host_cse
+from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
 from .schema import advanced, schema
@@ -99,6 +100,8 @@ class DPSGuider(io.ComfyNode):
         if negative is None and cfg != 1:
             raise ValueError(f"DPSGuider: cfg is {cfg} but negative is not connected; connect the negative conditioning, or set cfg to 1")
         y = measurement_to_core(measurement, operator, "DPSGuider: measurement")
+        with speaking_of_nodes("DPSGuider: "):
+            operator.check_measurement(y)
         check_megapixels("DPSGuider", operator.image_size(y), tuple(y.shape[-2:]), max_megapixels)
         host.check_conditioning(positive, model, "DPSGuider: positive")
         if negative is not None:

@@ -41,6 +41,7 @@ from ..dmap_core.posterior import Posterior
 from ..dmap_core.schedule import check_sigmas, generators
 from ..dmap_core.solvers import check_finite, guided_denoised
 from .host_static import check_static, is_dynamic, static_patchers
+from .messages import speaking_of_nodes
 
 log = logging.getLogger(__name__)
 
@@ -552,7 +553,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             raise ValueError(
                 f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent"
             )
-        self.operator.check(self.size, len(noise))
+        with speaking_of_nodes():
+            self.operator.check(self.size, len(noise))
 
     def _try_vae(self, prior: HostPrior, y: Tensor) -> None:
         if not self.vae_tried:

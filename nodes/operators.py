@@ -26,6 +26,7 @@ from ..dmap_core.operators.nonlinear_blur import load_kernel_wizard
 from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from . import host
+from .messages import speaking_of_nodes
 from .pictures import check_mask, check_picture, from_core, measurement_to_core, to_core
 from .schema import schema
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
@@ -48,12 +49,10 @@ def measurement_input(more: str = ""):
     )
 
 
-def built(node: str, kind: type[CoreOperator], *settings, **named) -> io.NodeOutput:
-    """The operator as a node's output. Its errors name the node, not the class."""
-    try:
+def built(kind: type[CoreOperator], *settings, **named) -> io.NodeOutput:
+    """The operator as a node's output."""
+    with speaking_of_nodes():
         return io.NodeOutput(kind(*settings, **named))
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{kind.__name__}: ", f"Operator: {node}: ", 1)) from error
 
 
 class OperatorSuperResolution(io.ComfyNode):
@@ -80,7 +79,7 @@ class OperatorSuperResolution(io.ComfyNode):
 
     @classmethod
     def execute(cls, scale) -> io.NodeOutput:
-        return built("Super-Resolution", SuperResolution, scale)
+        return built(SuperResolution, scale)
 
 
 class OperatorGaussianBlur(io.ComfyNode):
@@ -117,7 +116,7 @@ class OperatorGaussianBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, sigma, kernel_size) -> io.NodeOutput:
-        return built("Gaussian Blur", GaussianBlur, kernel_size=kernel_size, sigma=sigma)
+        return built(GaussianBlur, kernel_size=kernel_size, sigma=sigma)
 
 
 class OperatorMotionBlur(io.ComfyNode):
@@ -152,7 +151,7 @@ class OperatorMotionBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, length, angle) -> io.NodeOutput:
-        return built("Motion Blur", MotionBlur, length, angle)
+        return built(MotionBlur, length, angle)
 
 
 class OperatorKernelBlur(io.ComfyNode):
@@ -178,7 +177,7 @@ class OperatorKernelBlur(io.ComfyNode):
         kernel = check_picture(kernel, "Operator: Kernel Blur: kernel")
         if len(kernel) != 1:
             raise ValueError(f"Operator: Kernel Blur: kernel is a batch of {len(kernel)} pictures; give one")
-        return built("Kernel Blur", KernelBlur, tuple(map(tuple, kernel[0].mean(-1).tolist())))
+        return built(KernelBlur, tuple(map(tuple, kernel[0].mean(-1).tolist())))
 
 
 class OperatorInpainting(io.ComfyNode):
@@ -201,7 +200,7 @@ class OperatorInpainting(io.ComfyNode):
 
     @classmethod
     def execute(cls, mask) -> io.NodeOutput:
-        return built("Inpainting", Inpainting, check_mask(mask, "Operator: Inpainting: mask").unsqueeze(1))
+        return built(Inpainting, check_mask(mask, "Operator: Inpainting: mask").unsqueeze(1))
 
 
 class OperatorGrayscale(io.ComfyNode):
@@ -219,7 +218,7 @@ class OperatorGrayscale(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return built("Grayscale", Grayscale)
+        return built(Grayscale)
 
 
 class OperatorJpeg(io.ComfyNode):
@@ -259,7 +258,7 @@ class OperatorJpeg(io.ComfyNode):
 
     @classmethod
     def execute(cls, quality, subsampling, rounding="straight-through") -> io.NodeOutput:
-        return built("JPEG", Jpeg, quality, subsampling, rounding)
+        return built(Jpeg, quality, subsampling, rounding)
 
 
 def weights_input(example: str):
@@ -297,7 +296,7 @@ class OperatorNonlinearBlur(io.ComfyNode):
     @classmethod
     def execute(cls, weights, seed) -> io.NodeOutput:
         path = host.find_weights(weights, "GOPRO_wVAE.pth")
-        return built("Nonlinear Blur", NonlinearBlur, load_kernel_wizard(path), seed, weights)
+        return built(NonlinearBlur, load_kernel_wizard(path), seed, weights)
 
 
 class OperatorSegmentation(io.ComfyNode):
@@ -315,7 +314,7 @@ class OperatorSegmentation(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
-        return built("Segmentation", Segmentation, load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights)
+        return built(Segmentation, load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights)
 
 
 class OperatorNoise(io.ComfyNode):
@@ -346,7 +345,7 @@ class OperatorNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, operator, sigma) -> io.NodeOutput:
-        return built("Known Noise", Noisy, operator, sigma)
+        return built(Noisy, operator, sigma)
 
 
 class OperatorCompose(io.ComfyNode):
@@ -369,7 +368,7 @@ class OperatorCompose(io.ComfyNode):
 
     @classmethod
     def execute(cls, first, second, third=None, fourth=None) -> io.NodeOutput:
-        return built("Compose", Compose, tuple(f for f in (first, second, third, fourth) if f is not None))
+        return built(Compose, tuple(f for f in (first, second, third, fourth) if f is not None))
 
 
 class Degrade(io.ComfyNode):
@@ -402,12 +401,14 @@ class Degrade(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, operator: CoreOperator, noise_sigma, seed) -> io.NodeOutput:
-        y = host.measure(operator, to_core(image, "Degrade: image"))
-        noise = math.hypot(2 * noise_sigma, operator.noise)
-        if noise > 0:
-            operator.elements(y)  # raises for measurements that no noise can be added to
-            y = y + noise * randn_like(y, generators(seed, len(y)))
-        return io.NodeOutput(from_core(operator.picture(y)))
+        x = to_core(image, "Degrade: image")
+        with speaking_of_nodes("Degrade: image: "):
+            y = host.measure(operator, x)
+            noise = math.hypot(2 * noise_sigma, operator.noise)
+            if noise > 0:
+                operator.elements(y)  # raises for measurements that no noise can be added to
+                y = y + noise * randn_like(y, generators(seed, len(y)))
+            return io.NodeOutput(from_core(operator.picture(y)))
 
 
 class EmptyMeasurementLatent(io.ComfyNode):
@@ -446,7 +447,8 @@ class EmptyMeasurementLatent(io.ComfyNode):
             raise ValueError(
                 f"Empty Measurement Latent: batch_size is {batch_size} for {len(y)} measurements; leave it at 1 to restore each once"
             )
-        height, width = operator.image_size(y)
+        with speaking_of_nodes("Empty Measurement Latent: measurement: "):
+            height, width = operator.image_size(y)
         check_megapixels("Empty Measurement Latent", (height, width), tuple(y.shape[-2:]), max_megapixels)
         h, w = host.latent_size(vae, (height, width))
         return io.NodeOutput({"samples": torch.zeros(max(len(y), batch_size), vae.latent_channels, h, w)}, width, height)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dmap_core.operators import Operator
+from .messages import speaking_of_nodes
 
 CHANNELS = (1, 3)  # grey, RGB
 LARGEST = 16  # decoders overshoot, but not by that much
@@ -65,10 +66,8 @@ def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
     """A measurement picture, or masks (N, H, W) -> the y (B, c, h, w) that it shows; RGB becomes luma where c is 1."""
     masks = isinstance(image, Tensor) and image.ndim == 3
     image = check_mask(image, name) if masks else check_picture(image, name)
-    try:
+    with speaking_of_nodes(f"{name}: "):
         return operator.read_masks(image.float()) if masks else operator.read(image.movedim(-1, 1).float() * 2 - 1)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 def from_core(image: Tensor) -> Tensor:

@@ -81,7 +81,9 @@ class Noisy(Operator):
         try:
             self.elements(y)
         except (NotImplementedError, ValueError) as error:
-            raise ValueError(f"operator: known noise belongs to measured values, and {self.operator.describe()} does not compare any: {error}") from error
+            raise ValueError(
+                f"operator: known noise belongs to measured values, and {self.operator.describe()} does not compare any: {error}"
+            ) from error
 
     def to(self, device: torch.device | str) -> Noisy:
         return replace(self, operator=self.operator.to(device))

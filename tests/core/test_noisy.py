@@ -231,7 +231,9 @@ class Labels(Operator):
 
 
 def test_an_operator_that_compares_no_values_is_refused_before_sampling():
-    with pytest.raises(ValueError, match=r"operator: known noise belongs to measured values, and Labels\(\) does not compare any: Labels: a cross-entropy"):
+    with pytest.raises(
+        ValueError, match=r"operator: known noise belongs to measured values, and Labels\(\) does not compare any: Labels: a cross-entropy"
+    ):
         Noisy(Labels(), SIGMA).check((8, 10))
 
 

@@ -6,7 +6,16 @@ import re
 import pytest
 
 # Names that are no node of the pack: ComfyUI's, or words of the text itself.
-HOSTS = {"MultiGPU CFG Split", "Split Image with Alpha", "Load Image", "VAE Decode", "SamplerCustomAdvanced", "RandomNoise", "Results", "Nothing was saved"}
+HOSTS = {
+    "MultiGPU CFG Split",
+    "Split Image with Alpha",
+    "Load Image",
+    "VAE Decode",
+    "SamplerCustomAdvanced",
+    "RandomNoise",
+    "Results",
+    "Nothing was saved",
+}
 WORDS = ["deblur", "upscale", "restore", "photo", "denoise", "scratch", "enlarge", "sharpen", "colorize", "inpaint"]
 REACH = 30  # how far into a name the search of older interfaces looks
 
@@ -108,3 +117,17 @@ def test_prompts_with_and_without_the_guiders_zeta_are_taken(lab):
     info = lab.NODES["DMAP_DPSGuider"].GET_NODE_INFO_V1()["input"]
     widgets = [name for group in ("required", "optional") for name, spec in info[group].items() if spec[0] in ("FLOAT", "COMBO")]
     assert widgets[:3] == ["zeta", "cfg", "memory"]
+
+
+def test_every_operator_has_a_node_in_messages(lab):
+    import importlib
+
+    messages = importlib.import_module("dmap_pack.nodes.messages")
+    assert set(messages.NODES) == set(lab.core.operators.OPERATORS)
+    assert set(messages.NODES.values()) <= shown(lab)
+
+
+def test_what_is_wrong_with_a_picture_names_the_node(lab):
+    operator = lab.call("DMAP_OperatorSuperResolution", scale=8)
+    with pytest.raises(ValueError, match=r"^Degrade: image: Operator: Super-Resolution: a picture of 33x32 .* crop it to 32x32"):
+        lab.call("DMAP_Degrade", image=lab.picture(width=33), operator=operator, noise_sigma=0.0, seed=0)
