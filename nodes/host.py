@@ -337,10 +337,6 @@ def check_conditioning(conditioning: list, model, name: str) -> None:
             )
 
 
-ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
-ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
-
-
 def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:
     """(h, w) of the latents of a picture of `size` (H, W): divided by the VAE's factor, rounded up."""
     return tuple(math.ceil(n / vae.downscale_ratio) for n in size)
@@ -455,6 +451,10 @@ class HostPrior:
         return comfy.model_management.get_free_memory(self.vae.device)
 
 
+ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
+ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
+
+
 def round_trip(prior: HostPrior, image: Tensor) -> list[str]:
     """A warning if the VAE does not give back a picture (1, 3, H, W) in [-1, 1] that goes through it."""
     height, width = (min(n, ROUND_TRIP_SIZE) for n in image.shape[-2:])
@@ -525,6 +525,9 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                 noise, latent_image, sigmas, args, kwargs = normal((noise, latent_image, sigmas, args, kwargs))
                 seed = ((seed or 0) + SEED_SHIFT) % 2**64
                 samples = super().sample(noise, latent_image, sampler, sigmas, *args, seed=seed, **kwargs)
+                samples = samples.to(
+                    comfy.model_management.intermediate_device()
+                )  # where sampler nodes move it: they pass on this very tensor
                 setattr(samples, REPORT, self.report)
                 return samples
         finally:
