@@ -15,6 +15,9 @@ from .prior import Prior
 Extra = Callable[[Tensor, Tensor], Tensor]
 LOSS_SCALE = 2.0**10  # a power of two, which changes no digit: entries of a norm's gradient are small where pictures are large
 
+# How a number's exponent stands in its bits: (integers of the same width, the mask of its exponent).
+EXPONENT = {torch.float32: (torch.int32, 0x7F800000), torch.float64: (torch.int64, 0x7FF0000000000000)}
+
 
 def vjp(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     """The vector-Jacobian product cotangent^T d output / d x of every sample.
@@ -22,9 +25,10 @@ def vjp(output: Tensor, x: Tensor, cotangent: Tensor) -> Tensor:
     Entries of a cotangent are about 1e-3 at 512x512, and a network in half precision would round the smaller ones to zero on the way back. So
     it is given a cotangent whose largest entry lies in [0.5, 1). Powers of two are exact: in float32 the result is the same to the last bit.
     """
-    largest = cotangent.detach().abs().flatten(1).amax(dim=1).view(-1, *[1] * (cotangent.ndim - 1))
-    mantissa, _ = torch.frexp(largest)
-    scale = torch.where(largest > 0, largest / mantissa, 1.0)  # exact, where a power's function may not be
+    largest = cotangent.detach().abs().flatten(1).amax(dim=1)
+    bits, exponent = EXPONENT[largest.dtype]
+    scale = 2 * (largest.view(bits) & exponent).view(largest.dtype)  # the power of two above it; not every device has frexp
+    scale = torch.where(scale > 0, scale, 1.0).view(-1, *[1] * (cotangent.ndim - 1))
     (product,) = torch.autograd.grad(output, x, cotangent / scale)
     return product * scale
 

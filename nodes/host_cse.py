@@ -203,8 +203,8 @@ class HostBase:
 
     @property
     def fingerprint(self) -> str:
-        """Tells base models apart, with their LoRAs."""
-        return fingerprint(self.unet.state_dict())
+        """That of the loaded model, with its LoRAs."""
+        return base_fingerprint(self)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

@@ -66,3 +66,20 @@ def test_what_is_not_finite_stays_so(x, cotangent):
         spoilt[0, 0] = bad
         result = product(torch.float32, x, spoilt, vjp)
         assert not torch.isfinite(result[0]).all() and torch.isfinite(result[1:]).all()
+
+
+def test_the_largest_entry_that_a_network_is_given_lies_below_1():
+    for largest in (1e-30, 0.49, 0.5, 1.0, 3e20):
+        seen = []
+        x = torch.ones(1, 2, requires_grad=True)
+        out = x * 1.0
+        out.register_hook(lambda cotangent, seen=seen: seen.append(float(cotangent.abs().max())))
+        vjp(out, x, torch.tensor([[largest, 0.1 * largest]]))
+        assert 0.5 <= seen[0] < 1
+
+
+def test_double_precision_and_subnormal_numbers():
+    x = torch.ones(1, 2, dtype=torch.float64, requires_grad=True)
+    for size in (1e-310, 1e-200, 1.0, 1e200):
+        cotangent = torch.tensor([[size, -size / 4]], dtype=torch.float64)
+        assert torch.equal(vjp(x * 3.0, x, cotangent), 3.0 * cotangent)
