@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from dmap_core.backends.keys import to_ldm
 from dmap_core.cse.checkpoint import write_cse
-from dmap_core.cse.keys import to_ldm
 from dmap_core.cse.metadata import CSEMetadata
 from dmap_core.cse.network import initial_controlnet
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.keys import DIFFUSERS_MARK, LDM_MARK, to_ldm
 from ..files import locked, write_whole
 from ..operators.weights import read_tensors
-from .keys import DIFFUSERS_MARK, LDM_MARK, to_ldm
 from .metadata import CSEMetadata, read_metadata
 from .network import COPIED, check_controlnet
 

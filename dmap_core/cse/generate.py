@@ -79,9 +79,9 @@ def _main(argv: Sequence[str] | None) -> None:
         import torch
         from tqdm.auto import tqdm
 
+        from ..backends.diffusers_files import open_base
         from ..files import write_whole
         from .data import to_picture
-        from .diffusers_models import open_base
     except ModuleNotFoundError as error:
         from .options import MISSING
 

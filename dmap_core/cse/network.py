@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -10,11 +9,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ..backends.fingerprint import fingerprint as fingerprint
+from ..backends.keys import HINT_CONVOLUTIONS, resnets_per_level
 from ..operators.weights import first
-from .keys import HINT_CONVOLUTIONS, resnets_per_level
 
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)  # what the hint encoder's convolutions put out; the last one puts out the UNet's width
-SAMPLED = 1024  # values of a tensor that a fingerprint looks at
 RESNET_LAYERS = {"in_layers.0": 1, "in_layers.2": 4, "emb_layers.1": 2, "out_layers.0": 1, "out_layers.3": 4}  # and their dimensions
 COPIED = ("time_embed.", "label_emb.", "input_blocks.", "middle_block.")
 
@@ -103,13 +102,3 @@ def check_controlnet(weights: Mapping[str, Tensor]) -> None:
 def encoder_shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of what a ControlNet copied of its UNet, from the weights (original names) of either: equal for a ControlNet and its base."""
     return {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(COPIED)}
-
-
-def fingerprint(unet: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits that tell UNets (original names) apart: SHA-256 of values of every tensor, spread over it, in half precision."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(unet.items()):
-        values = tensor.detach().flatten()
-        digest.update(name.encode())
-        digest.update(values[:: max(1, len(values) // SAMPLED)].to("cpu", torch.float16).contiguous().numpy())
-    return digest.hexdigest()[:16]

@@ -104,10 +104,11 @@ def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Ac
     from torch.utils.data import DataLoader, Subset
     from tqdm.auto import tqdm
 
+    from ..backends.diffusers_files import open_base
+    from ..backends.keys import to_ldm
     from ..errors import Diverged
     from .checkpoint import STATE_SUFFIX, read_cse, resuming, state_of, write_cse, write_state
     from .data import Examples, centred, collate, file_identity, folder_files, ignored_files, named, open_rgb, to_tensor
-    from .diffusers_models import open_base, to_ldm
     from .loss import batch_loss
     from .metadata import CSEMetadata
     from .network import initial_controlnet

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.fingerprint import fingerprint
 from ..cse.checkpoint import read_controlnet, read_description
 from ..cse.data import open_rgb, to_picture, to_tensor
-from ..cse.network import fingerprint
 from ..errors import Diverged
 from ..metrics import PICTURE_METRICS, SET_METRICS, miou
 from ..operators import Operator
@@ -98,7 +98,7 @@ class Models:
         return self.config.operator(name).to(self.device)
 
     def _base(self, path: Path, prediction: str):
-        from ..cse.diffusers_models import open_base
+        from ..backends.diffusers_files import open_base
 
         base = open_base(path, self.config.prompt, prediction)
         base.to(self.device, DTYPES[self.config.precision])
@@ -108,7 +108,7 @@ class Models:
         return base
 
     def _cse(self, path: Path, base_path: Path, prediction: str):
-        from ..priors.diffusers import open_cse
+        from ..cse.use import open_cse
 
         return open_cse(path, self.base(base_path, prediction))
 
@@ -127,7 +127,8 @@ def measurement(operator: Operator, x: Tensor, seeds: Sequence[int]) -> Tensor:
 
 def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """(pictures (B, 3, H, W) in [-1, 1], what each cost) of jobs of one row. Their seconds are shared out evenly."""
-    from ..priors.diffusers import DiffusersPrior, hint_for
+    from ..backends.diffusers import DiffusersPrior
+    from ..cse.use import hint_for
 
     row, plan = jobs[0].row, jobs[0].plan
     seeds = [job.seed(config) for job in jobs]

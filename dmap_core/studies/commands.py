@@ -77,11 +77,12 @@ class Problem:
     def __init__(self, args: argparse.Namespace):
         import torch
 
-        from ..cse.diffusers_models import open_base
+        from ..backends.diffusers import DiffusersPrior
+        from ..backends.diffusers_files import open_base
         from ..cse.options import read_operator
+        from ..cse.use import hint_for, open_cse
         from ..evaluate.pictures import Picture
         from ..evaluate.run import DTYPES, measurement
-        from ..priors.diffusers import DiffusersPrior, hint_for, open_cse
         from ..schedule import SPACINGS
 
         if args.spacing not in SPACINGS:

@@ -20,10 +20,10 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from ..backends.mixture import GaussianMixture
 from ..operators import Operator
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..priors.mixture import GaussianMixture
 from ..solvers import sample_dmap, sample_dps, sample_dsg
 
 CENTRES = ((-1.0, -1.0), (1.0, 1.0))

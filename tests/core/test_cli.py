@@ -161,7 +161,7 @@ def test_a_config_that_is_no_yaml_in_one_line(tmp_path, capsys):
 @pytest.mark.parametrize("package", ["accelerate", "tqdm.auto", "diffusers"])
 def test_a_missing_package_is_named(table, capsys, monkeypatch, package):
     if package == "diffusers":
-        monkeypatch.delitem(sys.modules, "dmap_core.cse.diffusers_models", raising=False)
+        monkeypatch.delitem(sys.modules, "dmap_core.backends.diffusers", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     message = refusal(capsys, "evaluate", *table)
     assert f"this needs {package}, which is not installed: pip install accelerate diffusers" in message

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import ancestral_step, generators, randn_like
 from dmap_core.solvers import sample_dmap, sample_dps
 

@@ -10,9 +10,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import generators
 from dmap_core.solvers import SOLVERS
 

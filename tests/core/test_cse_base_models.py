@@ -18,9 +18,10 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint  # n
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
-from dmap_core.cse import diffusers_models, generate, validation  # noqa: E402
-from dmap_core.cse.diffusers_models import open_base  # noqa: E402
-from dmap_core.cse.keys import to_ldm  # noqa: E402
+from dmap_core.backends import diffusers_files  # noqa: E402
+from dmap_core.backends.diffusers_files import open_base  # noqa: E402
+from dmap_core.backends.keys import to_ldm  # noqa: E402
+from dmap_core.cse import generate, validation  # noqa: E402
 from dmap_core.cse.loss import batch_loss, make_hint  # noqa: E402
 from dmap_core.cse.network import fingerprint, initial_controlnet  # noqa: E402
 from dmap_core.cse.settings import TrainingSettings  # noqa: E402
@@ -242,7 +243,7 @@ def test_a_checkpoint_with_the_large_kind_of_autoencoder(tmp_path, monkeypatch, 
             name = re.sub(pattern, ldm, name)
         is_linear = "attn_1" in name and tensor.ndim == 2
         state[f"first_stage_model.{name}"] = tensor[..., None, None] if is_linear else tensor
-    monkeypatch.setattr(diffusers_models, "KL_VAE", KL)
+    monkeypatch.setattr(diffusers_files, "KL_VAE", KL)
     base = open_base(write_checkpoint(tmp_path / "kl.safetensors", unet, state))
     image = normal(4, 2, 3, 16, 16).clamp(-1, 1)
     z0 = base.encode(image)
@@ -310,7 +311,7 @@ def test_the_demo_prior():
     ],
 )
 def test_a_file_that_cannot_be_a_base(tmp_path, monkeypatch, checkpoint, change, message):
-    monkeypatch.setattr(diffusers_models, "KL_VAE", KL)
+    monkeypatch.setattr(diffusers_files, "KL_VAE", KL)
     path = tmp_path / "bad.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in change(load_file(checkpoint)).items()}, path)
     with pytest.raises(ValueError, match=message) as caught:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dmap_core import files
+from dmap_core.backends.keys import LDM_MARK, to_diffusers
 from dmap_core.cse import checkpoint
 from dmap_core.cse.checkpoint import PREFIX, SaveError, check_same, read_cse, read_state, write_cse, write_state
-from dmap_core.cse.keys import LDM_MARK, to_diffusers
 from dmap_core.cse.metadata import KEY, LONGEST, CSEMetadata, read_metadata
 from dmap_core.cse.settings import TrainingSettings
 from dmap_core.operators import Inpainting, SuperResolution, centred_box, from_spec

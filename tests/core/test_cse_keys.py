@@ -9,7 +9,7 @@ import_torchvision()
 from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint, convert_ldm_unet_checkpoint  # noqa: E402
 
-from dmap_core.cse.keys import DIFFUSERS_MARK, LDM_MARK, resnets_per_level, to_diffusers, to_ldm  # noqa: E402
+from dmap_core.backends.keys import DIFFUSERS_MARK, LDM_MARK, resnets_per_level, to_diffusers, to_ldm  # noqa: E402
 
 SD1 = {"attention_head_dim": 2}
 SD2 = {"attention_head_dim": 2, "use_linear_projection": True}

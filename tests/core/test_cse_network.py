@@ -8,7 +8,7 @@ import_torchvision()
 
 from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: E402
 
-from dmap_core.cse.keys import to_diffusers, to_ldm  # noqa: E402
+from dmap_core.backends.keys import to_diffusers, to_ldm  # noqa: E402
 from dmap_core.cse.network import HINT_CHANNELS, encoder_shapes, fingerprint, initial_controlnet  # noqa: E402
 
 CONTEXT = 16

@@ -21,9 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import pictures, tiny_checkpoint
 
+from dmap_core.backends.keys import to_ldm
 from dmap_core.cse import options, train
 from dmap_core.cse.checkpoint import read_cse, read_state
-from dmap_core.cse.keys import to_ldm
 from dmap_core.operators import Inpainting
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -311,7 +311,7 @@ def test_the_loss_goes_down(given, plain, tmp_path):
 
 @pytest.fixture(scope="module")
 def start_weights(given):
-    from dmap_core.cse.diffusers_models import open_base
+    from dmap_core.backends.diffusers_files import open_base
     from dmap_core.cse.network import initial_controlnet
 
     base = open_base(given.base)
@@ -380,7 +380,7 @@ def test_workers_change_nothing(given, half, tmp_path):
 
 
 def test_bf16_leaves_the_autoencoder_in_full_precision(given, half, tmp_path, monkeypatch):
-    from dmap_core.cse.diffusers_models import BaseModel
+    from dmap_core.backends.diffusers import BaseModel
 
     seen, encode, decode = [], BaseModel.encode, BaseModel.decode
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, Noisy
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import ancestral_step, generators, randn_like
 from dmap_core.solvers import sample_dsg
 from dmap_core.solvers.dsg import unit

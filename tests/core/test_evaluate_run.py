@@ -108,7 +108,7 @@ def nothing_to_restore(monkeypatch):
         raise AssertionError("something was restored")
 
     monkeypatch.setattr(run, "restore", fails)
-    monkeypatch.setattr("dmap_core.cse.diffusers_models.open_base", fails)
+    monkeypatch.setattr("dmap_core.backends.diffusers_files.open_base", fails)
 
 
 def files(out, pattern="*"):
@@ -158,8 +158,8 @@ def test_a_whole_run(finished, given):
 
 def test_the_picture_is_that_of_its_seed(finished, given, table):
     """The second picture's is the seed after the first one's; restored here by hand."""
-    from dmap_core.cse.diffusers_models import open_base
-    from dmap_core.priors.diffusers import DiffusersPrior
+    from dmap_core.backends.diffusers import DiffusersPrior
+    from dmap_core.backends.diffusers_files import open_base
     from dmap_core.restore import restore
     from dmap_core.schedule import exponential_sigmas
     from dmap_core.solvers import sample_dps
@@ -351,10 +351,10 @@ def test_rows_with_a_cse(given, table, tmp_path, calls):
 
 def test_several_base_models(given, table, tmp_path, calls, monkeypatch):
     """One after the other, so that every one is opened once."""
-    from dmap_core.cse import diffusers_models
+    from dmap_core.backends import diffusers_files
 
-    opened, open_base = [], diffusers_models.open_base
-    monkeypatch.setattr(diffusers_models, "open_base", lambda path, *rest: opened.append(path.name) or open_base(path, *rest))
+    opened, open_base = [], diffusers_files.open_base
+    monkeypatch.setattr(diffusers_files, "open_base", lambda path, *rest: opened.append(path.name) or open_base(path, *rest))
     other = tiny_checkpoint(tmp_path / "other.safetensors", seed=1)
     make(table([DPS, {**DPS, "name": "other", "checkpoint": str(other)}, DMAP]), tmp_path / "out")
     assert opened == ["base.safetensors", "other.safetensors"]

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import generators, paper_sigmas
 from dmap_core.solvers import sample_freedom
 from dmap_core.solvers.freedom import TRAVELS, published_travel

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dmap_core.priors.mixture import GaussianMixture
+from dmap_core.backends.mixture import GaussianMixture
 
 TOY = GaussianMixture(torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64), std=0.3)
 LOPSIDED = GaussianMixture(

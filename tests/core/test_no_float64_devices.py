@@ -178,7 +178,7 @@ def test_the_prior_without_comfyui(device):
         return z
 
     with _disable_current_modes():
-        from dmap_core.priors.diffusers import DiffusersPrior
+        from dmap_core.backends.diffusers import DiffusersPrior
 
     base = SimpleNamespace(
         sigmas=torch.linspace(0.03, 14.6, 1000).to(device),

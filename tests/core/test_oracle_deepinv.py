@@ -12,10 +12,10 @@ import_torchvision()  # deepinv imports it
 
 import deepinv  # noqa: E402
 
+from dmap_core.backends.mixture import GaussianMixture  # noqa: E402
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, KernelBlur, MotionBlur, Noisy, SuperResolution  # noqa: E402
 from dmap_core.operators.colour import LUMA  # noqa: E402
 from dmap_core.posterior import Posterior  # noqa: E402
-from dmap_core.priors.mixture import GaussianMixture  # noqa: E402
 from dmap_core.schedule import ancestral_step, randn_like  # noqa: E402
 from dmap_core.solvers import guided_denoised, sample_dps, sample_dsg  # noqa: E402
 from dmap_core.solvers.psld import squared_norm  # noqa: E402

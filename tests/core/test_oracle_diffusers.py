@@ -11,9 +11,9 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, SuperResolution, centred_box
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import ancestral_step, randn_like
 from dmap_core.solvers import guided_denoised, sample_dps
 

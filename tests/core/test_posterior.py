@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.memory import PLANS
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, SuperResolution, centred_box
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 
 LATENT, IMAGE = (4, 6), (8, 12)
 OPERATORS = [SuperResolution(2), Inpainting(centred_box(IMAGE, (4, 5))), Compose([Grayscale(), GaussianBlur(5, 1.0)])]

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import (
     OPERATORS,
     Compose,
@@ -24,7 +25,6 @@ from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
 from dmap_core.presets import DEMO, LIKE, MODELS, PAPER_ZETA, SOLVERS, kind, preset
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import SPACINGS, check_sigmas
 from dmap_core.solvers import SOLVERS as FUNCTIONS
 

@@ -29,14 +29,14 @@ def checkpoint(torchvision, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(checkpoint):
-    from dmap_core.cse.diffusers_models import open_base
+    from dmap_core.backends.diffusers_files import open_base
 
     return open_base(checkpoint)
 
 
 @pytest.fixture(scope="module")
 def cse(base, checkpoint, tmp_path_factory):
-    from dmap_core.priors.diffusers import open_cse
+    from dmap_core.cse.use import open_cse
 
     path = tiny_cse(tmp_path_factory.mktemp("cse") / "cse.safetensors", checkpoint, prediction="eps", base="base.safetensors")
     return open_cse(path, base)[0]
@@ -44,7 +44,7 @@ def cse(base, checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prior_of(base):
-    from dmap_core.priors.diffusers import DiffusersPrior
+    from dmap_core.backends.diffusers import DiffusersPrior
 
     return lambda size=SIZE, *more: DiffusersPrior(base, size, *more)
 
@@ -180,7 +180,7 @@ def test_networks_and_memory(base, prior_of, cse):
 
 
 def test_cses_for_another_base(base, checkpoint, tmp_path):
-    from dmap_core.priors.diffusers import open_cse
+    from dmap_core.cse.use import open_cse
 
     wide = tiny_checkpoint(tmp_path / "wide.safetensors", width=128)
     with pytest.raises(ValueError, match=r"wide-cse.safetensors was made for another base model than base.safetensors: "):
@@ -197,7 +197,7 @@ def test_cses_for_another_base(base, checkpoint, tmp_path):
 
 
 def test_a_cse_of_the_base(base, checkpoint, tmp_path):
-    from dmap_core.priors.diffusers import open_cse
+    from dmap_core.cse.use import open_cse
 
     path = tiny_cse(tmp_path / "cse.safetensors", checkpoint, hint_range="-1..1", steps=5)
     controlnet, metadata = open_cse(path, base)
@@ -206,8 +206,9 @@ def test_a_cse_of_the_base(base, checkpoint, tmp_path):
 
 
 def test_half_precision(checkpoint, tmp_path):
-    from dmap_core.cse.diffusers_models import open_base
-    from dmap_core.priors.diffusers import DiffusersPrior, open_cse
+    from dmap_core.backends.diffusers import DiffusersPrior
+    from dmap_core.backends.diffusers_files import open_base
+    from dmap_core.cse.use import open_cse
 
     half, full = open_base(checkpoint).to(torch.device("cpu"), torch.bfloat16), open_base(checkpoint)
     path = tiny_cse(tmp_path / "cse.safetensors", checkpoint)
@@ -225,7 +226,7 @@ def test_half_precision(checkpoint, tmp_path):
 
 
 def test_hints_have_the_range_that_the_file_asks_for():
-    from dmap_core.priors.diffusers import hint_for
+    from dmap_core.cse.use import hint_for
 
     hint = torch.tensor([-1.0, 0.0, 0.5, 1.0]).view(1, 1, 2, 2)
     assert set(HINT_RANGES) == {"0..1", "-1..1"}

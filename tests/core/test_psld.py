@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, MotionBlur, SuperResolution, centred_box
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import generators
 from dmap_core.solvers import sample_dps, sample_psld
 from dmap_core.solvers.psld import TRANSPOSES, squared_norm, transposed

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.errors import Diverged
 from dmap_core.operators import Inpainting
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import generators
 from dmap_core.solvers import sample_dmap, sample_dps
 

@@ -6,9 +6,9 @@ from itertools import pairwise
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Grayscale, Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import ancestral_step, generators, randn_like
 from dmap_core.solvers import guided_denoised, sample_dmap, sample_dps
 

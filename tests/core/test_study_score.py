@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import SuperResolution
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.schedule import ancestral_step, generators, randn_like
 from dmap_core.solvers import sample_dps
 from dmap_core.studies import score as study

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.errors import Diverged
 from dmap_core.posterior import Posterior
-from dmap_core.priors.mixture import GaussianMixture
 from dmap_core.solvers.unguided import sample_unguided
 
 N = 4000

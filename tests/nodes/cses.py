@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 PACK = "dmap_pack"
 checkpoint = importlib.import_module(f"{PACK}.dmap_core.cse.checkpoint")
 data = importlib.import_module(f"{PACK}.dmap_core.cse.data")
-keys = importlib.import_module(f"{PACK}.dmap_core.cse.keys")
+keys = importlib.import_module(f"{PACK}.dmap_core.backends.keys")
 metadata = importlib.import_module(f"{PACK}.dmap_core.cse.metadata")
 network = importlib.import_module(f"{PACK}.dmap_core.cse.network")
 session = importlib.import_module(f"{PACK}.dmap_core.cse.session")

@@ -13,18 +13,15 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def core(lab):
-    names = ("priors.diffusers", "cse.diffusers_models", "restore", "solvers", "schedule", "presets", "operators")
-    return {
-        name.split(".")[-1] if name != "priors.diffusers" else "priors": importlib.import_module(f"dmap_pack.dmap_core.{name}")
-        for name in names
-    }
+    names = ("backends.diffusers", "backends.diffusers_files", "cse.use", "restore", "solvers", "schedule", "presets", "operators")
+    return {name.split(".")[-1]: importlib.import_module(f"dmap_pack.dmap_core.{name}") for name in names}
 
 
 @pytest.fixture(scope="module")
 def base(lab, core):
     with torch.inference_mode(False):
         return (
-            core["diffusers_models"].open_base(lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT).to(torch.device("cpu"), torch.float32)
+            core["diffusers_files"].open_base(lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT).to(torch.device("cpu"), torch.float32)
         )
 
 
@@ -35,9 +32,9 @@ def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11)
         size = operator.image_size(y)
         controlnet, hint = None, None
         if cse:
-            controlnet, metadata = core["priors"].open_cse(cse, base)
-            hint = core["priors"].hint_for(operator.hint(y), metadata)
-        prior = core["priors"].DiffusersPrior(base, size, controlnet, hint)
+            controlnet, metadata = core["use"].open_cse(cse, base)
+            hint = core["use"].hint_for(operator.hint(y), metadata)
+        prior = core["diffusers"].DiffusersPrior(base, size, controlnet, hint)
         sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS)
         solve = core["solvers"].SOLVERS[solver]
         done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, settings, [seed])

@@ -30,7 +30,7 @@ def theirs(lab, cses):
     """diffusers' networks with the demo prior's weights."""
     import importlib
 
-    models = importlib.import_module(f"{cses.PACK}.dmap_core.cse.diffusers_models")
+    models = importlib.import_module(f"{cses.PACK}.dmap_core.backends.diffusers_files")
     with torch.inference_mode(False):
         base = models.open_base(lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT)
         return base.to(torch.device("cpu"), torch.float32)

@@ -1,4 +1,4 @@
-"""A base model for training without ComfyUI: diffusers' UNet and autoencoder, from a single-file checkpoint or a diffusers folder.
+"""Opening a base model for diffusers' networks: a single-file checkpoint, or a diffusers folder.
 
 Nothing is downloaded: the architecture is read off the file, and the prompt is encoded by the text encoder beside the UNet.
 """
@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..operators.weights import first, load_into, read_tensors
+from .diffusers import BaseModel
+from .fingerprint import fingerprint
 from .keys import resnets_per_level, to_diffusers, to_ldm
-from .network import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -79,62 +79,6 @@ def unet_config(unet: Mapping[str, Tensor]) -> dict[str, Any]:
         "attention_head_dim": 8 if context == SD1_WIDTH else tuple(max(1, w // 64) for w in widths),  # diffusers means the number of heads
         "use_linear_projection": unet[f"input_blocks.{starts[has_attention.index(True)]}.1.proj_in.weight"].ndim == 2,
     }
-
-
-@dataclass
-class BaseModel:
-    """A frozen UNet and autoencoder. sigmas: (1000,) VE noise levels of the timesteps; context: (1, L, D) of the prompt."""
-
-    unet: UNet2DConditionModel
-    vae: nn.Module
-    context: Tensor
-    sigmas: Tensor
-    prediction: str
-    name: str
-    fingerprint: str
-
-    def new_controlnet(self, weights: Mapping[str, Tensor]) -> ControlNetModel:
-        """diffusers' ControlNet of this base with the given weights (original names)."""
-        controlnet = ControlNetModel.from_unet(self.unet, load_weights_from_unet=False)
-        controlnet.load_state_dict(to_diffusers(weights))
-        return controlnet
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> BaseModel:
-        self.unet.to(device)
-        if dtype != torch.float32:  # diffusers warns about every cast, also about one that changes nothing
-            self.unet.to(dtype)
-        self.vae.to(device)  # float32: half precision overflows in the autoencoder of SD 2
-        self.context, self.sigmas = self.context.to(device, dtype), self.sigmas.to(device)
-        return self
-
-    @torch.no_grad()
-    def encode(self, image: Tensor) -> Tensor:
-        """VE latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mean of the encoder, where it gives a distribution."""
-        encoded = self.vae.encode(image.to(self.context.device, torch.float32))
-        z0 = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return z0 * self.vae.config.scaling_factor
-
-    @torch.no_grad()
-    def decode(self, z0: Tensor) -> Tensor:
-        return self.vae.decode(z0.float() / self.vae.config.scaling_factor).sample
-
-    def denoise(self, controlnet: nn.Module | None, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
-        """E[z0 | z, hint] of VE latents (B, C, h, w) at timesteps (B,), float32."""
-        return self.denoise_at(controlnet, z, self.sigmas[timestep], timestep, hint)
-
-    def denoise_at(self, controlnet: nn.Module | None, z: Tensor, sigma: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
-        """The same at noise levels sigma (B,) that may lie between those of the timesteps."""
-        sigma = sigma.view(-1, 1, 1, 1)
-        x = (z / (1 + sigma**2).sqrt()).to(self.context.dtype)
-        context = self.context.expand(len(z), -1, -1)
-        control = {}
-        if controlnet is not None:
-            down, mid = controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint.to(x.dtype), return_dict=False)
-            control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
-        out = self.unet(x, timestep, encoder_hidden_states=context, return_dict=False, **control)[0].float()
-        if self.prediction == "v":
-            return z / (1 + sigma**2) - out * sigma / (1 + sigma**2).sqrt()
-        return z - sigma * out
 
 
 def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
