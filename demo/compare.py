@@ -93,16 +93,16 @@ class Bench:
 
     def load_cse(self, file: Path) -> None:
         """All that is restored from now on is restored with this CSE."""
-        from dmap_pack.nodes import host_cse
+        from dmap_pack.nodes.host.controlnet import load_cse
 
-        self.cse, _ = host_cse.load_cse(file)
+        self.cse, _ = load_cse(file)
 
     def restore(self, image, operator, preset, seed: int):
         """(restored picture (1, H, W, 3) in [0, 1], report) of a picture that is damaged first; without a preset by the CSE alone, no report."""
         import comfy.samplers
         from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
         from dmap_pack.dmap_core.solvers import SOLVERS
-        from dmap_pack.nodes.host import SolverSampler
+        from dmap_pack.nodes.host.guider import SolverSampler
 
         measurement = self.call("Degrade", image=image, operator=operator, noise_sigma=0.0, seed=seed)[0]
         latent = self.call("EmptyMeasurementLatent", measurement=measurement, operator=operator, vae=self.vae, batch_size=1)[0]

@@ -2,7 +2,8 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cse, decode, guiders, host, host_cse, metrics, operators, samplers, samples, sheets, studies
+from . import cse, decode, guiders, metrics, operators, samplers, samples, sheets, studies
+from .host.folders import offer_folders
 
 
 class DMAPExtension(ComfyExtension):
@@ -12,7 +13,5 @@ class DMAPExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> DMAPExtension:
-    host.offer_demo_prior()
-    host.offer_weights_folder()
-    host_cse.offer_demo_cse()
+    offer_folders()
     return DMAPExtension()

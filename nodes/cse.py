@@ -30,8 +30,11 @@ from ..dmap_core.cse.session import Session, identity
 from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
 from ..dmap_core.cse.trainer import Trainer
 from ..dmap_core.operators import from_spec
-from . import host, host_cse
 from .charts import loss_curve
+from .host.controlnet import FROM_FILE, attach, blocked, check_base, load_cse
+from .host.folders import cse_files, cse_path, find_weights, folder_name, new_cse_path, picture_folder
+from .host.prior import base_name, check_model, check_vae, model_sigmas
+from .host.training import Progress, digest, prompt_digest, self_generate, training
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core, to_core
@@ -54,7 +57,7 @@ class CSEControlNetLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "cse",
-                    options=host_cse.cse_files(),
+                    options=cse_files(),
                     tooltip="A ControlNet of models/controlnet (ComfyUI's or diffusers' format), or of a diffusers folder. Those that TrainCSE made know their operator.",
                 )
             ],
@@ -71,24 +74,24 @@ class CSEControlNetLoader(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, cse):
         """A file that was trained further is another one."""
-        path = host_cse.cse_path(cse)
+        path = cse_path(cse)
         return f"{path.stat().st_mtime_ns} {path.stat().st_size}"
 
     @classmethod
     def execute(cls, cse) -> io.NodeOutput:
-        control, metadata = host_cse.load_cse(host_cse.cse_path(cse))
+        control, metadata = load_cse(cse_path(cse))
         if metadata is None or metadata.operator is None:
-            operator = host_cse.blocked(
+            operator = blocked(
                 f"CSEControlNetLoader: {cse} does not say what it was trained for. Use an Operator node instead of this output"
             )
         else:
             try:
-                operator = from_spec(metadata.operator, host.find_weights)
+                operator = from_spec(metadata.operator, find_weights)
             except (
                 FileNotFoundError,
                 ValueError,
             ) as error:  # such as a network whose weights are not there: the CSE itself does not need them
-                operator = host_cse.blocked(f"CSEControlNetLoader: the operator of {cse}: {error}")
+                operator = blocked(f"CSEControlNetLoader: the operator of {cse}: {error}")
         summary = (
             metadata.summary()
             if metadata
@@ -134,8 +137,8 @@ class ApplyCSE(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "hint_range",
-                    options=[host_cse.FROM_FILE, *HINT_RANGES],
-                    default=host_cse.FROM_FILE,
+                    options=[FROM_FILE, *HINT_RANGES],
+                    default=FROM_FILE,
                     optional=True,
                     tooltip="Values of the hint. Our files say theirs; for ControlNets made elsewhere 'from file' means 0..1. The paper's authors trained theirs with -1..1.",
                 ),
@@ -150,17 +153,17 @@ class ApplyCSE(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, conditioning, cse, measurement, operator, strength, start_percent, end_percent, hint_range=host_cse.FROM_FILE, model=None
+        cls, conditioning, cse, measurement, operator, strength, start_percent, end_percent, hint_range=FROM_FILE, model=None
     ) -> io.NodeOutput:
         if not start_percent < end_percent:
             raise ValueError(f"ApplyCSE: start_percent is {start_percent} and end_percent {end_percent}; it must start before it ends")
         y = measurement_to_core(measurement, operator, "ApplyCSE: measurement")
         if model is not None:
-            host_cse.check_base(cse, model, "ApplyCSE: cse")
+            check_base(cse, model, "ApplyCSE: cse")
         if strength == 0:
             return io.NodeOutput(conditioning)
         hint = (operator.hint(y) + 1) / 2
-        return io.NodeOutput(host_cse.attach(conditioning, cse, hint, strength, start_percent, end_percent, hint_range))
+        return io.NodeOutput(attach(conditioning, cse, hint, strength, start_percent, end_percent, hint_range))
 
 
 class SelfGenerateCSEDataset(io.ComfyNode):
@@ -221,17 +224,15 @@ class SelfGenerateCSEDataset(io.ComfyNode):
     def execute(cls, model, positive, vae, count, steps, cfg, width, height, seed, save_name, negative=None) -> io.NodeOutput:
         if negative is None and cfg != 1:
             raise ValueError(f"SelfGenerateCSEDataset: cfg is {cfg} but negative is not connected; connect it, or set cfg to 1")
-        host.check_model(model)
-        host.check_vae(vae, model)
-        progress = host_cse.Progress(count)
+        check_model(model)
+        check_vae(vae, model)
+        progress = Progress(count)
         files = []
-        for file in host_cse.self_generate(model, vae, positive, negative or positive, save_name, count, steps, cfg, (height, width), seed):
+        for file in self_generate(model, vae, positive, negative or positive, save_name, count, steps, cfg, (height, width), seed):
             files.append(file)
             progress.update(len(files), open_rgb(file))
         pictures = torch.cat([_image(open_rgb(file)) for file in files])
-        return io.NodeOutput(
-            pictures, host_cse.folder_name(files[0].parent), ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}")
-        )
+        return io.NodeOutput(pictures, folder_name(files[0].parent), ui=ui.PreviewText(f"{len(files)} pictures in {files[0].parent}"))
 
 
 def _folder(folder: str | None) -> str:
@@ -407,8 +408,8 @@ class TrainCSE(io.ComfyNode):
         A connected input is None here: ComfyUI itself runs the node again when what is connected changes.
         """
         chosen = _folder(folder)
-        files = [(file.name, *file_version(file)) for file in picture_files(host_cse.picture_folder(chosen))] if chosen else []
-        removed = _trained.times_removed(host_cse.new_cse_path(save_name)) if save_name is not None else 0
+        files = [(file.name, *file_version(file)) for file in picture_files(picture_folder(chosen))] if chosen else []
+        removed = _trained.times_removed(new_cse_path(save_name)) if save_name is not None else 0
         return hashlib.sha256(repr((files, removed)).encode()).hexdigest()
 
     @classmethod
@@ -429,7 +430,7 @@ class TrainCSE(io.ComfyNode):
         **given,
     ) -> io.NodeOutput:
         settings = TrainingSettings(**given)
-        path = host_cse.new_cse_path(save_name)
+        path = new_cse_path(save_name)
         chosen, source = cls._pictures(folder, pictures, unreadable)
         size = settings.size
         with speaking_of_nodes("TrainCSE: size: "):
@@ -437,25 +438,25 @@ class TrainCSE(io.ComfyNode):
         looked_at = [to_picture(p) for p in to_core(validation, "TrainCSE: validation")] if validation is not None else chosen
         looked_at = [p if isinstance(p, Image.Image) else open_rgb(p) for p in looked_at[:VALIDATED]]
         looked_at = torch.stack([to_tensor(centred(p, size)) for p in looked_at])
-        examples = Examples(chosen, settings, len(host.model_sigmas(model)))
+        examples = Examples(chosen, settings, len(model_sigmas(model)))
         part = settings.batch_size // settings.accumulation
         CSEMetadata(operator=operator.spec(), licence=licence).write()  # one that no file can hold should be known before the training
         with (
             training_files(path),
-            host_cse.training(model, vae, conditioning, settings.precision, size, part, gradient_checkpointing) as base,
+            training(model, vae, conditioning, settings.precision, size, part, gradient_checkpointing) as base,
         ):
             try:
                 trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
                 described = cls._metadata(base, model, settings, operator, chosen, source, licence)
-                prompt = host_cse.prompt_digest(conditioning)
-                files = [file_identity(p) if isinstance(p, Path) else host_cse.digest(to_tensor(p)) for p in chosen]
+                prompt = prompt_digest(conditioning)
+                files = [file_identity(p) if isinstance(p, Path) else digest(to_tensor(p)) for p in chosen]
                 same = identity(settings, operator, described.fingerprint, described.prediction, prompt, files)
                 session = Session(trainer, path, same, described, looked_at)
                 session.train(save_every, cls._progress(session))
                 validated = session.sheet()
             finally:
                 operator.to("cpu")
-        control, metadata = host_cse.load_cse(path)
+        control, metadata = load_cse(path)
         _trained.add(path)
         curve = loss_curve(trainer.losses, session.validations)
         preview = ui.PreviewImage(_image(validated), cls=cls)
@@ -465,7 +466,7 @@ class TrainCSE(io.ComfyNode):
     def _progress(session: Session):
         """Moves the progress bar at every step, and shows the loss curve now and then."""
         trainer = session.trainer
-        bar = host_cse.Progress(trainer.settings.steps)
+        bar = Progress(trainer.settings.steps)
 
         def on_step(step: int) -> None:
             show = step % max(1, trainer.settings.steps // PREVIEWS) == 0
@@ -481,7 +482,7 @@ class TrainCSE(io.ComfyNode):
             raise ValueError("TrainCSE: pictures: connect a batch of pictures, or choose a folder, not both")
         if pictures is not None:
             return [to_picture(p) for p in to_core(pictures, "TrainCSE: pictures")], "a batch in ComfyUI"
-        path = host_cse.picture_folder(folder)
+        path = picture_folder(folder)
         files, bad = folder_files(path, unreadable)
         if bad:
             log.warning("TrainCSE: %d files of %s cannot be read and are left out: %s", len(bad), folder, named(bad))
@@ -493,7 +494,7 @@ class TrainCSE(io.ComfyNode):
     def _metadata(base, model, settings, operator, pictures, source, licence) -> CSEMetadata:
         return CSEMetadata(
             operator=operator.spec(),
-            base=host_cse.base_name(model),
+            base=base_name(model),
             fingerprint=base.fingerprint,
             prediction=base.prediction,
             hint_range=settings.hint_range,

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..dmap_core.operators import Inpainting
 from ..dmap_core.operators import Operator as CoreOperator
-from . import host
+from .host.prior import latent_size
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
@@ -44,7 +44,7 @@ class Decode(io.ComfyNode):
         y = measurement_to_core(measurement, operator, f"{NAME}: measurement")
         with speaking_of_nodes(f"{NAME}: measurement: "):
             height, width = operator.image_size(y)
-        z, wanted = latent["samples"], host.latent_size(vae, (height, width))
+        z, wanted = latent["samples"], latent_size(vae, (height, width))
         if z.ndim != 4 or tuple(z.shape[-2:]) != wanted:
             raise ValueError(
                 f"{NAME}: latent has shape {tuple(z.shape)}, but measurement and operator, {operator.describe()}, belong to latents of "

@@ -9,7 +9,10 @@ from comfy_api.latest import io, ui
 
 from ..dmap_core.memory import PLANS
 from ..dmap_core.solvers import check_settings
-from . import host, host_cse
+from .host.controlnet import check_controls
+from .host.guider import PosteriorGuider
+from .host.prior import check_conditioning
+from .host.report import report_of
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
@@ -103,15 +106,15 @@ class DPSGuider(io.ComfyNode):
         with speaking_of_nodes("DPSGuider: "):
             operator.check_measurement(y)
         check_megapixels("DPSGuider", operator.image_size(y), tuple(y.shape[-2:]), max_megapixels)
-        host.check_conditioning(positive, model, "DPSGuider: positive")
+        check_conditioning(positive, model, "DPSGuider: positive")
         if negative is not None:
-            host.check_conditioning(negative, model, "DPSGuider: negative")
-        guider = host.PosteriorGuider(model, vae, operator, y, zeta, memory)
+            check_conditioning(negative, model, "DPSGuider: negative")
+        guider = PosteriorGuider(model, vae, operator, y, zeta, memory)
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
-        guider.warnings += host_cse.check_controls(positive, model, operator, "DPSGuider: positive")
+        guider.warnings += check_controls(positive, model, operator, "DPSGuider: positive")
         if negative is not None:
-            host_cse.check_controls(negative, model, operator, "DPSGuider: negative")
+            check_controls(negative, model, operator, "DPSGuider: negative")
         return io.NodeOutput(guider)
 
 
@@ -135,7 +138,7 @@ class SamplingReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, guider, latent) -> io.NodeOutput:
-        report = host.report_of(latent["samples"]) or getattr(guider, "report", None)
+        report = report_of(latent["samples"]) or getattr(guider, "report", None)
         if report is None:
             raise ValueError("DMAP Sampling Report: guider has no finished run; connect the DPSGuider that the sampler used")
         return io.NodeOutput(report.text(), json.dumps(asdict(report)), ui=ui.PreviewText(json.dumps(asdict(report))))

@@ -21,7 +21,9 @@ from ..dmap_core.operators import Operator as CoreOperator
 from ..dmap_core.operators import Segmentation
 from ..dmap_core.operators.segmentation import CLASSES
 from ..dmap_core.presets import parts
-from . import host, host_studies
+from .host.compute import Bar, measuring, place, residuals, with_operator
+from .host.folders import weights_folder
+from .host.gradients import normal
 from .operators import Operator
 from .pictures import check_picture, measurement_to_core, to_core
 from .reports import read_report
@@ -106,8 +108,8 @@ class RestorationMetrics(io.ComfyNode):
     @classmethod
     def execute(cls, restored, reference, perceptual, distribution, operator=None, measurement=None, report=None) -> io.NodeOutput:
         run = read_report(report, REPORTED, f"{NAME}: report") if report else None
-        with host_studies.measuring():
-            restored, reference, y = _given(*host.normal((restored, reference)), operator, host.normal(measurement), distribution)
+        with measuring():
+            restored, reference, y = _given(*normal((restored, reference)), operator, normal(measurement), distribution)
             found = measured(restored, reference, perceptual, distribution, operator, y, run)
             maps = error_pictures(restored, error_map(restored, reference))
         text = found.text()
@@ -253,9 +255,9 @@ def measured(
     features = set_metrics[0].open(_folder(set_key)) if set_metrics else None
     mean_interval([0.0, 1.0])  # raises for a package that is missing
     for network in [*networks[len(FORMULAS) :], *([features] if features else [])]:
-        host_studies.place(network)
+        place(network)
 
-    bar = host_studies.Bar(len(restored))
+    bar = Bar(len(restored))
     values: list[list[float]] = [[] for _ in metrics]
     ours, theirs = [], []
     for image, wanted in zip(restored.split(1), reference.split(1), strict=True):
@@ -272,16 +274,16 @@ def measured(
 
 
 def _folder(key: str | None):
-    return host_studies.weights_folder(WEIGHTS[key].file if key else None)
+    return weights_folder(WEIGHTS[key].file if key else None)
 
 
 def _measurement_columns(restored: Tensor, operator: CoreOperator, y: Tensor) -> list[Column]:
     pairs = list(zip(restored.split(1), y.split(1), strict=True))
     segments = isinstance(parts(operator)[-1], Segmentation)
     label = "cross-entropy of f(x) and y" if segments else "residual ||f(x)-y||"
-    columns = [Column("residual", label, [float(host_studies.residuals(operator, image, one)) for image, one in pairs], None)]
+    columns = [Column("residual", label, [float(residuals(operator, image, one)) for image, one in pairs], None)]
     if segments:
-        labels = [host_studies.with_operator(operator, image, lambda f, x: f.measure(2 * x - 1)) for image, _ in pairs]
+        labels = [with_operator(operator, image, lambda f, x: f.measure(2 * x - 1)) for image, _ in pairs]
         values = [float(miou(ours, one, len(CLASSES))) for ours, (_, one) in zip(labels, pairs, strict=True)]
         columns.append(Column("miou", "mIoU", values, 4))
     return columns

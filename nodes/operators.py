@@ -25,7 +25,9 @@ from ..dmap_core.operators.jpeg import ROUNDINGS, SUBSAMPLINGS
 from ..dmap_core.operators.nonlinear_blur import load_kernel_wizard
 from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
-from . import host
+from .host.compute import measure
+from .host.folders import NO_WEIGHTS, WEIGHTS_FOLDER, find_weights, weights_files
+from .host.prior import latent_size
 from .messages import speaking_of_nodes
 from .pictures import check_mask, check_picture, from_core, measurement_to_core, to_core
 from .schema import schema
@@ -264,8 +266,8 @@ class OperatorJpeg(io.ComfyNode):
 def weights_input(example: str):
     return io.Combo.Input(
         "weights",
-        options=host.weights_files() or [host.NO_WEIGHTS],
-        tooltip=f"File with the network's weights in models/{host.WEIGHTS_FOLDER}, such as {example}; .safetensors, or a .pth that holds nothing but tensors. "
+        options=weights_files() or [NO_WEIGHTS],
+        tooltip=f"File with the network's weights in models/{WEIGHTS_FOLDER}, such as {example}; .safetensors, or a .pth that holds nothing but tensors. "
         "The help page says where to get it.",
     )
 
@@ -295,7 +297,7 @@ class OperatorNonlinearBlur(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights, seed) -> io.NodeOutput:
-        path = host.find_weights(weights, "GOPRO_wVAE.pth")
+        path = find_weights(weights, "GOPRO_wVAE.pth")
         return built(NonlinearBlur, load_kernel_wizard(path), seed, weights)
 
 
@@ -314,7 +316,7 @@ class OperatorSegmentation(io.ComfyNode):
 
     @classmethod
     def execute(cls, weights) -> io.NodeOutput:
-        return built(Segmentation, load_room_layout(host.find_weights(weights, "the room layout checkpoint")), weights)
+        return built(Segmentation, load_room_layout(find_weights(weights, "the room layout checkpoint")), weights)
 
 
 class OperatorNoise(io.ComfyNode):
@@ -403,7 +405,7 @@ class Degrade(io.ComfyNode):
     def execute(cls, image, operator: CoreOperator, noise_sigma, seed) -> io.NodeOutput:
         x = to_core(image, "Degrade: image")
         with speaking_of_nodes("Degrade: image: "):
-            y = host.measure(operator, x)
+            y = measure(operator, x)
             noise = math.hypot(2 * noise_sigma, operator.noise)
             if noise > 0:
                 operator.elements(y)  # raises for measurements that no noise can be added to
@@ -450,7 +452,7 @@ class EmptyMeasurementLatent(io.ComfyNode):
         with speaking_of_nodes("Empty Measurement Latent: measurement: "):
             height, width = operator.image_size(y)
         check_megapixels("Empty Measurement Latent", (height, width), tuple(y.shape[-2:]), max_megapixels)
-        h, w = host.latent_size(vae, (height, width))
+        h, w = latent_size(vae, (height, width))
         return io.NodeOutput({"samples": torch.zeros(max(len(y), batch_size), vae.latent_channels, h, w)}, width, height)
 
 

@@ -12,7 +12,8 @@ from ..dmap_core.solvers.checks import check_window
 from ..dmap_core.solvers.freedom import TRAVELS
 from ..dmap_core.solvers.psld import TRANSPOSES, check_linear
 from ..dmap_core.solvers.resample import SPACES, TWEEDIES
-from . import host
+from .host.guider import SolverSampler
+from .host.prior import model_sigmas, null_conditioning
 from .operators import Operator
 from .schema import schema
 
@@ -103,7 +104,7 @@ class DMAPSampler(io.ComfyNode):
     def execute(cls, K, zeta, eta=1.0, optimizer="gradient") -> io.NodeOutput:
         check_settings(zeta, eta, K)
         name = f"DMAP (K {K}, zeta {zeta:g}{', Adam' if optimizer == 'adam' else ''})"
-        return io.NodeOutput(host.SolverSampler(name, sample_dmap, K=K, zeta=zeta, optimizer=optimizer, eta=eta))
+        return io.NodeOutput(SolverSampler(name, sample_dmap, K=K, zeta=zeta, optimizer=optimizer, eta=eta))
 
 
 class DPSSampler(io.ComfyNode):
@@ -122,7 +123,7 @@ class DPSSampler(io.ComfyNode):
     def execute(cls, zeta, eta=1.0, optimizer="gradient") -> io.NodeOutput:
         check_settings(zeta, eta)
         name = f"DPS (zeta {zeta:g}{', Adam' if optimizer == 'adam' else ''})"
-        return io.NodeOutput(host.SolverSampler(name, sample_dps, zeta=zeta, optimizer=optimizer, eta=eta))
+        return io.NodeOutput(SolverSampler(name, sample_dps, zeta=zeta, optimizer=optimizer, eta=eta))
 
 
 class DSGSampler(io.ComfyNode):
@@ -152,7 +153,7 @@ class DSGSampler(io.ComfyNode):
     @classmethod
     def execute(cls, zeta, eta=1.0) -> io.NodeOutput:
         check_settings(zeta, eta)
-        return io.NodeOutput(host.SolverSampler(f"DSG (zeta {zeta:g})", sample_dsg, zeta=zeta, eta=eta))
+        return io.NodeOutput(SolverSampler(f"DSG (zeta {zeta:g})", sample_dsg, zeta=zeta, eta=eta))
 
 
 class PSLDSampler(io.ComfyNode):
@@ -193,7 +194,7 @@ class PSLDSampler(io.ComfyNode):
         check_settings(zeta, eta)
         name = f"PSLD (zeta {zeta:g}, gamma {gamma:g})"
         settings = {"zeta": zeta, "gamma": gamma, "transpose": transpose, "eta": eta}
-        return io.NodeOutput(host.SolverSampler(name, sample_psld, lambda operator, steps: check_linear(operator), **settings))
+        return io.NodeOutput(SolverSampler(name, sample_psld, lambda operator, steps: check_linear(operator), **settings))
 
 
 class FreeDoMSampler(io.ComfyNode):
@@ -227,7 +228,7 @@ class FreeDoMSampler(io.ComfyNode):
         check_window(first, last)
         name = f"FreeDoM (zeta {zeta:g}, K {K} in steps {first} to {last})"
         settings = {"zeta": zeta, "K": K, "first": first, "last": last, "travel": travel, "eta": eta}
-        return io.NodeOutput(host.SolverSampler(name, sample_freedom, lambda operator, steps: check_window(first, last, steps), **settings))
+        return io.NodeOutput(SolverSampler(name, sample_freedom, lambda operator, steps: check_window(first, last, steps), **settings))
 
 
 class ReSampleSampler(io.ComfyNode):
@@ -303,9 +304,7 @@ class ReSampleSampler(io.ComfyNode):
         }
         name = f"ReSample (zeta {zeta:g}, steps {first} to {last} every {every})"
         settings |= {"zeta": zeta, "space": space, "tweedie": tweedie, "eta": eta}
-        return io.NodeOutput(
-            host.SolverSampler(name, sample_resample, lambda operator, steps: check_window(first, last, steps), **settings)
-        )
+        return io.NodeOutput(SolverSampler(name, sample_resample, lambda operator, steps: check_window(first, last, steps), **settings))
 
 
 class DMAPScheduler(io.ComfyNode):
@@ -357,7 +356,7 @@ class DMAPScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, start=1.0, end=0.0, spacing="paper") -> io.NodeOutput:
-        return io.NodeOutput(SPACINGS[spacing](host.model_sigmas(model), steps, start, end))
+        return io.NodeOutput(SPACINGS[spacing](model_sigmas(model), steps, start, end))
 
 
 class DMAPPreset(io.ComfyNode):
@@ -401,11 +400,11 @@ class DMAPPreset(io.ComfyNode):
     def execute(cls, model, operator, solver, settings_for, steps=0) -> io.NodeOutput:
         p = presets.preset(operator, solver, settings_for)
         p = p.with_steps(steps) if steps else p
-        sigmas = SPACINGS[p.spacing](host.model_sigmas(model), p.steps)
+        sigmas = SPACINGS[p.spacing](model_sigmas(model), p.steps)
         return io.NodeOutput(sampler_of(p.solver, p.settings), sigmas, p.text())
 
 
-def sampler_of(solver: str, settings: dict) -> host.SolverSampler:
+def sampler_of(solver: str, settings: dict) -> SolverSampler:
     """The sampler that the solver's own node makes of these settings."""
     nodes = {
         "DPS": DPSSampler,
@@ -432,7 +431,7 @@ class DMAPUnconditional(io.ComfyNode):
 
     @classmethod
     def execute(cls, model) -> io.NodeOutput:
-        return io.NodeOutput(host.null_conditioning(model))
+        return io.NodeOutput(null_conditioning(model))
 
 
 NODES = [

@@ -29,7 +29,19 @@ from ..dmap_core.studies import (
 )
 from ..dmap_core.studies.commands import PAPER_ZETAS, score_mean_rows
 from ..dmap_core.studies.diversity import diversity
-from . import host, host_studies
+from .host.compute import Bar, measuring, residuals
+from .host.gradients import normal
+from .host.guider import PosteriorGuider
+from .host.run import (
+    check_conditional,
+    check_guider,
+    check_size,
+    latent_shape,
+    noise_levels,
+    restore,
+    with_denoiser,
+    with_posterior,
+)
 from .metrics import picture, to_image
 from .pictures import to_core
 
@@ -161,29 +173,29 @@ class ScoreErrorStudy(io.ComfyNode):
         check_matplotlib()
         steps = numbers(zetas, f"{name}: zetas")
         schedule(sigmas, f"{name}: sigmas")
-        host_studies.check_guider(guider, f"{name}: guider", one=True)
-        host_studies.check_conditional(conditional, guider, f"{name}: {CONDITIONAL}")
-        x = host.normal(one_picture(picture, f"{name}: picture"))
-        host_studies.check_size(picture, guider, f"{name}: picture")
-        bar = host_studies.Bar(2 * (len(sigmas) - 1))
+        check_guider(guider, f"{name}: guider", one=True)
+        check_conditional(conditional, guider, f"{name}: {CONDITIONAL}")
+        x = normal(one_picture(picture, f"{name}: picture"))
+        check_size(picture, guider, f"{name}: picture")
+        bar = Bar(2 * (len(sigmas) - 1))
 
         def points(posterior):
             z0 = posterior.prior.encode(x.to(posterior.y)).expand(repeats, -1, -1, -1)
             return score_points(posterior, z0, sigmas, generators(noise_seed, repeats), lambda i, point: bar.move())
 
-        found = host_studies.with_posterior(guider, name, sigmas, repeats, points)
+        found = with_posterior(guider, name, sigmas, repeats, points)
 
         def answers(denoise, device):
             return [_moved(bar, denoise(point.z, point.sigma)) for point in found]
 
-        theirs = host_studies.with_denoiser(conditional, name, sigmas, found[0].z.shape, answers)
+        theirs = with_denoiser(conditional, name, sigmas, found[0].z.shape, answers)
         errors = score_errors(found, theirs, steps)
-        t = timesteps(errors.sigmas, host_studies.noise_levels(guider))
+        t = timesteps(errors.sigmas, noise_levels(guider))
         figure = plots.score_error_plot(errors, timesteps=t, title=f"Score error, {guider.operator.describe()}")
         return io.NodeOutput(drawn(figure), csv_text(errors.rows(t)))
 
 
-def _moved(bar: host_studies.Bar, value: Tensor) -> Tensor:
+def _moved(bar: Bar, value: Tensor) -> Tensor:
     bar.move()
     return value
 
@@ -226,12 +238,12 @@ class ScoreMeanStudy(io.ComfyNode):
         check_matplotlib()
         steps = numbers(zetas, f"{name}: zetas")
         schedule(sigmas, f"{name}: sigmas")
-        host_studies.check_guider(guider, f"{name}: guider", one=True)
+        check_guider(guider, f"{name}: guider", one=True)
         if conditional is not None:
-            host_studies.check_conditional(conditional, guider, f"{name}: {CONDITIONAL}")
-        shape, (sigma, sigma_next) = host_studies.latent_shape(guider), (float(s) for s in sigmas[:2])
+            check_conditional(conditional, guider, f"{name}: {CONDITIONAL}")
+        shape, (sigma, sigma_next) = latent_shape(guider), (float(s) for s in sigmas[:2])
         batch = min(batch, samples)
-        bar = host_studies.Bar(samples * (1 if conditional is None else 2))
+        bar = Bar(samples * (1 if conditional is None else 2))
 
         def moved() -> Callable[[int, int], None]:
             done = [0]
@@ -248,9 +260,9 @@ class ScoreMeanStudy(io.ComfyNode):
         def theirs(denoise, device) -> ScoreMean:
             return plain_score_mean(denoise, shape, sigma, samples, batch, noise_seed, moved(), device)
 
-        found = host_studies.with_posterior(guider, name, sigmas, batch, means)
+        found = with_posterior(guider, name, sigmas, batch, means)
         if conditional is not None:
-            found[CONDITIONAL] = host_studies.with_denoiser(conditional, name, sigmas, (batch, *shape), theirs)
+            found[CONDITIONAL] = with_denoiser(conditional, name, sigmas, (batch, *shape), theirs)
         figure = plots.score_mean_plot(found, title=f"Mean of the score at sigma {sigma:.4g}, {guider.operator.describe()}")
         rows = score_mean_rows({key if isinstance(key, str) else f"DPS, zeta {key:g}": mean for key, mean in found.items()})
         return io.NodeOutput(drawn(figure), csv_text(rows))
@@ -372,7 +384,7 @@ class ToyStudy(io.ComfyNode):
     @classmethod
     def execute(cls, zeta, K, steps, samples, y0, noise_seed, dsg_zeta=0.08, dmap_zeta=0.1) -> io.NodeOutput:
         check_matplotlib()
-        with host_studies.measuring():
+        with measuring():
             toy = toy_example(samples, steps, zeta, dsg_zeta, dmap_zeta, K, y=(y0, 0.0), seed=noise_seed)
         rows = toy.rows()
         lines = [
@@ -391,7 +403,7 @@ class Plan:
     """A run to be made. about: what the CSV file says of it."""
 
     label: str
-    guider: host.PosteriorGuider
+    guider: PosteriorGuider
     solver: Callable[..., Tensor]
     settings: dict[str, Any]
     sigmas: Tensor
@@ -404,16 +416,16 @@ def compare(plans: Sequence[Plan], reference: Tensor, seed: int, node: str, titl
     metrics = [(PICTURE_METRICS[name].label, PICTURE_METRICS[name].open(None)) for name in ("psnr", "ssim")]
     mean_interval([0.0, 1.0])  # raises for a package that is missing
     wanted = picture(reference, f"{node}: reference")
-    bar = host_studies.Bar(sum(len(plan.sigmas) - 1 for plan in plans))
+    bar = Bar(sum(len(plan.sigmas) - 1 for plan in plans))
     warm, pictures, rows, series = None, [], [], {}
     for plan in plans:
-        run = host_studies.restore(plan.guider, plan.label, plan.solver, plan.settings, plan.sigmas, seed, bar, warm is plan.guider)
+        run = restore(plan.guider, plan.label, plan.solver, plan.settings, plan.sigmas, seed, bar, warm is plan.guider)
         warm = plan.guider
         pictures.append(run.images)
         x = run.images.movedim(-1, 1)
-        with host_studies.measuring():
-            values = {label: metric(host.normal(x), host.normal(wanted.expand_as(x))).tolist() for label, metric in metrics}
-            values["residual"] = host_studies.residuals(plan.guider.operator, host.normal(x), host.normal(plan.guider.y)).tolist()
+        with measuring():
+            values = {label: metric(normal(x), normal(wanted.expand_as(x))).tolist() for label, metric in metrics}
+            values["residual"] = residuals(plan.guider.operator, normal(x), normal(plan.guider.y)).tolist()
         for label, found in values.items():
             i = mean_interval(found)
             series.setdefault(label, []).append((plan.label, i.mean, i.low, i.high))
@@ -474,11 +486,11 @@ class StepsStudy(io.ComfyNode):
     @classmethod
     def execute(cls, guider, reference, budget, K, zeta, dsg_zeta, spacing, noise_seed) -> io.NodeOutput:
         name = "Steps Study"
-        host_studies.check_guider(guider, f"{name}: guider")
-        host_studies.check_size(reference, guider, f"{name}: reference")
+        check_guider(guider, f"{name}: guider")
+        check_size(reference, guider, f"{name}: reference")
         check_step_size(zeta, f"{name}: zeta")
         check_step_size(dsg_zeta, f"{name}: dsg_zeta", 1.0)
-        table = host_studies.noise_levels(guider)
+        table = noise_levels(guider)
 
         def plan(method: str, solver: Callable[..., Tensor], T: int, k: int | None, **settings) -> Plan:
             label = f"{method}, T = {T}" if k is None else f"{method}, K = {k}, T = {T}"
@@ -548,13 +560,13 @@ class SolverStudy(io.ComfyNode):
         check_step_size(zeta, f"{node}: zeta")
         guiders = {name: guider for name, guider in (("guider_1", guider_1), ("guider_2", guider_2)) if guider is not None}
         for name, guider in guiders.items():
-            host_studies.check_guider(guider, f"{node}: {name}")
-            host_studies.check_size(reference, guider, f"{node}: reference, for {name}")
+            check_guider(guider, f"{node}: {name}")
+            check_size(reference, guider, f"{node}: reference, for {name}")
         if len({len(guider.y) for guider in guiders.values()}) > 1:
             raise ValueError(f"{node}: guider_1 has {len(guider_1.y)} measurement(s) and guider_2 {len(guider_2.y)}; give both the same")
         plans = []
         for model, guider in zip(own_names(names, list(guiders), node), guiders.values(), strict=True):
-            sigmas = SPACINGS[spacing](host_studies.noise_levels(guider), steps)
+            sigmas = SPACINGS[spacing](noise_levels(guider), steps)
             for sampler, eta in (("ancestral", 1.0), ("PF-ODE", 0.0)):
                 about = {"model": model, "sampler": sampler, "eta": eta, "steps": steps, "zeta": zeta}
                 plans.append(Plan(f"{model}, {sampler}", guider, sample_dps, {"zeta": zeta, "eta": eta}, sigmas, about))

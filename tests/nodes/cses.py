@@ -26,8 +26,10 @@ session = importlib.import_module(f"{PACK}.dmap_core.cse.session")
 settings = importlib.import_module(f"{PACK}.dmap_core.cse.settings")
 trainer = importlib.import_module(f"{PACK}.dmap_core.cse.trainer")
 validation = importlib.import_module(f"{PACK}.dmap_core.cse.validation")
-host = importlib.import_module(f"{PACK}.nodes.host")
-host_cse = importlib.import_module(f"{PACK}.nodes.host_cse")
+controlnet = importlib.import_module(f"{PACK}.nodes.host.controlnet")
+folders = importlib.import_module(f"{PACK}.nodes.host.folders")
+prior = importlib.import_module(f"{PACK}.nodes.host.prior")
+training = importlib.import_module(f"{PACK}.nodes.host.training")
 nodes_cse = importlib.import_module(f"{PACK}.nodes.cse")
 
 NO_FOLDER = nodes_cse.NO_FOLDER

@@ -42,7 +42,7 @@ def ours(lab, cses):
     model, vae = lab.shared()
     with torch.inference_mode():
         conditioning = lab.call("DMAP_DMAPUnconditional", model=model)
-        with cses.host_cse.training(model, vae, conditioning, "fp32", 32, 2, False) as base:
+        with cses.training.training(model, vae, conditioning, "fp32", 32, 2, False) as base:
             yield base
 
 
@@ -75,7 +75,7 @@ def test_the_bases_are_the_same(ours, theirs):
 
 
 def test_fingerprints_are_the_same(lab, cses, theirs):
-    assert cses.host_cse.base_fingerprint(lab.shared()[0]) == theirs.fingerprint
+    assert cses.prior.base_fingerprint(lab.shared()[0]) == theirs.fingerprint
 
 
 def test_encode_and_decode(lab, ours, theirs):

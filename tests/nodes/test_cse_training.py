@@ -97,7 +97,7 @@ def test_the_file(lab, cses, whole):
     assert described == cses.metadata.CSEMetadata(
         operator=cses.SR8,
         base="SD20",
-        fingerprint=cses.host_cse.base_fingerprint(model),
+        fingerprint=cses.prior.base_fingerprint(model),
         prediction="eps",
         hint_range="0..1",
         steps=STEPS,
@@ -234,7 +234,7 @@ def test_a_folder_is_a_batch(cses, folders, whole):
     assert ours["losses"] == theirs["losses"] and cses.distance(ours["weights"], theirs["weights"]) == 0
     _, described = cses.checkpoint.read_cse(folders.controlnet / "sub" / "from-folder.safetensors")
     assert described.source == "input/photos" and described.pictures == 3
-    assert "sub/from-folder.safetensors" in cses.host_cse.cse_files()
+    assert "sub/from-folder.safetensors" in cses.folders.cse_files()
 
 
 # ---- going on
@@ -478,7 +478,7 @@ def test_refused(lab, cses, folders, monkeypatch, kind):
         raise AssertionError("models are loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cses.host_cse, "training", fail)
+        patch.setattr(cses.nodes_cse, "training", fail)
         with pytest.raises(ValueError, match=message):
             cses.train(**{"save_name": "refused", **changes})
     written = [path for path in folders.root.rglob("*") if path.stem in ("refused", "x") and path.suffix != ".png"]
@@ -574,10 +574,10 @@ def test_nothing_is_walked_to_describe_the_node(lab, cses, folders, monkeypatch)
     # what is chosen is looked at alone
     cses.fill(folders.input / "photos-of-mine", 2)
     seen.clear()
-    assert cses.host_cse.picture_folder("input/photos-of-mine") == folders.input / "photos-of-mine"
-    assert cses.host_cse.picture_folder("output/a/b/a") == folders.output / "a/b/a" and seen == []
+    assert cses.folders.picture_folder("input/photos-of-mine") == folders.input / "photos-of-mine"
+    assert cses.folders.picture_folder("output/a/b/a") == folders.output / "a/b/a" and seen == []
     with pytest.raises(ValueError, match=r"folder: there is no input/photo\. There are .*input/photos-of-mine"):
-        cses.host_cse.picture_folder("input/photo")
+        cses.folders.picture_folder("input/photo")
     assert sorted(seen) == sorted(map(str, (folders.input, folders.output)))
     for link in links:
         link.unlink()
@@ -588,7 +588,7 @@ def test_a_folder_that_is_linked(cses, folders, tmp_path):
     (folders.input / "linked").symlink_to(cses.fill(tmp_path / "disk", 3))
     cses.train(save_name="linked", steps=1, folder="input/linked", pictures=None)
     for name in (" input/linked/ ", "input\\linked"):
-        assert cses.host_cse.picture_folder(name) == folders.input / "linked"
+        assert cses.folders.picture_folder(name) == folders.input / "linked"
 
 
 @pytest.mark.parametrize(
@@ -596,23 +596,23 @@ def test_a_folder_that_is_linked(cses, folders, tmp_path):
 )
 def test_names_of_no_folder(cses, folders, name):
     with pytest.raises(ValueError, match="must be input/NAME or output/NAME"):
-        cses.host_cse.picture_folder(name)
+        cses.folders.picture_folder(name)
 
 
 def test_many_folders_are_not_all_named(cses, folders):
     with cses.Folders(folders.root / "few") as few:
         with pytest.raises(ValueError, match="There are no folders in ComfyUI's input and output directories yet"):
-            cses.host_cse.picture_folder("input/x")
+            cses.folders.picture_folder("input/x")
         for i in range(30):
             (few.input / f"{i:02d}").mkdir()
         with pytest.raises(ValueError, match="input/00, .*input/19 and 10 more"):
-            cses.host_cse.picture_folder("input/" + "x" * 300)
+            cses.folders.picture_folder("input/" + "x" * 300)
 
 
 def test_a_second_training_of_one_file(lab, cses, folders, monkeypatch):
     """By the command line or another ComfyUI on the same models folder."""
     with cses.checkpoint.training_files(folders.controlnet / "busy.safetensors"), monkeypatch.context() as patch:
-        patch.setattr(cses.host_cse, "training", None)
+        patch.setattr(cses.nodes_cse, "training", None)
         with pytest.raises(ValueError, match=r"busy\.safetensors is being written by another training \(process [0-9]+\); wait for it"):
             cses.train(save_name="busy")
     cses.train(save_name="busy", steps=1)
@@ -623,7 +623,7 @@ def test_an_operator_that_no_file_can_describe(lab, cses, folders, monkeypatch):
     """64 masks without any order: known before the training and not after it."""
     mask = (torch.rand(64, 320, 320, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     operator = lab.call("DMAP_OperatorInpainting", mask=mask)
-    monkeypatch.setattr(cses.host_cse, "training", None)
+    monkeypatch.setattr(cses.nodes_cse, "training", None)
     with pytest.raises(ValueError, match="description of the CSE would be [0-9]+ characters long.*single mask"):
         cses.train(save_name="masks", operator=operator, size=320, batch_size=64, pictures=torch.zeros(64, 40, 40, 3))
     assert not (folders.controlnet / "masks.safetensors").exists()
@@ -646,7 +646,7 @@ def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
         assert before.changed() == []
         assert loaded.family.config in summary
         assert (control.control_model.num_classes is None) == (name != "SDXL")
-        cses.host_cse.check_base(control, loaded.model, "cse")
+        cses.controlnet.check_base(control, loaded.model, "cse")
         network = control.control_model
         assert all(float(conv[0].weight.abs().max()) > 0 for conv in network.zero_convs)
         measurement = lab.problem()["measurement"]
@@ -663,9 +663,9 @@ def test_a_v_model(lab, cses, folders, whole):
     control, _, _, summary = cses.train(save_name="v", steps=1, model=model)
     assert "(v-prediction)" in summary
     assert cses.state(folders.controlnet / "v")["losses"][0] != cses.state(whole[0])["losses"][0]
-    cses.host_cse.check_base(control, model, "cse")
+    cses.controlnet.check_base(control, model, "cse")
     with pytest.raises(ValueError, match="v-prediction"):
-        cses.host_cse.check_base(control, lab.shared()[0], "cse")
+        cses.controlnet.check_base(control, lab.shared()[0], "cse")
 
 
 # ---- pictures of the model itself

@@ -161,7 +161,7 @@ def test_what_the_file_says(lab, cses, folders, weights):
         assert torch.equal(*y)
         for words in ("one.safetensors", operator.spec()["operator"], "demo", "7 steps", "CC0"):
             assert words in summary
-        assert cses.host_cse.check_controls([[None, {"control": control}]], lab.shared()[0], operator, "positive") == []
+        assert cses.controlnet.check_controls([[None, {"control": control}]], lab.shared()[0], operator, "positive") == []
 
 
 def test_a_file_that_says_nothing(lab, cses, other):
@@ -700,4 +700,4 @@ def test_a_base_for_inpainting(lab, cses, cse, sr8, measurement):
     network.input_blocks[0][0].weight = torch.nn.Parameter(torch.cat([weight, weight[:, :1].expand(-1, 5, -1, -1)], 1), requires_grad=False)
     model.model = copy.copy(model.model)
     model.model._modules = {**model.model._modules, "diffusion_model": network}
-    cses.host_cse.check_base(cse, model, "positive")
+    cses.controlnet.check_base(cse, model, "positive")

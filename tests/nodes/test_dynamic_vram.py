@@ -138,16 +138,16 @@ def test_copies_are_given_back_after_an_error(lab, dynamic):
 def test_a_model_that_still_moves_is_refused(lab, dynamic):
     import importlib
 
-    host_static = importlib.import_module("dmap_pack.nodes.host_static")
+    module = importlib.import_module("dmap_pack.nodes.host.static")
     with dynamic.dynamic_vram():
         model, _ = lab.fresh()
         if not dynamic.AVAILABLE:
-            host_static.check_static([model])
+            module.check_static([model])
             return
         with pytest.raises(RuntimeError, match="--disable-dynamic-vram"):
-            host_static.check_static([model])
-        with host_static.static_patchers() as static:
-            host_static.check_static([static(model)])
+            module.check_static([model])
+        with module.static_patchers() as static:
+            module.check_static([static(model)])
 
 
 def test_freezing_keeps_what_the_host_noted_on_a_weight(lab):
@@ -156,5 +156,5 @@ def test_freezing_keeps_what_the_host_noted_on_a_weight(lab):
     layer = torch.nn.Linear(2, 2)  # under inference mode, as all weights are
     layer.weight._model_dtype = torch.float16
     assert layer.weight.is_inference()
-    with torch.inference_mode(False), importlib.import_module("dmap_pack.nodes.host").frozen([layer]):
+    with torch.inference_mode(False), importlib.import_module("dmap_pack.nodes.host.gradients").frozen([layer]):
         assert not layer.weight.is_inference() and layer.weight._model_dtype == torch.float16

@@ -70,7 +70,7 @@ def test_a_training_sees_the_models_patches(lab):
 
     def denoised(model):
         vae, condition = lab.shared()[1], lab.call("DMAP_DMAPUnconditional", model=model)
-        with cses.host_cse.training(model, vae, condition, "fp32", 32, 1, False) as base:
+        with cses.training.training(model, vae, condition, "fp32", 32, 1, False) as base:
             level = int((base.sigmas - 2.0).abs().argmin())
             return base.denoise(None, z, torch.tensor([level]), None).clone(), float(base.sigmas[level])
 
@@ -107,9 +107,9 @@ def test_a_model_on_several_gpus_is_refused(lab):
 
 def test_attention_is_asked_of_back_ends_with_gradients(lab, monkeypatch):
     """cuDNN's may come first in ComfyUI's own order; it is not among ours."""
-    host = importlib.import_module("dmap_pack.nodes.host")
+    gradients = importlib.import_module("dmap_pack.nodes.host.gradients")
     kernel = importlib.import_module("torch.nn.attention")
-    names = [backend.name for backend in host.ATTENTION]
+    names = [backend.name for backend in gradients.ATTENTION]
     assert names == ["FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
     seen = []
     attention = torch.nn.functional.scaled_dot_product_attention
@@ -126,7 +126,7 @@ def test_attention_is_asked_of_back_ends_with_gradients(lab, monkeypatch):
 @pytest.mark.parametrize("shaped", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_is_comfyuis(lab, shaped, masked):
-    host = importlib.import_module("dmap_pack.nodes.host")
+    gradients = importlib.import_module("dmap_pack.nodes.host.gradients")
     theirs = importlib.import_module("comfy.ldm.modules.attention").attention_pytorch
     generator = torch.Generator().manual_seed(0)
     shape = (2, 3, 5, 8) if shaped else (2, 5, 24)
@@ -134,7 +134,9 @@ def test_attention_is_comfyuis(lab, shaped, masked):
     mask = torch.randn(2, 5, 5, generator=generator) if masked else None
     for output in (False, True):
         settings = {"mask": mask, "skip_reshape": shaped, "skip_output_reshape": output}
-        torch.testing.assert_close(host.pytorch_attention(None, q, k, v, 3, **settings), theirs(q, k, v, 3, **settings), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            gradients.pytorch_attention(None, q, k, v, 3, **settings), theirs(q, k, v, 3, **settings), rtol=0, atol=1e-6
+        )
 
 
 # ---- precision
@@ -142,7 +144,7 @@ def test_attention_is_comfyuis(lab, shaped, masked):
 
 def posterior_gradient(lab, model, vae, z, sigma):
     """(gradient, denoised, residual) of the guided run itself. A difference of two denoised latents would show the rounding of both."""
-    studies = importlib.import_module("dmap_pack.nodes.host_studies")
+    studies = importlib.import_module("dmap_pack.nodes.host.run")
     guider = lab.guider(model=model, vae=vae, memory="fast")
     return studies.with_posterior(guider, "a test", torch.tensor([sigma, 0.0]), 1, lambda posterior: posterior.gradient(z.clone(), sigma))
 
@@ -227,7 +229,7 @@ def test_quantised_models_under_dynamic_vram(lab):
 
 def test_a_format_without_gradient_is_refused_by_name(lab):
     """Such a layer would stop the gradient of its path alone, and the rest would look like one."""
-    host = importlib.import_module("dmap_pack.nodes.host")
+    gradients = importlib.import_module("dmap_pack.nodes.host.gradients")
 
     class Opaque(torch.Tensor):
         _layout_cls = "OneWayLayout"
@@ -262,9 +264,9 @@ def test_a_format_without_gradient_is_refused_by_name(lab):
             return (x.detach() if self.stops else x) * 1.0 @ self.weight.inner.T + 0.5 * x * self.stops
 
     with torch.inference_mode(False):
-        host.check_quantised([OneWay(False)])
+        gradients.check_quantised([OneWay(False)])
         with pytest.raises(ValueError, match="OneWayLayout.*off by 50 %.*Load an fp16"):
-            host.check_quantised([OneWay(True)])
+            gradients.check_quantised([OneWay(True)])
 
 
 # ---- what is checked before, and what is said after
@@ -353,11 +355,11 @@ def test_holes_do_not_count_as_a_mismatch(lab):
 
 
 def test_a_rising_residual_is_a_warning(lab):
-    host = importlib.import_module("dmap_pack.nodes.host")
-    report = host.Report("DPS", "f", residuals=[[5.0, 5.0], [4.0, 7.0]])
+    Report = importlib.import_module("dmap_pack.nodes.host.report").Report
+    report = Report("DPS", "f", residuals=[[5.0, 5.0], [4.0, 7.0]])
     assert [w for w in report.misfits() if "rose from 5 to 7" in w]
-    assert host.Report("DPS", "f", residuals=[[5.0], [4.0]], mismatch=[15.9]).misfits() == []
-    assert host.Report("DPS", "f", residuals=[[5.0], [4.0]], mismatch=[20.0]).misfits(noise=5.0) == []
+    assert Report("DPS", "f", residuals=[[5.0], [4.0]], mismatch=[15.9]).misfits() == []
+    assert Report("DPS", "f", residuals=[[5.0], [4.0]], mismatch=[20.0]).misfits(noise=5.0) == []
 
 
 def test_a_report_outlives_its_guider(lab):

@@ -279,14 +279,14 @@ def test_missing_weights_are_named_with_their_folder(lab, pictures, monkeypatch,
 def test_weights_are_found_in_every_folder_of_models_dmap(lab, monkeypatch, tmp_path):
     import folder_paths
 
-    host_studies = module(lab, "nodes.host_studies")
+    found = module(lab, "nodes.host.folders").weights_folder
     folders = [tmp_path / name for name in ("first", "second")]
     for folder in folders:
         folder.mkdir()
     save_file({"a": torch.zeros(1)}, folders[1] / "there.pth")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "dmap", ([str(f) for f in folders], {".pth"}))
-    assert host_studies.weights_folder("there.pth") == folders[1]
-    assert host_studies.weights_folder("not-there.pth") == host_studies.weights_folder(None) == folders[0]
+    assert found("there.pth") == folders[1]
+    assert found("not-there.pth") == found(None) == folders[0]
 
 
 def test_cancel_ends_it(lab, pictures):

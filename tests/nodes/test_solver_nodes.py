@@ -86,7 +86,7 @@ def test_a_run(lab, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_solver_with_these_settings(lab, name):
     """The same bits as from the solver, which is given the posterior and the noise by hand; and no setting is without effect."""
-    host = importlib.import_module(f"{lab.pack.__name__}.nodes.host")
+    guiders = importlib.import_module(f"{lab.pack.__name__}.nodes.host.guider")
     given = []
 
     def by_hand(posterior, z, sigmas, *, generator, callback):
@@ -95,7 +95,7 @@ def test_it_is_the_solver_with_these_settings(lab, name):
         return core(lab, "solvers").SOLVERS[name](posterior, z, sigmas, **SETTINGS[name], generator=seeds, callback=callback)
 
     result = run(lab, make(lab, name))
-    assert torch.equal(run(lab, host.SolverSampler("by hand", by_hand)), result)
+    assert torch.equal(run(lab, guiders.SolverSampler("by hand", by_hand)), result)
     assert given == [pytest.approx(float(lab.sigmas(STEPS)[0]), rel=0.3)]
     for setting, value in OTHERS[name].items():
         assert SETTINGS[name][setting] != value

@@ -374,7 +374,7 @@ def test_cancel_ends_the_conditional_model_too(lab, undrawn):
 @contextlib.contextmanager
 def before_any_network(lab, match):
     """Refused with a message, and no guider has run."""
-    guider = module("nodes.host").PosteriorGuider
+    guider = module("nodes.host.guider").PosteriorGuider
     sample = guider.sample
     guider.sample = lambda *args, **kwargs: pytest.fail("a run began")
     try:

@@ -1,4 +1,4 @@
-"""The part of the adapter to ComfyUI that is about studies: what they ask of a GUIDER, and where their networks and weights are.
+"""What is done with a GUIDER besides sampling in a graph: studies look at its posterior, comparisons restore pictures.
 
 A study runs as the solver of a SolverSampler, or as the function of a stock sampler: `guider.sample` then readies models, gradients and
 interruptions as for any run, and the study looks at the posterior or at the model instead of going from noise to a picture.
@@ -10,33 +10,26 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
-import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor
 
-from ..dmap_core.operators import Operator
-from ..dmap_core.posterior import Posterior
-from . import host
-
-NETWORK_MEMORY = 2**30  # bytes that a metric's network and its activations need at most, roughly
+from ...dmap_core.posterior import Posterior
+from .compute import Bar
+from .guider import PosteriorGuider, SolverSampler
+from .prior import check_model, latent_size, model_sigmas
 
 Denoise = Callable[[Tensor, float], Tensor]
 Result = TypeVar("Result")
 
 
-# what is given
-
-
 def check_guider(guider: Any, name: str, one: bool = False) -> None:
     """Raises ValueError for a guider without measurement, and with `one` for several measurements."""
-    if not isinstance(guider, host.PosteriorGuider):
+    if not isinstance(guider, PosteriorGuider):
         raise ValueError(f"{name}: it is a {type(guider).__name__}, which knows neither measurement nor operator; connect DPSGuider")
     if one and len(guider.y) != 1:
         raise ValueError(
@@ -44,12 +37,12 @@ def check_guider(guider: Any, name: str, one: bool = False) -> None:
         )
 
 
-def check_conditional(conditional: Any, guider: host.PosteriorGuider, name: str) -> None:
+def check_conditional(conditional: Any, guider: PosteriorGuider, name: str) -> None:
     """Raises ValueError for a guider whose model does not denoise the same latents as the other one's."""
     if not isinstance(conditional, comfy.samplers.CFGGuider):
         raise ValueError(f"{name}: it is a {type(conditional).__name__}; connect DPSGuider, CFGGuider or BasicGuider")
     try:
-        host.check_model(conditional.model_patcher)
+        check_model(conditional.model_patcher)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     ours, theirs = (type(g.model_patcher.get_model_object("latent_format")).__name__ for g in (guider, conditional))
@@ -57,13 +50,13 @@ def check_conditional(conditional: Any, guider: host.PosteriorGuider, name: str)
         raise ValueError(
             f"{name}: its model works on latents of {theirs}, and the guider's on those of {ours}; compare models with one VAE"
         )
-    if isinstance(conditional, host.PosteriorGuider):
+    if isinstance(conditional, PosteriorGuider):
         check_guider(conditional, name, one=True)
         if conditional.size != guider.size:
             raise ValueError(f"{name}: it restores {_words(conditional.size)} pictures, and the guider {_words(guider.size)} ones")
 
 
-def check_size(image: Tensor, guider: host.PosteriorGuider, name: str) -> None:
+def check_size(image: Tensor, guider: PosteriorGuider, name: str) -> None:
     """Raises ValueError for pictures (B, H, W, C) of another size or number than the guider restores."""
     size, count = tuple(image.shape[1:3]), len(guider.y)
     if size != guider.size:
@@ -76,32 +69,18 @@ def _words(size: Sequence[int]) -> str:
     return f"{size[1]}x{size[0]}"
 
 
-def noise_levels(guider: host.PosteriorGuider) -> Tensor:
+def noise_levels(guider: PosteriorGuider) -> Tensor:
     """(N,) rising VE sigmas of the training timesteps of the guider's model."""
-    return host.model_sigmas(guider.model_patcher)
+    return model_sigmas(guider.model_patcher)
 
 
-def latent_shape(guider: host.PosteriorGuider) -> tuple[int, int, int]:
+def latent_shape(guider: PosteriorGuider) -> tuple[int, int, int]:
     """(C, h, w) of a latent of the guider's picture."""
-    return guider.vae.latent_channels, *host.latent_size(guider.vae, guider.size)
-
-
-# what is done with it
-
-
-class Bar:
-    """ComfyUI's progress bar. A move is also where Cancel takes effect."""
-
-    def __init__(self, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
-
-    def move(self, steps: int = 1) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        self._bar.update(steps)
+    return guider.vae.latent_channels, *latent_size(guider.vae, guider.size)
 
 
 @contextmanager
-def _own_report(guider: host.PosteriorGuider):
+def _own_report(guider: PosteriorGuider):
     """A study's runs leave no trace in what DMAP Sampling Report says about the guider."""
     report = guider.report
     try:
@@ -110,7 +89,7 @@ def _own_report(guider: host.PosteriorGuider):
         guider.report = report
 
 
-def with_posterior(guider: host.PosteriorGuider, name: str, sigmas: Tensor, batch: int, function: Callable[[Posterior], Result]) -> Result:
+def with_posterior(guider: PosteriorGuider, name: str, sigmas: Tensor, batch: int, function: Callable[[Posterior], Result]) -> Result:
     """What function(posterior) returns, called where a solver would be: models loaded, gradients possible. batch: of its largest call."""
     found = []
 
@@ -120,7 +99,7 @@ def with_posterior(guider: host.PosteriorGuider, name: str, sigmas: Tensor, batc
 
     latent = torch.zeros(batch, *latent_shape(guider))
     with _own_report(guider):
-        guider.sample(torch.zeros_like(latent), latent, host.SolverSampler(name, solver), sigmas, seed=0)
+        guider.sample(torch.zeros_like(latent), latent, SolverSampler(name, solver), sigmas, seed=0)
     return found[0]
 
 
@@ -131,7 +110,7 @@ def with_denoiser(
 
     A PosteriorGuider would answer a stock sampler with DPS's guided estimate; its model's own is asked for.
     """
-    if isinstance(conditional, host.PosteriorGuider):
+    if isinstance(conditional, PosteriorGuider):
         return with_posterior(conditional, name, sigmas, shape[0], lambda posterior: function(posterior.denoise, posterior.y.device))
     found = []
 
@@ -158,7 +137,7 @@ class Restored:
 
 
 def restore(
-    guider: host.PosteriorGuider, name: str, solver: Callable[..., Tensor], settings: dict, sigmas: Tensor, seed: int, bar: Bar, warm: bool
+    guider: PosteriorGuider, name: str, solver: Callable[..., Tensor], settings: dict, sigmas: Tensor, seed: int, bar: Bar, warm: bool
 ) -> Restored:
     """A picture for every measurement of the guider, the same as SamplerCustomAdvanced and VAEDecode make with RandomNoise of that seed.
 
@@ -178,47 +157,8 @@ def restore(
     latent = torch.zeros(len(guider.y), *latent_shape(guider))
     noise = comfy.sample.prepare_noise(latent, seed)
     with _own_report(guider):
-        sampler = host.SolverSampler(name, timed, **settings)
+        sampler = SolverSampler(name, timed, **settings)
         latents = guider.sample(noise, latent, sampler, sigmas, callback=lambda *_: bar.move(), seed=seed)
     height, width = guider.size
     images = guider.vae.decode(latents)[:, :height, :width]
     return Restored((images.cpu().float().clamp(0, 1) * 255).round() / 255, *costs[0])
-
-
-# what is measured
-
-
-@contextmanager
-def measuring():
-    """Where networks of metrics are made and used, and the toy's gradients taken: outside the executor's inference mode."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def device() -> torch.device:
-    return comfy.model_management.get_torch_device()
-
-
-def place(network: Any) -> None:
-    """Moves a metric's network to where ComfyUI computes."""
-    comfy.model_management.free_memory(NETWORK_MEMORY, device())
-    network.to(device())
-
-
-def weights_folder(file: str | None) -> Path:
-    """The folder of models/dmap that holds the file; the first one, into which it should be put, if none does."""
-    found = folder_paths.get_full_path(host.WEIGHTS_FOLDER, file) if file else None
-    return Path(found).parent if found else Path(folder_paths.get_folder_paths(host.WEIGHTS_FOLDER)[0])
-
-
-def with_operator(operator: Operator, image: Tensor, function: Callable[[Operator, Tensor], Tensor]) -> Tensor:
-    """function(operator, image (B, 3, H, W)) with both where ComfyUI computes; the result comes back to the CPU."""
-    try:
-        return function(operator.to(device()), image.to(device())).cpu()
-    finally:
-        operator.to("cpu")
-
-
-def residuals(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
-    """||f(x) - y|| of pictures (B, 3, H, W) in [0, 1], (B,). y: of the batch, or one for all of it."""
-    return with_operator(operator, image, lambda f, x: f.distance(f(2 * x - 1), y.to(x.device).expand(len(x), -1, -1, -1)))

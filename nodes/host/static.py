@@ -1,4 +1,4 @@
-"""The part of the adapter to ComfyUI that is about dynamic VRAM: weights that come and go while a network runs, which autograd cannot use.
+"""Dynamic VRAM: weights that come and go while a network runs, which autograd cannot use.
 
 Under dynamic VRAM (ComfyUI 0.16 and later, the default on NVIDIA) the parameters of a network stay in the file's precision on the CPU, and every
 layer is handed its weights in a buffer that the next layer overwrites. A backward pass would read what came later. So a run with gradients
@@ -77,6 +77,32 @@ def static_patchers() -> Iterator[Static]:
             copies.clear()
             gc.collect()
             comfy.model_management.soft_empty_cache()
+
+
+def static_controls(conds: dict[str, list[dict]], static: Callable) -> dict[str, list[dict]]:
+    """The conditioning with copies of those ControlNets, T2I adapters and control LoRAs whose weights move while they run."""
+    twins: dict[int, Any] = {}
+
+    def twin(control: Any) -> Any:
+        if control is None or id(control) in twins:
+            return control and twins[id(control)]
+        previous = twin(control.previous_controlnet)
+        moving = {name: value for name, value in vars(control).items() if is_dynamic(value)}
+        own = control
+        if moving or previous is not control.previous_controlnet:
+            own = control.copy()
+            own.set_previous_controlnet(previous)
+            for name, patcher in moving.items():
+                plain = static(patcher)
+                changed = {other: plain.model for other, value in vars(own).items() if value is patcher.model}
+                vars(own).update({**changed, name: plain})
+        twins[id(control)] = own
+        return own
+
+    return {
+        name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed]
+        for name, listed in conds.items()
+    }
 
 
 def unload(patcher: Any) -> None:

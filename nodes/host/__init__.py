@@ -1,0 +1,1 @@
+"""The adapter to ComfyUI: everything that this pack knows about its internals."""

@@ -1,0 +1,263 @@
+"""ComfyUI's GUIDER and SAMPLER protocols drive a Posterior."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.k_diffusion.sampling import default_noise_sampler
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...dmap_core.operators import Operator
+from ...dmap_core.posterior import Posterior
+from ...dmap_core.schedule import check_sigmas, generators
+from ...dmap_core.solvers import check_finite, guided_denoised
+from ..messages import speaking_of_nodes
+from .controlnet import controls_of
+from .gradients import (
+    add_own_skip,
+    check_quantised,
+    check_whole,
+    differentiable_attention,
+    exact_layers,
+    frozen,
+    normal,
+    pytorch_attention,
+    without_caches,
+)
+from .prior import HostPrior, check_model, check_vae, latent_size, round_trip
+from .report import REPORT, Report
+from .static import static_controls, static_patchers
+
+log = logging.getLogger(__name__)
+
+# How much more a gradient keeps than the host's estimate for inference; only decides what else is moved off the GPU.
+GRADIENT_MEMORY = 3
+
+
+def _host_shifts_seed() -> bool:
+    """Whether the host's ancestral samplers already draw from seed + 1 on the CPU, so that steps do not repeat the initial noise."""
+    one = torch.zeros(4)
+    return bool((default_noise_sampler(one, seed=0)(1, 0) != torch.randn(4, generator=torch.Generator().manual_seed(0))).any())
+
+
+SEED_SHIFT = 0 if _host_shifts_seed() else 1
+
+
+class HostPosterior(Posterior):
+    """A Posterior that the host can interrupt in optimisations of the picture, too, which call no network of the prior."""
+
+    def distance(self, image: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return super().distance(image)
+
+
+class PosteriorGuider(comfy.samplers.CFGGuider):
+    """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
+
+    A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1) with this guider's zeta; a SolverSampler is given
+    the Posterior.
+    """
+
+    def __init__(self, model, vae, operator: Operator, y: Tensor, zeta: float, memory: str):
+        check_model(model)
+        check_vae(vae, model)
+        model, caches = without_caches(model)
+        super().__init__(model)
+        self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
+        self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = pytorch_attention
+        self.vae, self.operator, self.y, self.zeta, self.memory = vae, operator, y, zeta, memory
+        self.size = operator.image_size(y)
+        self.warnings: list[str] = [f"{name} is left out: outputs that it reuses have no gradient" for name in caches]
+        self.report: Report | None = None
+        self._posterior: Posterior | None = None
+        self._static = None  # set for every run
+        self.vae_tried = False
+        self._solving = False
+
+    def inner_set_conds(self, conds):
+        # the host's own would load the model once more here, for conditioning with hooks under dynamic VRAM
+        for name, conditioning in conds.items():
+            self.original_conds[name] = comfy.sampler_helpers.convert_cond(conditioning)
+
+    def sample(self, noise, latent_image, sampler, sigmas, *args, seed=None, **kwargs):
+        if sigmas.shape[-1] == 0:  # denoise 0: nothing to do, as in any ComfyUI guider
+            return latent_image
+        ours = isinstance(sampler, SolverSampler)
+        self._check_run(noise, sigmas, ours)
+        if ours and sampler.check:
+            sampler.check(self.operator, len(sigmas) - 1)
+        name = sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler"
+        self.report = Report(name, self.operator.describe())
+        original_conds, model = self.original_conds, self.model_patcher
+        device = comfy.model_management.get_torch_device()
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        try:
+            with torch.inference_mode(False), torch.no_grad(), static_patchers() as self._static:
+                self.model_patcher = self._static(model)
+                self.original_conds = static_controls(normal(original_conds), self._static)
+                noise, latent_image, sigmas, args, kwargs = normal((noise, latent_image, sigmas, args, kwargs))
+                seed = ((seed or 0) + SEED_SHIFT) % 2**64
+                samples = super().sample(noise, latent_image, sampler, sigmas, *args, seed=seed, **kwargs)
+                samples = samples.to(
+                    comfy.model_management.intermediate_device()
+                )  # where sampler nodes move it: they pass on this very tensor
+                setattr(samples, REPORT, self.report)
+                return samples
+        finally:
+            self.original_conds, self.model_patcher, self._static = original_conds, model, None
+            self.report.peak_memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
+            self._finish_report(time.perf_counter() - started)
+            self._posterior = None
+
+    def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
+        check_sigmas(sigmas, to_zero=ours)
+        channels = self.model_patcher.get_model_object("latent_format").latent_channels
+        if noise.ndim != 4 or noise.shape[1] != channels:
+            raise ValueError(
+                f"latent_image: it has shape {tuple(noise.shape)}, but the model's latents are (batch, {channels} channels, height, width); "
+                "encode it with the model's own VAE"
+            )
+        wanted, given = latent_size(self.vae, self.size), tuple(noise.shape[-2:])
+        if wanted != given:
+            factor = self.vae.downscale_ratio
+            raise ValueError(
+                f"latent_image: {given[1]}x{given[0]} latents make a {given[1] * factor}x{given[0] * factor} picture, but the measurement "
+                f"of {self.y.shape[-1]}x{self.y.shape[-2]} and {self.operator.describe()} make one of {self.size[1]}x{self.size[0]} "
+                f"({wanted[1]}x{wanted[0]} latents). Connect 'Empty Measurement Latent', or mend the operator's settings"
+            )
+        if len(self.y) not in (1, len(noise)):
+            raise ValueError(
+                f"latent_image: a batch of {len(noise)} latents for {len(self.y)} measurements; give one measurement, or one per latent"
+            )
+        with speaking_of_nodes():
+            self.operator.check(self.size, len(noise))
+
+    def _try_vae(self, prior: HostPrior, y: Tensor) -> None:
+        if not self.vae_tried:
+            warnings = round_trip(prior, self.operator.hint(y))
+            for warning in warnings:
+                log.warning("DPSGuider: vae: %s", warning)
+            self.warnings += warnings
+        self.vae_tried = True
+
+    def _report_mismatch(self, z0: Tensor) -> None:
+        """What the picture and the measurement differ by in the end, where they can be compared."""
+        y_hat = self.operator(self._posterior.prior.decode(z0).clamp(-1, 1))
+        try:
+            difference, elements = self.operator.difference(y_hat, self._posterior.y), self.operator.elements(self._posterior.y)
+        except NotImplementedError:  # scores of classes against classes
+            return
+        levels = (difference.float() * 127.5).flatten(1)
+        self.report.mismatch = (torch.linalg.vector_norm(levels, dim=1) / elements.to(levels).sqrt()).tolist()
+        self.report.mismatch_worst = levels.abs().amax(dim=1).tolist()
+
+    def _finish_report(self, seconds: float) -> None:
+        self.report.seconds = seconds
+        if self._posterior:
+            p = self._posterior
+            self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan, p.denoiser_calls, p.decoder_calls
+        self.report.warnings = [*self.warnings, *self.report.misfits(127.5 * self.operator.noise)]
+        log.info("%s", self.report.text())
+
+    def inner_sample(self, noise, latent_image, device, *args, **kwargs):
+        """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
+        vae = self._static(self.vae.patcher)
+        patchers = [self.model_patcher, *self.loaded_models, vae]
+        estimate = self.inner_model.memory_required(noise.shape) + self.vae.memory_used_decode(noise.shape, self.vae.vae_dtype)
+        comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
+        check_whole(patchers)
+        controls = list(controls_of(self.conds))
+        if controls:
+            add_own_skip(self.model_options["transformer_options"])  # of this run: the host works on a copy
+        for control in controls:
+            if hasattr(control, "control_weights"):  # of a control LoRA, whose network is made of them later
+                control.control_weights = normal(control.control_weights)
+        latent_format = vars(self.inner_model.latent_format)
+        latent_format.update(normal(latent_format))  # some have a mean and a deviation per channel
+        networks = [p.model for p in self.loaded_models]
+        networks += [m for control in controls for m in vars(control).values() if isinstance(m, nn.Module) and m not in networks]
+        prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size)
+        y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
+        try:
+            self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
+            with frozen(prior.networks()), differentiable_attention(networks), exact_layers(prior.networks()):
+                check_quantised(prior.networks())
+                self._try_vae(prior, y[:1])
+                samples = super().inner_sample(noise, latent_image, device, *args, **kwargs)
+                if self.report.residuals:  # a study's run restores nothing
+                    self._report_mismatch(self.inner_model.process_latent_in(samples))
+                return samples
+        finally:
+            self.operator.to("cpu")
+
+    def predict_noise(self, x, timestep, model_options=None, seed=None):
+        def plain(z, sigma):
+            return super(PosteriorGuider, self).predict_noise(z, sigma, model_options or {}, seed)
+
+        if self._solving:
+            return plain(x, timestep)
+        self._posterior.prior.denoiser = plain
+        sigma = float(timestep.flatten()[0])
+        levels = [float(s) for s in model_options["transformer_options"]["sample_sigmas"]]
+        sigma_next = max((s for s in levels if s < sigma * (1 - 1e-6)), default=0.0)
+        grad, denoised, residual = self._posterior.gradient(x, sigma)
+        check_finite(len(self.report.residuals), len(levels) - 1, self.zeta, grad, residual)
+        self.report.residuals.append(residual.tolist())
+        return guided_denoised(denoised, grad, self.zeta, sigma, sigma_next)
+
+    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
+        """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
+        inpaint = comfy.samplers.KSamplerX0Inpaint(self, sigmas)  # keeps the unmasked part of a latent with a noise mask
+        inpaint.latent_image, inpaint.noise = latent_image, noise
+        self._posterior.prior.denoiser = lambda z, sigma: inpaint(z, sigma, denoise_mask=denoise_mask, **extra_args)
+        z = self.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, sampler.max_denoise(self, sigmas))
+        steps = len(sigmas) - 1
+
+        def report(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
+            self.report.residuals.append(residual.tolist())
+            bar.update()
+            if callback:
+                callback(step, denoised, z, steps)
+
+        self._solving = True
+        try:
+            # on a host that shifts the seed itself, the shift has not happened yet: only its own samplers do it
+            noise_seed = extra_args["seed"] + 1 - SEED_SHIFT
+            with tqdm(total=steps, disable=disable_pbar) as bar:  # the line that stock samplers write
+                z = sampler.solver(
+                    self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report
+                )
+        finally:
+            self._solving = False
+        if denoise_mask is not None:
+            z = z * denoise_mask + latent_image * (1 - denoise_mask)
+        return z
+
+
+class SolverSampler(comfy.samplers.Sampler):
+    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings.
+
+    check(operator, steps) raises ValueError for runs that the solver cannot do; it is called before models are loaded.
+    """
+
+    def __init__(self, name: str, solver: Callable[..., Tensor], check: Callable[[Operator, int], None] | None = None, **settings):
+        self.name, self.solver, self.check, self.settings = name, solver, check, settings
+
+    def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
+        if not isinstance(model_wrap, PosteriorGuider):
+            raise ValueError(
+                f"{self.name}: it was given a {type(model_wrap).__name__}, which knows neither measurement nor operator. "
+                "Connect the node 'DPSGuider' to the guider input of SamplerCustomAdvanced"
+            )
+        return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)

@@ -1,0 +1,140 @@
+"""ComfyUI's MODEL and VAE as a dmap_core Prior, and which of them can be one.
+
+VAE.decode clamps and may decode in tiles, so that the network behind it is called instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...dmap_core.cse.network import fingerprint
+
+ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
+ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
+
+
+class HostPrior:
+    """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it."""
+
+    def __init__(self, base_model, vae, autoencoder: nn.Module, controls: list[nn.Module], size: tuple[int, int]):
+        self.base_model, self.vae, self.autoencoder, self.size = base_model, vae, autoencoder, size
+        self._networks = [base_model.diffusion_model, autoencoder, *controls]
+        self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
+
+    def denoise(self, z: Tensor, sigma: float) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.denoiser(z, z.new_full((len(z),), sigma)).float()
+
+    def decode(self, z0: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        latent = self.base_model.process_latent_out(z0).to(self.vae.device, self.vae.vae_dtype)
+        image = self.autoencoder.decode(latent).to(z0.device, torch.float32)
+        return image[..., : self.size[0], : self.size[1]]
+
+    def encode(self, image: Tensor) -> Tensor:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        h, w = (-n % self.vae.downscale_ratio for n in image.shape[-2:])  # what `decode` cropped
+        image = F.pad(image, (0, w, 0, h), mode="replicate")
+        latent = self.autoencoder.encode(image.to(self.vae.device, self.vae.vae_dtype))
+        return self.base_model.process_latent_in(latent.to(image.device, torch.float32))
+
+    def networks(self) -> list[nn.Module]:
+        return self._networks
+
+    def free_memory(self) -> float:
+        return comfy.model_management.get_free_memory(self.vae.device)
+
+
+def round_trip(prior: HostPrior, image: Tensor) -> list[str]:
+    """A warning if the VAE does not give back a picture (1, 3, H, W) in [-1, 1] that goes through it."""
+    height, width = (min(n, ROUND_TRIP_SIZE) for n in image.shape[-2:])
+    top, left = ((n - m) // 2 for n, m in zip(image.shape[-2:], (height, width), strict=True))
+    image = image[..., top : top + height, left : left + width].clamp(-1, 1)
+    back = prior.decode(prior.encode(image))[..., :height, :width].clamp(-1, 1)
+    psnr = -10 * math.log10(max(float(((back - image) / 2).square().mean()), 1e-12))
+    if psnr >= ROUND_TRIP_PSNR:
+        return []
+    return [f"the VAE gives the measurement back with {psnr:.1f} dB only; is it the one that belongs to the model?"]
+
+
+def check_model(model) -> None:
+    """Raises ValueError for models outside the VE convention of the paper's algorithms."""
+    sampling = model.get_model_object("model_sampling")
+    name = type(model.model).__name__
+    kinds = comfy.model_sampling
+    others = (kinds.CONST, kinds.IMG_TO_IMG, kinds.StableCascadeSampling)  # the last two are subclasses of EPS
+    if not isinstance(sampling, kinds.EPS) or isinstance(sampling, others):
+        raise ValueError(
+            f"model: {name} does not follow the noise convention of the paper (z = z0 + sigma * noise): it is a flow, cascade or "
+            "image-to-image model. Use an eps- or v-prediction model such as Stable Diffusion 1.5, 2.0, 2.1 or SDXL"
+        )
+    video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2
+    if video or model.model.model_config.unet_config.get("use_temporal_resblock"):
+        raise ValueError(f"model: {name} makes video; this pack restores still pictures. Use Stable Diffusion 1.5, 2.0, 2.1 or SDXL")
+
+
+def check_vae(vae, model) -> None:
+    """Raises ValueError for a VAE that is not one of pictures, or not of this model's latents."""
+    wanted = model.get_model_object("latent_format").latent_channels
+    if vae.latent_channels != wanted:
+        raise ValueError(
+            f"vae: it has {vae.latent_channels} latent channels and the model {wanted}; load the VAE that belongs to the model"
+        )
+    probe = vae.process_output(torch.tensor([-1.0, 0.0, 1.0]))
+    if not isinstance(vae.downscale_ratio, int) or not torch.allclose(probe, torch.tensor([0.0, 0.5, 1.0])):
+        raise ValueError("vae: it does not decode to still pictures in [-1, 1]; load the VAE that belongs to the model")
+
+
+def check_conditioning(conditioning: list, model, name: str) -> None:
+    """Raises ValueError for the prompt of another model's text encoder, by its width."""
+    wanted = model.model.model_config.unet_config.get("context_dim")
+    for tokens, _ in conditioning:
+        if isinstance(wanted, int) and tokens.shape[-1] != wanted:
+            raise ValueError(
+                f"{name}: its width is {tokens.shape[-1]}, and {type(model.model.model_config).__name__} models read {wanted}: it comes from another "
+                "model's text encoder. Encode the prompt with the CLIP of the same checkpoint, or connect DMAPUnconditional"
+            )
+
+
+def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:
+    """(h, w) of the latents of a picture of `size` (H, W): divided by the VAE's factor, rounded up."""
+    return tuple(math.ceil(n / vae.downscale_ratio) for n in size)
+
+
+def model_sigmas(model) -> Tensor:
+    """(N,) rising VE sigmas of the model's training timesteps."""
+    check_model(model)
+    return model.get_model_object("model_sampling").sigmas.float().cpu()
+
+
+def null_conditioning(model):
+    """Conditioning of all-zero context, for checkpoints without a text encoder."""
+    config = model.model.model_config.unet_config
+    width = config.get("context_dim")
+    if not width:
+        raise ValueError(f"model: {type(model.model).__name__} has no cross-attention context; it needs no DMAPUnconditional")
+    pooled = torch.zeros(1, 1280)  # read by SDXL only
+    return [[torch.zeros(1, 1, width), {"pooled_output": pooled}]]
+
+
+def prediction_of(model: Any) -> str:
+    """What the network of a MODEL predicts: "eps" or "v"."""
+    return "v" if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION) else "eps"
+
+
+def base_name(model: Any) -> str:
+    """The kind of model, such as SD20: what ComfyUI knows of where a MODEL came from."""
+    return type(model.model.model_config).__name__
+
+
+def base_fingerprint(model: Any) -> str:
+    """Tells checkpoints apart, whatever precision they are loaded in."""
+    return fingerprint(model.model.diffusion_model.state_dict())

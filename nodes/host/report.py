@@ -1,0 +1,67 @@
+"""What one sampling run cost and reached."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+MISFIT = 16  # grey levels (RMS) above which a result shows something else than the measurement
+REPORT = "dmap_report"  # attribute of the latents of a run, which outlive its guider in ComfyUI's cache
+
+
+@dataclass
+class Report:
+    """What one sampling run cost and reached.
+
+    residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none. mismatch[sample], mismatch_worst[sample]: what f of the
+    finished picture and the measurement differ by, in grey levels (0..255), as a root mean square and at most; empty where they cannot be compared.
+    """
+
+    solver: str
+    operator: str
+    memory: str = ""
+    seconds: float = 0.0
+    denoiser_calls: int = 0
+    decoder_calls: int = 0
+    peak_memory: int | None = None
+    residuals: list[list[float]] = field(default_factory=list)
+    mismatch: list[float] = field(default_factory=list)
+    mismatch_worst: list[float] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def misfits(self, noise: float = 0.0) -> list[str]:
+        """Warnings about a result that does not reproduce its measurement. noise: its known standard deviation, in grey levels."""
+        found = []
+        if self.residuals and any(last > first for first, last in zip(self.residuals[0], self.residuals[-1], strict=True)):
+            first, last = max(zip(self.residuals[0], self.residuals[-1], strict=True), key=lambda pair: pair[1] - pair[0])
+            found.append(f"the residual rose from {first:.4g} to {last:.4g}, so the result moved away from the measurement; lower zeta")
+        if any(levels > MISFIT + noise for levels in self.mismatch):
+            found.append(
+                f"the result misses the measurement by {max(self.mismatch):.0f} of 255 grey levels, so it shows something else; "
+                "check the operator, then change zeta or take more steps"
+            )
+        return found
+
+    def text(self) -> str:
+        last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
+        peak = f" with a peak of {self.peak_memory / 2**30:.1f} GiB" if self.peak_memory else ""
+        return (
+            f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
+            f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
+            + (
+                f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst"
+                if self.mismatch
+                else ""
+            )
+            + "".join(f". Warning: {warning}" for warning in self.warnings)
+        )
+
+
+def _listed(values: list[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+def report_of(samples: Tensor) -> Report | None:
+    """The report of the run that made these latents, if they are as it returned them."""
+    return getattr(samples, REPORT, None)
