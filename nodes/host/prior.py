@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...dmap_core.cse.network import fingerprint
+from ...dmap_core.backends.fingerprint import fingerprint
 
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
