@@ -131,3 +131,9 @@ def test_what_is_wrong_with_a_picture_names_the_node(lab):
     operator = lab.call("DMAP_OperatorSuperResolution", scale=8)
     with pytest.raises(ValueError, match=r"^Degrade: image: Operator: Super-Resolution: a picture of 33x32 .* crop it to 32x32"):
         lab.call("DMAP_Degrade", image=lab.picture(width=33), operator=operator, noise_sigma=0.0, seed=0)
+
+
+def test_help_pages_have_the_names_of_their_nodes(lab):
+    pages = {page.stem: page.read_text(encoding="utf-8").partition("\n")[0] for page in (lab.ROOT / "web" / "docs").glob("*.md")}
+    titles = {node_id: title.removeprefix("# ").partition(" (")[0] for node_id, title in pages.items()}
+    assert titles == {node_id: cls.GET_SCHEMA().display_name.partition(" (")[0] for node_id, cls in lab.NODES.items()}
