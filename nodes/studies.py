@@ -31,8 +31,9 @@ from ..dmap_core.studies.commands import PAPER_ZETAS, score_mean_rows
 from ..dmap_core.studies.diversity import diversity
 from .host.compute import Bar, measuring, residuals
 from .host.gradients import normal
-from .host.guider import PosteriorGuider
+from .host.guider import PosteriorGuider, SolverSampler
 from .host.run import (
+    Problem,
     check_conditional,
     check_guider,
     check_size,
@@ -419,10 +420,11 @@ def compare(plans: Sequence[Plan], reference: Tensor, seed: int, node: str, titl
     bar = Bar(sum(len(plan.sigmas) - 1 for plan in plans))
     warm, pictures, rows, series = None, [], [], {}
     for plan in plans:
-        run = restore(plan.guider, plan.label, plan.solver, plan.settings, plan.sigmas, seed, bar, warm is plan.guider)
+        sampler = SolverSampler(plan.label, plan.solver, **plan.settings)
+        run = restore(Problem(plan.guider), sampler, plan.sigmas, seed, bar.move, warm_up=warm is not plan.guider)
         warm = plan.guider
-        pictures.append(run.images)
-        x = run.images.movedim(-1, 1)
+        pictures.append((run.images.cpu().float().clamp(0, 1) * 255).round() / 255)  # as if they had been saved
+        x = pictures[-1].movedim(-1, 1)
         with measuring():
             values = {label: metric(normal(x), normal(wanted.expand_as(x))).tolist() for label, metric in metrics}
             values["residual"] = residuals(plan.guider.operator, normal(x), normal(plan.guider.y)).tolist()
@@ -432,7 +434,7 @@ def compare(plans: Sequence[Plan], reference: Tensor, seed: int, node: str, titl
         series.setdefault("seconds", []).append((plan.label, run.seconds, math.nan, math.nan))
         for i in range(len(x)):
             figures = {label: found[i] for label, found in values.items()}
-            cost = {"seconds of the batch": run.seconds, "denoiser calls": run.denoiser_calls}
+            cost = {"seconds of the batch": run.seconds, "denoiser calls": run.report.denoiser_calls}
             rows.append({**plan.about, "picture": i + 1, **figures, **cost})
     return io.NodeOutput(drawn(plots.steps_plot(series, title=title)), torch.cat(pictures), csv_text(rows))
 

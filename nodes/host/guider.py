@@ -62,7 +62,7 @@ class HostPosterior(Posterior):
 class PosteriorGuider(comfy.samplers.CFGGuider):
     """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
 
-    A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1) with this guider's zeta; a SolverSampler is given
+    A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1) with this guider's zeta; a PosteriorSampler is given
     the Posterior.
     """
 
@@ -90,9 +90,9 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def sample(self, noise, latent_image, sampler, sigmas, *args, seed=None, **kwargs):
         if sigmas.shape[-1] == 0:  # denoise 0: nothing to do, as in any ComfyUI guider
             return latent_image
-        ours = isinstance(sampler, SolverSampler)
+        ours = isinstance(sampler, PosteriorSampler)
         self._check_run(noise, sigmas, ours)
-        if ours and sampler.check:
+        if ours:
             sampler.check(self.operator, len(sigmas) - 1)
         name = sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler"
         self.report = Report(name, self.operator.describe())
@@ -216,7 +216,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report.residuals.append(residual.tolist())
         return guided_denoised(denoised, grad, self.zeta, sigma, sigma_next)
 
-    def solve(self, sampler: SolverSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
+    def solve(self, sampler: PosteriorSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
         """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
         inpaint = comfy.samplers.KSamplerX0Inpaint(self, sigmas)  # keeps the unmasked part of a latent with a noise mask
         inpaint.latent_image, inpaint.noise = latent_image, noise
@@ -235,9 +235,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             # on a host that shifts the seed itself, the shift has not happened yet: only its own samplers do it
             noise_seed = extra_args["seed"] + 1 - SEED_SHIFT
             with tqdm(total=steps, disable=disable_pbar) as bar:  # the line that stock samplers write
-                z = sampler.solver(
-                    self._posterior, z, sigmas, **sampler.settings, generator=generators(noise_seed, len(z)), callback=report
-                )
+                z = sampler.run(self._posterior, z, sigmas, generators(noise_seed, len(z)), report)
         finally:
             self._solving = False
         if denoise_mask is not None:
@@ -245,14 +243,17 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         return z
 
 
-class SolverSampler(comfy.samplers.Sampler):
-    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings.
+class PosteriorSampler(comfy.samplers.Sampler):
+    """SAMPLER that is given the Posterior of a PosteriorGuider. `name` is what reports and messages call it."""
 
-    check(operator, steps) raises ValueError for runs that the solver cannot do; it is called before models are loaded.
-    """
+    name: str
 
-    def __init__(self, name: str, solver: Callable[..., Tensor], check: Callable[[Operator, int], None] | None = None, **settings):
-        self.name, self.solver, self.check, self.settings = name, solver, check, settings
+    def check(self, operator: Operator, steps: int) -> None:
+        """Raises ValueError for a run that it cannot do; called before models are loaded."""
+
+    def run(self, posterior: Posterior, z: Tensor, sigmas: Tensor, generator, callback) -> Tensor:
+        """What the run puts out, a latent like z (B, C, h, w). callback(step, denoised, z, residual) is to be called after every step."""
+        raise NotImplementedError
 
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         if not isinstance(model_wrap, PosteriorGuider):
@@ -261,3 +262,17 @@ class SolverSampler(comfy.samplers.Sampler):
                 "Connect the node 'DPSGuider' to the guider input of SamplerCustomAdvanced"
             )
         return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+
+
+class SolverSampler(PosteriorSampler):
+    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings."""
+
+    def __init__(self, name: str, solver: Callable[..., Tensor], check: Callable[[Operator, int], None] | None = None, **settings):
+        self.name, self.solver, self._check, self.settings = name, solver, check, settings
+
+    def check(self, operator: Operator, steps: int) -> None:
+        if self._check:
+            self._check(operator, steps)
+
+    def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
+        return self.solver(posterior, z, sigmas, **self.settings, generator=generator, callback=callback)

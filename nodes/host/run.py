@@ -1,6 +1,6 @@
 """What is done with a GUIDER besides sampling in a graph: studies look at its posterior, comparisons restore pictures.
 
-A study runs as the solver of a SolverSampler, or as the function of a stock sampler: `guider.sample` then readies models, gradients and
+A study runs as a PosteriorSampler, or as the function of a stock sampler: `guider.sample` then readies models, gradients and
 interruptions as for any run, and the study looks at the posterior or at the model instead of going from noise to a picture.
 """
 
@@ -18,10 +18,12 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
-from .compute import Bar
-from .guider import PosteriorGuider, SolverSampler
-from .prior import check_model, latent_size, model_sigmas
+from .controlnet import check_controls
+from .guider import PosteriorGuider, PosteriorSampler
+from .prior import check_conditioning, check_model, latent_size, model_sigmas
+from .report import Report
 
 Denoise = Callable[[Tensor, float], Tensor]
 Result = TypeVar("Result")
@@ -89,18 +91,24 @@ def _own_report(guider: PosteriorGuider):
         guider.report = report
 
 
-def with_posterior(guider: PosteriorGuider, name: str, sigmas: Tensor, batch: int, function: Callable[[Posterior], Result]) -> Result:
-    """What function(posterior) returns, called where a solver would be: models loaded, gradients possible. batch: of its largest call."""
-    found = []
+class _Look(PosteriorSampler):
+    """Calls function(posterior) and keeps what it returns; the latent stays as it is."""
 
-    def solver(posterior: Posterior, z: Tensor, sigmas: Tensor, **_) -> Tensor:
-        found.append(function(posterior))
+    def __init__(self, name: str, function: Callable[[Posterior], Any]):
+        self.name, self._function, self.found = name, function, None
+
+    def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
+        self.found = self._function(posterior)
         return z
 
+
+def with_posterior(guider: PosteriorGuider, name: str, sigmas: Tensor, batch: int, function: Callable[[Posterior], Result]) -> Result:
+    """What function(posterior) returns, called where a solver would be: models loaded, gradients possible. batch: of its largest call."""
+    look = _Look(name, function)
     latent = torch.zeros(batch, *latent_shape(guider))
     with _own_report(guider):
-        guider.sample(torch.zeros_like(latent), latent, SolverSampler(name, solver), sigmas, seed=0)
-    return found[0]
+        guider.sample(torch.zeros_like(latent), latent, look, sigmas, seed=0)
+    return look.found
 
 
 def with_denoiser(
@@ -128,37 +136,86 @@ def with_denoiser(
 
 
 @dataclass(frozen=True)
+class Problem:
+    """What is to be restored: all that a guider holds, and how often.
+
+    batch: the number of restorations; None is one of every measurement. More than that are different ones of one measurement.
+    """
+
+    guider: PosteriorGuider
+    batch: int | None = None
+
+    @classmethod
+    def of(cls, model, conditioning: list, vae, operator: Operator, y: Tensor, memory: str = "auto", batch: int | None = None) -> Problem:
+        """Of ComfyUI's objects, as loaders and ApplyCSE make them. y: (B, c, h, w) in [-1, 1], as `pictures.measurement_to_core` makes it of a picture.
+
+        Raises ValueError for a model, a VAE or a conditioning that cannot be used, and for a y that the operator does not make.
+        """
+        operator.check_measurement(y)
+        check_conditioning(conditioning, model, "conditioning")
+        guider = PosteriorGuider(model, vae, operator, y, zeta=1.0, memory=memory)  # zeta is of stock samplers only
+        guider.set_conds(conditioning, conditioning)
+        guider.set_cfg(1.0)
+        guider.warnings += check_controls(conditioning, model, operator, "conditioning")
+        return cls(guider, batch)
+
+    def latent(self) -> Tensor:
+        """The empty latent that a run starts from, (B, C, h, w)."""
+        return torch.zeros(len(self.guider.y) if self.batch is None else self.batch, *latent_shape(self.guider))
+
+
+@dataclass(frozen=True)
 class Restored:
-    """images: (B, H, W, 3) in [0, 1], rounded to 8 bits as if they had been saved; seconds: of the solver alone, for the whole batch."""
+    """images: (B, H, W, 3) in [0, 1], as VAEDecode makes them. seconds: of the solver alone, for the whole batch; report: of the whole run."""
 
     images: Tensor
     seconds: float
-    denoiser_calls: int
+    report: Report
+
+
+class _Timed(PosteriorSampler):
+    """Another sampler, and what it takes. With warm_up a gradient is computed first, which its time and its number of calls do not hold."""
+
+    def __init__(self, sampler: PosteriorSampler, warm_up: bool):
+        self.name, self.check, self._run, self._warm_up = sampler.name, sampler.check, sampler.run, warm_up
+        self.seconds = 0.0
+
+    def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
+        if self._warm_up:
+            posterior.gradient(z, float(sigmas[0]))
+            posterior.denoiser_calls = posterior.decoder_calls = 0
+        started = time.perf_counter()
+        z = self._run(posterior, z, sigmas, generator, callback)
+        float(z.sum())  # waits for the GPU
+        self.seconds = time.perf_counter() - started
+        return z
 
 
 def restore(
-    guider: PosteriorGuider, name: str, solver: Callable[..., Tensor], settings: dict, sigmas: Tensor, seed: int, bar: Bar, warm: bool
+    problem: Problem,
+    solver: PosteriorSampler,
+    sigmas: Tensor,
+    seed: int,
+    on_step: Callable[[], None] | None = None,
+    warm_up: bool = False,
 ) -> Restored:
-    """A picture for every measurement of the guider, the same as SamplerCustomAdvanced and VAEDecode make with RandomNoise of that seed.
+    """The pictures that a graph of the same model and measurement makes with RandomNoise of that seed, SamplerCustomAdvanced and VAE Decode, bit by bit.
 
-    warm: an earlier run has loaded the models; otherwise a gradient is computed before the clock starts, so that it does not pay for that.
+    Where the picture's size is no multiple of the VAE's factor, they are cut to it, as DMAP Decode does.
+
+    sigmas: (T + 1,) falling to 0, of the model (`prior.model_sigmas` and `schedule.SPACINGS`). on_step is called after every step.
+    warm_up: compute a gradient before the clock starts, so that `seconds` do not hold what the first use of loaded models takes.
+    The guider's own report stays that of its last run in a graph.
+    Raises what the solver raises, before models are loaded where that can be known; errors.Diverged for NaN.
     """
-    costs = []
-
-    def timed(posterior: Posterior, z: Tensor, sigmas: Tensor, **given) -> Tensor:
-        if not warm:
-            posterior.gradient(z, float(sigmas[0]))
-        before, started = posterior.denoiser_calls, time.perf_counter()
-        z = solver(posterior, z, sigmas, **given)
-        float(z.sum())  # waits for the GPU
-        costs.append((time.perf_counter() - started, posterior.denoiser_calls - before))
-        return z
-
-    latent = torch.zeros(len(guider.y), *latent_shape(guider))
+    guider, latent = problem.guider, problem.latent()
+    sampler = _Timed(solver, warm_up)
     noise = comfy.sample.prepare_noise(latent, seed)
+    callback = (lambda *_: on_step()) if on_step else None
     with _own_report(guider):
-        sampler = SolverSampler(name, timed, **settings)
-        latents = guider.sample(noise, latent, sampler, sigmas, callback=lambda *_: bar.move(), seed=seed)
+        latents = guider.sample(noise, latent, sampler, sigmas, callback=callback, seed=seed)
+        report = guider.report
+    with torch.no_grad():
+        images = guider.vae.decode(latents)
     height, width = guider.size
-    images = guider.vae.decode(latents)[:, :height, :width]
-    return Restored((images.cpu().float().clamp(0, 1) * 255).round() / 255, *costs[0])
+    return Restored(images[:, :height, :width], sampler.seconds, report)
