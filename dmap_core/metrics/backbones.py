@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class Measuring:
 
     def __init__(self, network: nn.Module):
         with torch.inference_mode(False):
-            self.network = network.requires_grad_(False).eval()
+            self.network: Any = network.requires_grad_(False).eval()  # of packages without types
 
     @property
     def device(self) -> torch.device:

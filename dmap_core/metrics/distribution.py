@@ -32,11 +32,12 @@ def _features(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return real.detach().cpu().double(), fake.detach().cpu().double()
 
 
-def _identity(dimension: int) -> nn.Module:
+class _Given(nn.Identity):
     """What torchmetrics takes for the network that extracts features: it gets features already."""
-    identity = nn.Identity()
-    identity.num_features = dimension
-    return identity
+
+    def __init__(self, dimension: int):
+        super().__init__()
+        self.num_features = dimension
 
 
 def frechet(real: Tensor, fake: Tensor) -> float:
@@ -48,7 +49,7 @@ def frechet(real: Tensor, fake: Tensor) -> float:
     with needed("the Frechet distance", "torchmetrics"):
         from torchmetrics.image.fid import FrechetInceptionDistance
     real, fake = _features(real, fake)
-    metric = FrechetInceptionDistance(feature=_identity(real.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Given(real.shape[1])).set_dtype(torch.float64)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     return float(metric.compute())
@@ -76,7 +77,7 @@ def kernel(real: Tensor, fake: Tensor, subsets: int = 100, subset_size: int | No
         subsets = 1  # they are all the same
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Metric `Kernel Inception Distance` will save all", category=UserWarning)
-        metric = KernelInceptionDistance(feature=_identity(real.shape[1]), subsets=subsets, subset_size=size)
+        metric = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=subsets, subset_size=size)
     metric.update(real, real=True)
     metric.update(fake, real=False)
     with torch.random.fork_rng(devices=[]):

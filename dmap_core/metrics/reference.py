@@ -6,6 +6,7 @@ saved. ValueError says what is wrong with pictures of another shape, size or ran
 
 from __future__ import annotations
 
+import functools
 import warnings
 from pathlib import Path
 
@@ -109,4 +110,5 @@ class FeatureDistance(Measuring):
         """The mean over the layers of the mean squared difference of channel-normalised features."""
         image, reference = (x.to(self.device) for x in pair(image, reference, SMALLEST, "the feature distance"))
         layers = list(zip(self.features(image), self.features(reference), strict=True))
-        return sum((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2)) for x, y in layers) / len(layers)
+        distances = ((F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean((1, 2)) for x, y in layers)
+        return functools.reduce(torch.add, distances) / len(layers)

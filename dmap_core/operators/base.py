@@ -37,8 +37,8 @@ def whole(name: str, value: Any, least: int, most: int | None = None, odd: bool 
         number = int(value)
     except (TypeError, ValueError, OverflowError):
         number = None
-    wrong = isinstance(value, (str, bool)) or number is None or number != value or number < least or (odd and number % 2 == 0)
-    if wrong or (most is not None and number > most):
+    wrong = isinstance(value, (str, bool)) or (odd and number is not None and number % 2 == 0)
+    if wrong or number is None or number != value or number < least or (most is not None and number > most):
         limits = f"{'be odd and ' * odd}at least {least}{f' and at most {most}' if most is not None else ''}"
         raise ValueError(
             f"{name} is {shown(value)}; it must {limits}" if odd else f"{name} is {shown(value)}; it must be a whole number of {limits}"
@@ -46,15 +46,25 @@ def whole(name: str, value: Any, least: int, most: int | None = None, odd: bool 
     return number
 
 
+def _within(value: Any, most: float, above: float | None) -> bool:
+    return -most <= value <= most if above is None else above < value <= most
+
+
 def real(name: str, value: Any, most: float, above: float | None = 0.0, unit: str = "") -> float:
     """`value`, as it is if it is an int or a float. Raises ValueError, naming it, unless it is a number in (`above`, `most`].
 
     With `above` None it may be negative, down to -`most`. `unit`: its plural, for the message.
     """
-    if isinstance(value, bool) or not isinstance(value, Real) or not (-most <= value if above is None else above < value) or value > most:
+    if isinstance(value, bool) or not isinstance(value, Real) or not _within(value, most, above):
         limits = f"from {-most:g} to {most:g}" if above is None else f"above {above:g} and at most {most:g}"
         raise ValueError(f"{name} is {shown(value)}{f' {unit}' * bool(unit)}; it must be a number {limits}")
     return value if isinstance(value, (int, float)) else float(value)
+
+
+def size_of(image: Tensor) -> Size:
+    """(H, W) of a picture or a measurement (..., H, W)."""
+    height, width = image.shape[-2:]
+    return height, width
 
 
 def check_batch(y: Tensor, batch: int) -> None:
@@ -71,6 +81,7 @@ class Operator:
     Subclasses are frozen dataclasses. `linear` operators map zero to zero and have a true adjoint: <f(x), y> = <x, f^T(y)>.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     linear: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...] | None] = None  # names of the fields in spec(); all of them unless said otherwise
     noise: float = 0.0  # standard deviation of the measurement's noise, in the units of [-1, 1] images, if it is known
@@ -90,7 +101,7 @@ class Operator:
     def check_size(self, y: Tensor, size: Size) -> None:
         """Raises ValueError unless y is of the height and width that f gives an image of `size`."""
         wanted = tuple(self.measurement_size(size))
-        if tuple(y.shape[-2:]) != wanted:
+        if size_of(y) != wanted:
             raise ValueError(
                 f"measurement: it is {y.shape[-1]}x{y.shape[-2]}, and {self.describe()} makes {wanted[1]}x{wanted[0]} of a picture of {size[1]}x{size[0]}"
             )
@@ -147,7 +158,7 @@ class Operator:
 
     def _visible(self, hidden: Tensor, y: Tensor) -> Tensor:
         if hidden.shape[-2:] != y.shape[-2:]:
-            (h, w), size = hidden.shape[-2:], tuple(y.shape[-2:])
+            (h, w), size = hidden.shape[-2:], size_of(y)
             raise ValueError(f"{self.name}: the measurement is {size[1]}x{size[0]}; with this mask it must be {w}x{h}")
         if len(hidden) not in (1, len(y)):
             raise ValueError(f"{self.name}: {len(hidden)} masks for a batch of {len(y)} pictures; give one mask or one per picture")
@@ -163,7 +174,7 @@ class Operator:
 
     def image_size(self, y: Tensor) -> Size:
         """(H, W) of the images whose measurement is shaped like y. Raises ValueError where there are none."""
-        return tuple(y.shape[-2:])
+        return size_of(y)
 
     def channels(self, image_channels: int = 3) -> int:
         """Channels of the measurement of an image with that many."""
@@ -230,10 +241,11 @@ class Separable(Operator):
 
     def _matrices(self, size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
         self.measurement_size(size)
-        return tuple(self.matrix(n).to(like) for n in size)
+        rows, columns = (self.matrix(n).to(like) for n in size)
+        return rows, columns
 
     def __call__(self, image: Tensor) -> Tensor:
-        rows, columns = self._matrices(tuple(image.shape[-2:]), image)
+        rows, columns = self._matrices(size_of(image), image)
         return rows @ image @ columns.mT
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
@@ -244,5 +256,5 @@ class Separable(Operator):
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         if before is None:
             return None
-        rows, columns = ((m != 0).float() for m in self._matrices(tuple(before.shape[-2:]), before.double()))
+        rows, columns = ((m != 0).float() for m in self._matrices(size_of(before), before.double()))
         return nothing_left(rows @ (1 - before) @ columns.mT)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Operator, Separable, Size, nothing_left, real, shown, whole
+from .base import Operator, Separable, Size, nothing_left, real, shown, size_of, whole
 from .boundary import reflect_index
 
 TRUNCATE = 4.0  # the paper's kernel comes from scipy's gaussian_filter, which cuts at 4 sigma
@@ -81,7 +81,7 @@ class GaussianBlur(Separable):
         return _check_room(self.name, size, (radius, radius))
 
     def image_size(self, y: Tensor) -> Size:
-        return self.measurement_size(tuple(y.shape[-2:]))
+        return self.measurement_size(size_of(y))
 
 
 def fast_length(n: int) -> int:
@@ -114,11 +114,11 @@ class Correlation(Operator):
         return [reflect_index(n, radius).to(device) for n, radius in zip(size, self._radii(), strict=True)]
 
     def _padded(self, image: Tensor) -> Tensor:
-        rows, columns = self._padding(tuple(image.shape[-2:]), image.device)
+        rows, columns = self._padding(size_of(image), image.device)
         return image.index_select(-2, rows).index_select(-1, columns)
 
     def __call__(self, image: Tensor) -> Tensor:
-        self.measurement_size(tuple(image.shape[-2:]))
+        self.measurement_size(size_of(image))
         return correlate(self._padded(image), self.kernel_tensor())
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
@@ -131,14 +131,14 @@ class Correlation(Operator):
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         if before is None:
             return None
-        self.measurement_size(tuple(before.shape[-2:]))
+        self.measurement_size(size_of(before))
         return nothing_left(correlate(self._padded(1 - before).double(), (self.kernel_tensor() != 0).double()))
 
     def measurement_size(self, size: Size) -> Size:
         return _check_room(self.name, size, self._radii())
 
     def image_size(self, y: Tensor) -> Size:
-        return self.measurement_size(tuple(y.shape[-2:]))
+        return self.measurement_size(size_of(y))
 
 
 def correlate(x: Tensor, kernel: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .base import Find, Operator, Size, shown, whole
+from .base import Find, Operator, Size, shown, size_of, whole
 
 PIXELS = 2**24  # of all the masks of a spec together, such as 64 of 512x512: a few bytes of a stranger's file may ask for any number
 
@@ -55,7 +55,7 @@ class Inpainting(Operator):
             raise ValueError(f"Inpainting: {self.mask.shape[0]} masks for a batch of {batch} pictures; give one mask or one per picture")
 
     def _known(self, x: Tensor) -> Tensor:
-        self.check(tuple(x.shape[-2:]), len(x))
+        self.check(size_of(x), len(x))
         return 1 - self.mask.to(x)
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -75,20 +75,20 @@ class Inpainting(Operator):
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         if before is None:
             return self.mask.cpu()
-        self.check(tuple(before.shape[-2:]), len(before) if len(before) > 1 else len(self.mask))
+        self.check(size_of(before), len(before) if len(before) > 1 else len(self.mask))
         return torch.maximum(self.mask.cpu(), before)
 
     def hint(self, y: Tensor) -> Tensor:
         return y * self._known(y)
 
     def measurement_size(self, size: Size) -> Size:
-        if tuple(size) != tuple(self.mask.shape[-2:]):
+        if tuple(size) != size_of(self.mask):
             h, w = self.mask.shape[-2:]
             raise ValueError(f"Inpainting: the mask is {w}x{h} and the picture {size[1]}x{size[0]}; both must have the same size")
         return size
 
     def image_size(self, y: Tensor) -> Size:
-        return self.measurement_size(tuple(y.shape[-2:]))
+        return self.measurement_size(size_of(y))
 
     def spec(self) -> dict[str, Any]:
         bits = np.packbits(self.mask.cpu().numpy().astype(bool))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Find, Operator, Size, shown, whole
+from .base import Find, Operator, Size, shown, size_of, whole
 from .weights import fingerprint, load_into, read_tensors
 
 WIDTH, FRONT, BACK = 64, 10, 20  # of the published weights
@@ -201,7 +201,7 @@ class NonlinearBlur(Operator):
 
     def __call__(self, image: Tensor) -> Tensor:
         self.channels(image.shape[1])
-        kernel = self.kernel(tuple(image.shape[-2:]))
+        kernel = self.kernel(size_of(image))
         weight = next(self.network.parameters())
         blurred = self.network((image.to(weight.dtype) + 1) / 2, kernel.to(weight))
         return (2 * blurred - 1).clamp(-1, 1).to(image.dtype)
@@ -222,7 +222,7 @@ class NonlinearBlur(Operator):
         return size
 
     def image_size(self, y: Tensor) -> Size:
-        return self.measurement_size(tuple(y.shape[-2:]))
+        return self.measurement_size(size_of(y))
 
     def channels(self, image_channels: int = 3) -> int:
         if image_channels != 3:

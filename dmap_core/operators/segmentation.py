@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .base import Find, Operator, Size
+from .base import Find, Operator, Size, size_of
 from .weights import fingerprint, load_into, read_tensors
 
 CLASSES = ("frontal", "left", "right", "floor", "ceiling")
@@ -52,6 +52,11 @@ class Bottleneck(nn.Module):
 
 class Trunk(nn.Module):
     """A ResNet of bottlenecks: (B, 3, H, W) -> its maps of 1/16, 1/32 and 1/64 of that size, with 16, 32 and 32 `width` channels."""
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(self, layers: Sequence[int], width: int):
         super().__init__()
@@ -149,9 +154,10 @@ def random_room_layout(seed: int = 0, layers: Sequence[int] = RESNET101, width: 
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.8, 1.2, generator=generator)
                 module.bias.normal_(0, 0.1, generator=generator)
-                module.running_mean.normal_(0, 0.1, generator=generator)
-                module.running_var.uniform_(0.8, 1.2, generator=generator)
-                module.num_batches_tracked.zero_()
+                mean, variance, batches = module.buffers()
+                mean.normal_(0, 0.1, generator=generator)
+                variance.uniform_(0.8, 1.2, generator=generator)
+                batches.zero_()
             elif isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.weight.normal_(0, math.sqrt(2 / module.weight[0].numel()), generator=generator)
                 if module.bias is not None:
@@ -196,7 +202,7 @@ class Segmentation(Operator):
 
     def __call__(self, image: Tensor) -> Tensor:
         """Logits (B, 5, H, W), in the dtype of the network, whatever that of the image."""
-        self.measurement_size(tuple(image.shape[-2:]))
+        self.measurement_size(size_of(image))
         self.channels(image.shape[1])
         return self.network(image.to(next(self.network.parameters()).dtype))
 
@@ -234,7 +240,7 @@ class Segmentation(Operator):
         return size
 
     def image_size(self, y: Tensor) -> Size:
-        return self.measurement_size(tuple(y.shape[-2:]))
+        return self.measurement_size(size_of(y))
 
     def channels(self, image_channels: int = 3) -> int:
         if image_channels != 3:
