@@ -35,7 +35,7 @@ from .host.controlnet import FROM_FILE, attach, blocked, check_base, load_cse
 from .host.folders import cse_files, cse_path, find_weights, folder_name, new_cse_path, picture_folder
 from .host.prior import base_name, check_model, check_vae, model_sigmas
 from .host.training import Progress, digest, prompt_digest, self_generate, training
-from .messages import speaking_of_nodes
+from .messages import of_nodes, speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core, to_core
 
@@ -91,7 +91,7 @@ class CSEControlNetLoader(io.ComfyNode):
                 FileNotFoundError,
                 ValueError,
             ) as error:  # such as a network whose weights are not there: the CSE itself does not need them
-                operator = blocked(f"CSEControlNetLoader: the operator of {cse}: {error}")
+                operator = blocked(f"CSEControlNetLoader: the operator of {cse}: {of_nodes(str(error))}")
         summary = (
             metadata.summary()
             if metadata

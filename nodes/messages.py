@@ -6,20 +6,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-NODES = {
-    "SuperResolution": "Operator: Super-Resolution",
-    "GaussianBlur": "Operator: Gaussian Blur",
-    "MotionBlur": "Operator: Motion Blur",
-    "KernelBlur": "Operator: Kernel Blur",
-    "NonlinearBlur": "Operator: Nonlinear Blur",
-    "Inpainting": "Operator: Inpainting",
-    "Grayscale": "Operator: Grayscale",
-    "Jpeg": "Operator: JPEG",
-    "Segmentation": "Operator: Segmentation",
-    "Compose": "Operator: Compose",
-    "Noisy": "Operator: Known Noise",
-}
-_NAMED = re.compile(rf"(?<!Operator: )\b({'|'.join(NODES)}): ")
+from ..dmap_core.operators import OPERATORS
+
+NODES = {name: f"Operator: {kind.title}" for name, kind in OPERATORS.items()}
+_CLASS = re.compile(rf"(?<!Operator: )\b({'|'.join(NODES)})\b(: )?")
+
+
+def of_nodes(message: str) -> str:
+    """A message of dmap_core in which operators have the names of their nodes."""
+    return _CLASS.sub(lambda found: f"{NODES[found[1]]}: " if found[2] else OPERATORS[found[1]].title, message)
 
 
 @contextmanager
@@ -28,4 +23,4 @@ def speaking_of_nodes(name: str = "") -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(name + _NAMED.sub(lambda found: f"{NODES[found[1]]}: ", str(error))) from error
+        raise ValueError(name + of_nodes(str(error))) from error

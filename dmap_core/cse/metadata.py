@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..operators import Operator
+from ..operators import OPERATORS, Operator
+from ..operators.base import in_words
 from .loss import PREDICTIONS
 from .settings import HINT_RANGES
 
@@ -58,11 +59,8 @@ class CSEMetadata:
         return found
 
     def trained_for(self) -> str:
-        """The operator in one line, such as `SuperResolution(scale=8)`; long settings (a mask) are left out."""
-        if self.operator is None:
-            return "an unknown operator"
-        settings = {k: v for k, v in self.operator.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
-        return f"{str(self.operator.get('operator', 'an unknown operator'))[:LONGEST_SETTING]}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+        """The operator in one line, such as `Super-Resolution (scale 8)`; long settings (a mask) are left out."""
+        return "an unknown operator" if self.operator is None else _described(self.operator)
 
     def other_operator(self, operator: Operator, file: str) -> str:
         """What is to be said where the CSE of a file was trained for another operator than this one; empty where it fits, or is not known."""
@@ -114,6 +112,16 @@ def read_metadata(metadata: Mapping[str, str] | None) -> CSEMetadata | None:
             f"its description ({KEY}) has an unknown hint range or prediction: {found.hint_range[:20]!r}, {found.prediction[:20]!r}"
         )
     return found
+
+
+def _described(spec: Mapping[str, Any]) -> str:
+    """An operator's spec for people, as `Operator.describe` says it. The spec may be that of no operator that there is."""
+    name = str(spec.get("operator", "an unknown operator"))
+    settings = {k: v for k, v in spec.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
+    parts = spec.get("operators", [spec.get("of")])
+    if isinstance(parts, list) and parts and all(isinstance(part, Mapping) for part in parts):
+        settings = {"of": ", ".join(map(_described, parts)), **{k: v for k, v in settings.items() if k not in ("of", "operators")}}
+    return in_words(OPERATORS[name].title if name in OPERATORS else name[:LONGEST_SETTING], settings)
 
 
 def _check_depth(known: dict[str, Any]) -> None:

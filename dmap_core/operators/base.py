@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from numbers import Real
 from pathlib import Path
@@ -67,6 +67,11 @@ def size_of(image: Tensor) -> Size:
     return height, width
 
 
+def in_words(title: str, settings: Mapping[str, Any]) -> str:
+    """An operator and its settings for people: `Gaussian Blur (kernel_size 61, sigma 3.0)`."""
+    return f"{title} ({', '.join(f'{name} {value}' for name, value in settings.items())})" if settings else title
+
+
 def check_batch(y: Tensor, batch: int) -> None:
     """Raises ValueError unless there is one measurement y, or one for each of `batch` latents or pictures."""
     if y.ndim == 0 or len(y) not in (1, batch):
@@ -82,6 +87,7 @@ class Operator:
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    title: ClassVar[str] = ""  # what people are told it is, its name without one
     linear: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...] | None] = None  # names of the fields in spec(); all of them unless said otherwise
     noise: float = 0.0  # standard deviation of the measurement's noise, in the units of [-1, 1] images, if it is known
@@ -222,8 +228,8 @@ class Operator:
         return cls(**settings)
 
     def describe(self) -> str:
-        """One line for people, such as `SuperResolution(scale=8)`."""
-        return f"{self.name}({', '.join(f'{k}={v}' for k, v in self.spec().items() if k != 'operator')})"
+        """One line for people, such as `Super-Resolution (scale 8)`."""
+        return in_words(self.title or self.name, {name: value for name, value in self.spec().items() if name != "operator"})
 
 
 def nothing_left(count: Tensor) -> Tensor | None:

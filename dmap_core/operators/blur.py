@@ -69,6 +69,8 @@ class GaussianBlur(Separable):
     kernel_size: int = 61
     sigma: float = 3.0
 
+    title = "Gaussian Blur"
+
     def __post_init__(self):
         object.__setattr__(self, "sigma", real("GaussianBlur: sigma", self.sigma, LARGEST, unit="pixels"))
         object.__setattr__(self, "kernel_size", whole("GaussianBlur: kernel_size", self.kernel_size, 3, LARGEST, odd=True))
@@ -192,6 +194,8 @@ class KernelBlur(Correlation):
 
     kernel: tuple[tuple[float, ...], ...]
 
+    title = "Kernel Blur"
+
     def __post_init__(self):
         try:
             kernel = torch.as_tensor(_rows(self.kernel), dtype=torch.float64)
@@ -217,7 +221,7 @@ class KernelBlur(Correlation):
         return self._tensor
 
     def describe(self) -> str:
-        return f"KernelBlur({len(self.kernel)}x{len(self.kernel[0])})"
+        return f"{self.title} ({len(self.kernel)}x{len(self.kernel[0])})"
 
 
 @lru_cache(maxsize=16)
@@ -243,6 +247,8 @@ class MotionBlur(Correlation):
 
     length: float = 15.0
     angle: float = 45.0
+
+    title = "Motion Blur"
 
     def __post_init__(self):
         object.__setattr__(self, "length", real("MotionBlur: length", self.length, LARGEST, above=1, unit="pixels"))

@@ -24,6 +24,8 @@ class Compose(Operator):
 
     operators: tuple[Operator, ...]
 
+    title = "Compose"
+
     def __post_init__(self):
         if not isinstance(self.operators, (list, tuple)):
             raise ValueError(f"Compose: operators is {shown(self.operators)}; it must be a list of operators")
@@ -33,7 +35,7 @@ class Compose(Operator):
             raise ValueError(f"Compose: {shown(wrong[0])} cannot be a part; only operators can")
         if not self.operators:
             raise ValueError("Compose: needs at least one operator")
-        noisy = [f.name for f in self.operators if f.noise]
+        noisy = [f.title for f in self.operators if f.noise]
         if noisy:
             raise ValueError(f"Compose: {noisy[0]} cannot be a part; noise comes last, so put it around the Compose")
         check_extent(self)
@@ -149,7 +151,7 @@ class Compose(Operator):
         return cls(tuple(from_spec(spec, find) for spec in parts))
 
     def describe(self) -> str:
-        return f"Compose[{', '.join(f.describe() for f in self.operators)}]"
+        return f"{self.title} [{', '.join(f.describe() for f in self.operators)}]"
 
 
 def check_extent(f: Operator) -> None:

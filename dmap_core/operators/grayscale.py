@@ -14,6 +14,8 @@ from .colour import luma, luma_weights
 class Grayscale(Operator):
     """Luma (BT.601) of an RGB image: (B, 3, H, W) -> (B, 1, H, W)."""
 
+    title = "Grayscale"
+
     def __call__(self, image: Tensor) -> Tensor:
         self.channels(image.shape[1])
         return luma(image)

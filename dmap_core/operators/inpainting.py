@@ -27,6 +27,8 @@ class Inpainting(Operator):
 
     mask: Tensor
 
+    title = "Inpainting"
+
     def __post_init__(self):
         try:
             mask = torch.as_tensor(self.mask, dtype=torch.float32)
@@ -127,7 +129,7 @@ class Inpainting(Operator):
 
     def describe(self) -> str:
         h, w = self.mask.shape[-2:]
-        return f"Inpainting({w}x{h}, {100 * float(self.mask.mean()):.1f} % missing)"
+        return f"{self.title} ({w}x{h}, {100 * float(self.mask.mean()):.1f} % missing)"
 
 
 def _sides(name: str, value: Any, count: int) -> tuple[int, ...]:

@@ -92,6 +92,7 @@ class Jpeg(Operator):
     subsampling: str = "4:2:0"
     rounding: str = "straight-through"
 
+    title = "JPEG"
     linear = False
 
     def __post_init__(self):

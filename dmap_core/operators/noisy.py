@@ -26,6 +26,8 @@ class Noisy(Operator):
     operator: Operator
     sigma: float
 
+    title = "Known Noise"
+
     def __post_init__(self):
         if not isinstance(self.operator, Operator):
             raise ValueError(f"Noisy: operator is {shown(self.operator)}; it must be the operator whose measurement is noisy")
@@ -120,4 +122,4 @@ class Noisy(Operator):
         return cls(from_spec(rest.pop("of"), find), **rest)
 
     def describe(self) -> str:
-        return f"Noisy({self.operator.describe()}, sigma={self.sigma})"
+        return f"{self.title} ({self.operator.describe()}, sigma {self.sigma})"

@@ -185,6 +185,7 @@ class NonlinearBlur(Operator):
     seed: int = 0
     weights: str = ""
 
+    title = "Nonlinear Blur"
     linear = False
 
     def __post_init__(self):
@@ -251,7 +252,7 @@ class NonlinearBlur(Operator):
         return found
 
     def describe(self) -> str:
-        return f"NonlinearBlur({self.weights or 'weights of no file'}, seed={self.seed})"
+        return f"{self.title} ({self.weights or 'weights of no file'}, seed {self.seed})"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -193,6 +193,7 @@ class Segmentation(Operator):
     network: nn.Module
     weights: str = ""
 
+    title = "Segmentation"
     linear = False
     settings = ("weights", "sha256")
 
@@ -320,4 +321,4 @@ class Segmentation(Operator):
         return found
 
     def describe(self) -> str:
-        return f"Segmentation({self.weights or 'room layout'})"
+        return f"{self.title} ({self.weights or 'room layout'})"

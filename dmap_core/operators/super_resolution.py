@@ -45,6 +45,8 @@ class SuperResolution(Separable):
 
     scale: int = 8
 
+    title = "Super-Resolution"
+
     def __post_init__(self):
         object.__setattr__(self, "scale", whole("SuperResolution: scale", self.scale, 2, LARGEST))
 

@@ -313,4 +313,4 @@ def test_a_cse_of_another_operator(problem, given, caplog, tmp_path):
     write_cse(tmp_path / "gray.safetensors", weights, replace(described, operator={"operator": "Grayscale"}))
     argv = [*problem, "--samples", 2, "--steps", 3, "--zeta", "4.8", "--cse"]
     main("score-mean", *argv, tmp_path / "gray.safetensors")
-    assert "the CSE gray.safetensors was trained for Grayscale(), and the operator here is SuperResolution(scale=8)" in caplog.text
+    assert "the CSE gray.safetensors was trained for Grayscale, and the operator here is Super-Resolution (scale 8)" in caplog.text

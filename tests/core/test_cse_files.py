@@ -191,7 +191,7 @@ def test_metadata_from_strangers(text, message):
 def test_the_summary_tells_what_is_known():
     text = DESCRIBED.summary()
     for part in (
-        "SuperResolution",
+        "Super-Resolution",
         "512-base-ema",
         "v-prediction",
         "100 pictures",

@@ -612,7 +612,7 @@ def test_a_cse_of_another_operator(table, given, tmp_path, caplog):
     described = read_cse(cse)[1]
     write_cse(tmp_path / "cse.safetensors", read_cse(cse)[0], replace(described, operator=SR8))
     rows = [{**row, "cse": str(tmp_path / "cse.safetensors")} for row in rows]
-    wanted = "the CSE cse.safetensors was trained for SuperResolution(scale=8), and the operator here is Grayscale()"
+    wanted = "the CSE cse.safetensors was trained for Super-Resolution (scale 8), and the operator here is Grayscale"
     assert run.cse_warnings(table(rows)) == [f"row 'other' (gray): {wanted}"]
     alone = [{**GIVEN, "operator": "gray", "cse": str(tmp_path / "cse.safetensors")}]
     make(table(alone, count=1), tmp_path / "out")

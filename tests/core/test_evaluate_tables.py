@@ -296,7 +296,7 @@ def test_settings_are_told(made):
     text = written(config, jobs, out)[1]
     lines = {cells[1]: cells for cells in grids(text)[2][1:]}
     assert lines["DPS"][3] == "zeta 9.6, 250 steps, paper" and "scaled from 500 to 250 steps" in lines["DPS"][4]
-    assert lines["as given"][3:] == ["", ""] and lines["DMAP"][0] == "SuperResolution(scale=8)"
+    assert lines["as given"][3:] == ["", ""] and lines["DMAP"][0] == "Super-Resolution (scale 8)"
     assert "Seeds 7, 10 and so on, bf16." in text
 
 

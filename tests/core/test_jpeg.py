@@ -254,7 +254,7 @@ def test_spec_survives_json(f):
 
 
 def test_describe():
-    assert Jpeg(30).describe() == "Jpeg(quality=30, subsampling=4:2:0, rounding=straight-through)"
+    assert Jpeg(30).describe() == "JPEG (quality 30, subsampling 4:2:0, rounding straight-through)"
 
 
 @pytest.mark.parametrize(

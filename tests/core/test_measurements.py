@@ -78,7 +78,7 @@ def solve(case, prior, f, y, batch=1):
 WRONG = {
     "two measurements for one latent": (SuperResolution(2), (2, 3, 16, 24), 1, "2 measurements for a batch of 1"),
     "two measurements for three latents": (SuperResolution(2), (2, 3, 16, 24), 3, "2 measurements for a batch of 3"),
-    "gray for colour": (SuperResolution(2), (1, 1, 16, 24), 1, r"shape \(1, 1, 16, 24\), and SuperResolution\(scale=2\) makes \(1, 3, 16, 24\)"),
+    "gray for colour": (SuperResolution(2), (1, 1, 16, 24), 1, r"shape \(1, 1, 16, 24\), and Super-Resolution \(scale 2\) makes \(1, 3, 16, 24\)"),
     "one row": (SuperResolution(2), (1, 3, 1, 24), 1, r"shape \(1, 3, 1, 24\)"),
     "one column of a blur": (GaussianBlur(5, 1.0), (1, 3, 32, 1), 1, r"shape \(1, 3, 32, 1\)|too small"),
     "no batch axis": (GaussianBlur(5, 1.0), (3, 32, 48), 1, "measurement"),

@@ -232,7 +232,7 @@ class Labels(Operator):
 
 def test_an_operator_that_compares_no_values_is_refused_before_sampling():
     with pytest.raises(
-        ValueError, match=r"operator: known noise belongs to measured values, and Labels\(\) does not compare any: Labels: a cross-entropy"
+        ValueError, match=r"operator: known noise belongs to measured values, and Labels does not compare any: Labels: a cross-entropy"
     ):
         Noisy(Labels(), SIGMA).check((8, 10))
 
@@ -259,13 +259,13 @@ def test_spec_survives_json(operator):
 
 
 def test_describe():
-    assert Noisy(SuperResolution(4), 0.02).describe() == "Noisy(SuperResolution(scale=4), sigma=0.02)"
+    assert Noisy(SuperResolution(4), 0.02).describe() == "Known Noise (Super-Resolution (scale 4), sigma 0.02)"
 
 
 def test_noise_comes_last():
-    with pytest.raises(ValueError, match="Compose: Noisy cannot be a part; noise comes last"):
+    with pytest.raises(ValueError, match="Compose: Known Noise cannot be a part; noise comes last"):
         Compose([Grayscale(), Noisy(SuperResolution(2), SIGMA)])
-    with pytest.raises(ValueError, match="Compose: Noisy cannot be a part"):
+    with pytest.raises(ValueError, match="Compose: Known Noise cannot be a part"):
         Compose([Noisy(SuperResolution(2), SIGMA)])
 
 
@@ -287,7 +287,7 @@ NOISY = {"operator": "Noisy", "of": SR, "sigma": 0.1}
         ({"of": SR, "sigma": 0.1, "colour": "pink"}, r"Noisy.*colour"),
         ({"of": {"operator": "Sharpen"}, "sigma": 0.1}, r"unknown operator 'Sharpen'"),
         ({"of": {**SR, "scale": 1}, "sigma": 0.1}, r"SuperResolution: scale is 1"),
-        ({"of": NOISY, "sigma": 0.1}, r"Noisy: Noisy\(SuperResolution\(scale=2\), sigma=0\.1\) is noisy already"),
+        ({"of": NOISY, "sigma": 0.1}, r"Noisy: Known Noise \(Super-Resolution \(scale 2\), sigma 0\.1\) is noisy already"),
     ],
     ids=lambda value: str(value)[:50],
 )

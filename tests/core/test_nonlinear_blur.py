@@ -253,7 +253,7 @@ def test_what_solvers_ask(network):
     assert f.check((128, 256), batch=2) is None
     assert f.channels() == 3 == y.shape[1]
     assert f.hint(y) is y and f.picture(y) is y and f.read(y) is y
-    assert f.describe() == "NonlinearBlur(w.pth, seed=3)"
+    assert f.describe() == "Nonlinear Blur (w.pth, seed 3)"
     assert "no file" in NonlinearBlur(network).describe()
     with pytest.raises(NotImplementedError, match="no adjoint"):
         f.adjoint(y, (128, 256))

@@ -86,9 +86,9 @@ def test_a_mask_of_a_large_picture_stays_small_in_json():
 @pytest.mark.parametrize(
     "f, name",
     [
-        (SuperResolution(4), "SuperResolution(scale=4)"),
-        (GaussianBlur(61, 3.0), "GaussianBlur(kernel_size=61, sigma=3.0)"),
-        (Grayscale(), "Grayscale()"),
+        (SuperResolution(4), "Super-Resolution (scale 4)"),
+        (GaussianBlur(61, 3.0), "Gaussian Blur (kernel_size 61, sigma 3.0)"),
+        (Grayscale(), "Grayscale"),
     ],
     ids=lambda value: str(value)[:12],
 )
@@ -97,7 +97,7 @@ def test_describe(f, name):
 
 
 def test_describe_tells_how_much_is_missing():
-    assert Inpainting(centred_box((4, 8), (2, 4))).describe() == "Inpainting(8x4, 25.0 % missing)"
+    assert Inpainting(centred_box((4, 8), (2, 4))).describe() == "Inpainting (8x4, 25.0 % missing)"
 
 
 def test_equal_settings_make_equal_operators():

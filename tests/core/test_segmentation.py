@@ -368,7 +368,9 @@ def test_spec_names_the_file_and_finds_it_again(weights):
     assert set(spec) == {"weights", "sha256"}
     asked = []
     again = Segmentation.from_settings(spec, lambda name: asked.append(name) or weights)
-    assert asked == ["rooms/room.ckpt"] and again.spec() == f.spec() and f.describe() == again.describe() == "Segmentation(rooms/room.ckpt)"
+    assert (
+        asked == ["rooms/room.ckpt"] and again.spec() == f.spec() and f.describe() == again.describe() == "Segmentation (rooms/room.ckpt)"
+    )
     with torch.no_grad():
         assert torch.equal(again(picture()), f(picture()))
 

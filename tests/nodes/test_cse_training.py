@@ -110,7 +110,7 @@ def test_the_file(lab, cses, whole):
         licence="CC0",
     )
     assert described.source
-    for words in ("whole.safetensors", "SuperResolution(scale=8)", "3 steps of 2", "CC0"):
+    for words in ("whole.safetensors", "Super-Resolution (scale 8)", "3 steps of 2", "CC0"):
         assert words in summary
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     theirs = cses.network.encoder_shapes(model.model.diffusion_model.state_dict())

@@ -613,7 +613,7 @@ def test_another_operator_is_a_warning(lab, cses, cse, caplog):
     positive = cses.apply(cse, measurement, blur)
     with caplog.at_level("WARNING"):
         guider = lab.guider(positive=positive, operator=blur, measurement=measurement)
-    words = ("sr8.safetensors", "SuperResolution(scale=8)", blur.describe())
+    words = ("sr8.safetensors", "Super-Resolution (scale 8)", blur.describe())
     (record,) = [r for r in caplog.records if "sr8.safetensors" in r.getMessage()]
     assert record.levelname == "WARNING" and all(word in record.getMessage() for word in (*words, "DPSGuider"))
     latents = lab.sample(guider, lab.dps(), steps=1)

@@ -176,7 +176,7 @@ def test_the_blur_is_the_networks(lab, learned, blurred):
         expected = blur.NonlinearBlur(network, 3)(lab.as_core(image.clone()))
     torch.testing.assert_close(lab.as_core(measurement), expected, rtol=0, atol=1e-5)
     assert float((measurement - image).abs().max()) > 0.02
-    assert made.describe() == "NonlinearBlur(blur.safetensors, seed=3)"
+    assert made.describe() == "Nonlinear Blur (blur.safetensors, seed 3)"
     assert not any(p.is_inference() or p.requires_grad for p in made.network.parameters())
 
 

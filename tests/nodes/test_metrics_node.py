@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 REPORT = {
     "solver": "DMAP (K 2, zeta 30)",
-    "operator": "SuperResolution(scale=8)",
+    "operator": "Super-Resolution (scale 8)",
     "memory": "lean",
     "seconds": 7.25,
     "denoiser_calls": 28,
@@ -147,7 +147,7 @@ def test_networks_see_what_dmap_core_sees(lab, pictures):
 def test_the_report_is_repeated(lab, pictures):
     text, found, _, _ = measure(lab, *pictures, report=json.dumps(REPORT))
     assert found["run"] == {key: REPORT[key] for key in ("solver", "operator", "memory", "seconds", "denoiser_calls")}
-    line = "DMAP (K 2, zeta 30) on SuperResolution(scale=8): 7.2 s, 28 denoiser calls, memory plan lean"
+    line = "DMAP (K 2, zeta 30) on Super-Resolution (scale 8): 7.2 s, 28 denoiser calls, memory plan lean"
     assert text.splitlines()[-1] == line
     text, found, _, _ = measure(lab, *pictures, report=json.dumps(REPORT | {"peak_memory": 3 * 2**29}))
     assert text.splitlines()[-1] == f"{line} with a peak of 1.5 GiB" and found["run"]["peak_memory"] == 3 * 2**29
@@ -158,7 +158,7 @@ def test_it_reads_what_the_report_node_says(lab):
     latents = lab.sample(guider, lab.dps(), 2)
     _, told = lab.call("DMAP_SamplingReport", guider=guider, latent={"samples": latents})
     text, found, _, _ = measure(lab, lab.picture(), lab.picture(1), report=told)
-    assert found["run"]["denoiser_calls"] == 2 and text.splitlines()[-1].startswith("DPS (zeta 1) on SuperResolution(scale=8): ")
+    assert found["run"]["denoiser_calls"] == 2 and text.splitlines()[-1].startswith("DPS (zeta 1) on Super-Resolution (scale 8): ")
 
 
 def test_the_text_is_shown_below_the_node(lab, pictures):

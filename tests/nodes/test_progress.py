@@ -75,7 +75,7 @@ def test_report(lab, sampler):
     text, values = lab.call("DMAP_SamplingReport", guider=guider, latent={"samples": latents})
     values = json.loads(values)
     assert len(values["residuals"]) == STEPS and all(len(step) == 1 and step[0] > 0 for step in values["residuals"])
-    assert values["memory"] == "lean" and values["seconds"] > 0 and "SuperResolution(scale=8)" in values["operator"]
+    assert values["memory"] == "lean" and values["seconds"] > 0 and "Super-Resolution (scale 8)" in values["operator"]
     for words in (f"{STEPS} steps", f"{values['denoiser_calls']} denoiser calls", "memory plan lean", f"{values['residuals'][-1][0]:.4g}"):
         assert words in text
 

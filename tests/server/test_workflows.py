@@ -353,7 +353,7 @@ def test_a_cse_is_trained_and_then_used(host: Host, info: dict):
         (path,) = host.images(entry, titled(prompt, name))
         assert pixels(path).std() > 1
     summary = entry["outputs"][titled(prompt, "Summary")]["text"][0]
-    assert "trained for SuperResolution(scale=8)" in summary and "2 pictures" in summary and "2 steps of 2" in summary
+    assert "trained for Super-Resolution (scale 8)" in summary and "2 pictures" in summary and "2 steps of 2" in summary
     node = next(key for key, value in prompt.items() if value["class_type"] == "DMAP_TrainCSE")
     own = [m["data"] for m in messages if isinstance(m, dict) and m["type"] == "progress" and m["data"]["node"] == node]
     assert own[-1]["value"] == own[-1]["max"] == 2
