@@ -162,7 +162,8 @@ class ApplyCSE(io.ComfyNode):
             check_base(cse, model, "ApplyCSE: cse")
         if strength == 0:
             return io.NodeOutput(conditioning)
-        hint = (operator.hint(y) + 1) / 2
+        with speaking_of_nodes("ApplyCSE: measurement: "):
+            hint = (operator.hint(y) + 1) / 2
         return io.NodeOutput(attach(conditioning, cse, hint, strength, start_percent, end_percent, hint_range))
 
 

@@ -17,6 +17,12 @@ def of_nodes(message: str) -> str:
     return _CLASS.sub(lambda found: f"{NODES[found[1]]}: " if found[2] else OPERATORS[found[1]].title, message)
 
 
+def node_of(value: object) -> str:
+    """What a message calls a value of ComfyUI: its class, which for most guiders is the name of their node."""
+    name = type(value).__name__
+    return {"Guider_Basic": "BasicGuider", "Guider_DualCFG": "DualCFGGuider"}.get(name, name)
+
+
 @contextmanager
 def speaking_of_nodes(name: str = "") -> Iterator[None]:
     """ValueErrors of dmap_core in the context name nodes where they name operators' classes, and begin with `name`."""

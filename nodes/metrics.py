@@ -24,6 +24,7 @@ from ..dmap_core.presets import parts
 from .host.compute import Bar, measuring, place, residuals, with_operator
 from .host.folders import weights_folder
 from .host.gradients import normal
+from .messages import speaking_of_nodes
 from .operators import Operator
 from .pictures import check_picture, measurement_to_core, to_core
 from .reports import read_report
@@ -137,8 +138,9 @@ def _given(
     if operator is None:
         return restored, reference.expand_as(restored), None
     y = measurement_to_core(measurement, operator, f"{NAME}: measurement")
-    if operator.image_size(y) != size:
+    with speaking_of_nodes(f"{NAME}: measurement: "):
         made = operator.image_size(y)
+    if made != size:
         raise ValueError(
             f"{NAME}: measurement and {operator.describe()} belong to pictures of {made[1]}x{made[0]}, but restored is {size[1]}x{size[0]}"
         )

@@ -19,7 +19,7 @@ from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
 from ...dmap_core.solvers import check_finite, guided_denoised
-from ..messages import speaking_of_nodes
+from ..messages import node_of, speaking_of_nodes
 from .controlnet import controls_of
 from .gradients import (
     add_own_skip,
@@ -258,7 +258,7 @@ class PosteriorSampler(comfy.samplers.Sampler):
     def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
         if not isinstance(model_wrap, PosteriorGuider):
             raise ValueError(
-                f"{self.name}: it was given a {type(model_wrap).__name__}, which knows neither measurement nor operator. "
+                f"{self.name}: it was given a {node_of(model_wrap)}, which knows neither measurement nor operator. "
                 "Connect the node 'DPSGuider' to the guider input of SamplerCustomAdvanced"
             )
         return model_wrap.solve(self, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
+from ..messages import node_of
 from .controlnet import check_controls
 from .guider import PosteriorGuider, PosteriorSampler
 from .prior import check_conditioning, check_model, latent_size, model_sigmas
@@ -32,7 +33,7 @@ Result = TypeVar("Result")
 def check_guider(guider: Any, name: str, one: bool = False) -> None:
     """Raises ValueError for a guider without measurement, and with `one` for several measurements."""
     if not isinstance(guider, PosteriorGuider):
-        raise ValueError(f"{name}: it is a {type(guider).__name__}, which knows neither measurement nor operator; connect DPSGuider")
+        raise ValueError(f"{name}: it is a {node_of(guider)}, which knows neither measurement nor operator; connect DPSGuider")
     if one and len(guider.y) != 1:
         raise ValueError(
             f"{name}: it has {len(guider.y)} measurements, and this study is about one picture; give DPSGuider one measurement"
@@ -42,7 +43,7 @@ def check_guider(guider: Any, name: str, one: bool = False) -> None:
 def check_conditional(conditional: Any, guider: PosteriorGuider, name: str) -> None:
     """Raises ValueError for a guider whose model does not denoise the same latents as the other one's."""
     if not isinstance(conditional, comfy.samplers.CFGGuider):
-        raise ValueError(f"{name}: it is a {type(conditional).__name__}; connect DPSGuider, CFGGuider or BasicGuider")
+        raise ValueError(f"{name}: it is a {node_of(conditional)}; connect DPSGuider, CFGGuider or BasicGuider")
     try:
         check_model(conditional.model_patcher)
     except ValueError as error:

@@ -130,7 +130,7 @@ def test_every_format_is_the_same_network(cses, folders, weights, cse, kind):
     expected = cses.outputs(cse)
     assert len(expected) > 2 and all(float(tensor.abs().max()) > 0 for tensor in expected)
     assert all(torch.equal(a, b) for a, b in zip(cses.outputs(control), expected, strict=True))
-    assert name in summary and ("SuperResolution" in summary) == ("described" in kind)
+    assert name in summary and ("Super-Resolution" in summary) == ("described" in kind)
 
 
 def test_the_stock_loader_reads_our_file(lab, cses, cse):

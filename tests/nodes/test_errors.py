@@ -123,7 +123,7 @@ def test_a_bad_picture(lab, refused, kind):
 
 
 def test_a_grey_measurement_of_a_colour_operator(lab, refused):
-    with refused("measurement", "1 channel", "GaussianBlur", "Grayscale") as model:
+    with refused("measurement", "1 channel", "Gaussian Blur", "Grayscale") as model:
         lab.guider(model=model, operator=blur(lab), measurement=lab.picture()[..., :1])
 
 

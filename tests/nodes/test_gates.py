@@ -85,7 +85,7 @@ def test_masks(lab, pictures):
             lab.call("DMAP_OperatorInpainting", mask=bad)
     # a mask where a picture is measured
     for bad in (mask, mask.float()):
-        with pytest.raises(ValueError, match="DPSGuider: measurement: SuperResolution.* a mask was given"):
+        with pytest.raises(ValueError, match="DPSGuider: measurement: Super-Resolution.* a mask was given"):
             lab.guider(operator=lab.call("DMAP_OperatorSuperResolution", scale=8), measurement=bad)
 
 

@@ -231,7 +231,7 @@ def test_inputs_that_do_not_fit(lab, pictures):
     refused("RestorationMetrics: operator is connected but measurement is not", operator=operator)
     refused("RestorationMetrics: measurement is connected but operator is not", measurement=y)
     refused(
-        "RestorationMetrics: measurement and SuperResolution.*32x16, but restored is 40x32", operator=operator, measurement=y[:, :2, :4]
+        "RestorationMetrics: measurement and Super-Resolution.*32x16, but restored is 40x32", operator=operator, measurement=y[:, :2, :4]
     )
     refused("RestorationMetrics: measurement holds 2 for 3 restored", operator=operator, measurement=y[:2])
     refused("RestorationMetrics: distribution.*1 restored and 1 reference", restored[:1], reference[:1], distribution="FID and KID")

@@ -419,7 +419,7 @@ def test_psld_with_a_nonlinear_operator(lab, refused):
     noisy = lab.call("DMAP_OperatorNoise", operator=jpeg(lab), sigma=0.1)
     for operator, size in ((jpeg(lab), 32), (noisy, 32), (compose, 8)):
         for sampler in (make(lab, "PSLD"), preset(lab, "PSLD", operator, steps=STEPS)[0]):
-            with refused("operator", "Jpeg", "not linear", "DMAP", before_loading=True) as model:
+            with refused("operator", "JPEG", "not linear", "DMAP", before_loading=True) as model:
                 run(lab, sampler, model=model, operator=operator, measurement=lab.picture(0, size, size))
 
 
