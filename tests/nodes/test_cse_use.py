@@ -159,7 +159,7 @@ def test_what_the_file_says(lab, cses, folders, weights):
         assert found.spec() == operator.spec()
         y = [f(lab.as_core(picture)) for f in (found, operator)]
         assert torch.equal(*y)
-        for words in ("one.safetensors", operator.spec()["operator"], "demo", "7 steps", "CC0"):
+        for words in ("one.safetensors", operator.title, "demo", "7 steps", "CC0"):
             assert words in summary
         assert cses.controlnet.check_controls([[None, {"control": control}]], lab.shared()[0], operator, "positive") == []
 
