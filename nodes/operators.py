@@ -25,7 +25,7 @@ from ..dmap_core.operators.jpeg import ROUNDINGS, SUBSAMPLINGS
 from ..dmap_core.operators.nonlinear_blur import load_kernel_wizard
 from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
-from .host.compute import measure
+from .host.compute import with_operator
 from .host.folders import NO_WEIGHTS, WEIGHTS_FOLDER, find_weights, weights_files
 from .host.prior import latent_size
 from .messages import speaking_of_nodes
@@ -405,7 +405,7 @@ class Degrade(io.ComfyNode):
     def execute(cls, image, operator: CoreOperator, noise_sigma, seed) -> io.NodeOutput:
         x = to_core(image, "Degrade: image")
         with speaking_of_nodes("Degrade: image: "):
-            y = measure(operator, x)
+            y = with_operator(operator, x, lambda f, image: f.measure(image))
             noise = math.hypot(2 * noise_sigma, operator.noise)
             if noise > 0:
                 operator.elements(y)  # raises for measurements that no noise can be added to

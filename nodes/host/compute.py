@@ -45,18 +45,9 @@ def place(network: Any) -> None:
 
 
 def with_operator(operator: Operator, image: Tensor, function: Callable[[Operator, Tensor], Tensor]) -> Tensor:
-    """function(operator, image (B, 3, H, W)) with both where ComfyUI computes; the result comes back to the CPU."""
+    """function(operator, image (B, 3, H, W)) with both where ComfyUI computes; the result comes back to where the image was."""
     try:
-        return function(operator.to(device()), image.to(device())).cpu()
-    finally:
-        operator.to("cpu")
-
-
-def measure(operator: Operator, image: Tensor) -> Tensor:
-    """The noiseless measurement of an image, computed where ComfyUI computes."""
-    device = comfy.model_management.get_torch_device()
-    try:
-        return operator.to(device).measure(image.to(device)).to(image.device)
+        return function(operator.to(device()), image.to(device())).to(image.device)
     finally:
         operator.to("cpu")
 

@@ -1,6 +1,8 @@
 """run.restore: the one way to restore a picture outside a graph makes the picture of a graph."""
 
 import importlib
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -64,6 +66,22 @@ def test_a_lora_and_a_prompt(lab):
     }
     images, _ = in_a_graph(lab, lab.dmap(), **given)
     assert torch.equal(by_hand(lab, lab.dmap(), **given).images, images)
+
+
+def test_a_cse(lab, tmp_path):
+    if str(Path(__file__).parent) not in sys.path:
+        sys.path.append(str(Path(__file__).parent))
+    import cses
+
+    with cses.Folders(tmp_path) as folders:
+        cses.save(cses.weights(lab.shared()[0]), folders.controlnet / "sr8.safetensors")
+        control, _, _ = cses.load("sr8.safetensors")
+    inputs = lab.problem()
+    seeing = cses.apply(control, inputs["measurement"], inputs["operator"])
+    images, _ = in_a_graph(lab, lab.dps(), positive=seeing)
+    restored = by_hand(lab, lab.dps(), positive=seeing)
+    assert torch.equal(restored.images, images)
+    assert not torch.equal(images, by_hand(lab, lab.dps()).images)
 
 
 def test_a_warm_up_changes_nothing_but_the_time(lab):
