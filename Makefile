@@ -39,21 +39,15 @@ setup-newest:
 demo: setup
 	@$(PYTHON) demo/run.py $(ARGS)
 
-# Tests of files are independent; those with a ComfyUI or a browser share it, and stay in one process.
 test: setup-browser
-ifeq ($(ARGS),)
-	@$(PYTHON) -m pytest tests/core tests/demo --numprocesses 2 --dist loadfile
-	@$(PYTHON) -m pytest tests/nodes tests/server tests/browser
-else
-	@$(PYTHON) -m pytest $(ARGS)
-endif
+	@$(PYTHON) tests/run.py $(ARGS)
 
 # Under dynamic VRAM, as it runs on most people's cards.
 test-newest: export COMFYUI_PATH := $(CURDIR)/.host/ComfyUI-newest
 test-newest: export COMFYUI_PYTHON := $(CURDIR)/.host/newest/bin/python
 test-newest: export DMAP_TESTS_DYNAMIC_VRAM := 1
 test-newest: setup-newest
-	@$(PYTHON) -m pytest $(or $(ARGS),tests/nodes tests/server tests/browser)
+	@$(PYTHON) tests/run.py $(or $(ARGS),--in-comfyui)
 
 serve: setup
 	@$(PYTHON) tests/host.py $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT / "tests"))
 PRIOR = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 SELF, COUNT = "self", 100
 SIZE = 128

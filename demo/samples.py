@@ -5,7 +5,6 @@
 The node "DMAP Sample Picture" lists them after the pictures of demo/held-out/. Each damaged one is the operator of its workflow on the good one.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,9 @@ import torch
 from data import fetch, load
 from PIL import Image, ImageDraw
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from dmap_core.operators import Compose, GaussianBlur, Grayscale, Operator, SuperResolution
 
-from dmap_core.operators import Compose, GaussianBlur, Grayscale, Operator, SuperResolution  # noqa: E402
+HERE = Path(__file__).resolve().parent
 
 NAME = "1f413"  # the rooster, of a held-out concept
 SIDE = 512

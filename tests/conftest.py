@@ -1,15 +1,25 @@
-"""What tests share: one ComfyUI server for the whole session and one browser page that shows it.
+"""What tests share: a ComfyUI server and a browser page that shows it, the paths of imports, and who runs what in parallel.
 
 Nothing is skipped when a part is missing: a test that did not run would look like one that passed.
 """
 
 import json
+import os
 import shutil
+import site
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from host import ROOT, Host, HostError, comfyui_path
+
+# `python -m pytest` puts the working folder there; in the repository's root, its folder `nodes` would hide ComfyUI's module of that name.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != ROOT]
+if "DMAP_TESTS_PACKAGES" in os.environ:  # another interpreter's: see run.py
+    site.addsitedir(os.environ["DMAP_TESTS_PACKAGES"])
+# The pictures are tiny: more threads only wait for each other. For what the tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 BROWSER_ARGUMENTS = [
@@ -23,6 +33,21 @@ BROWSER_ARGUMENTS = [
 ]
 UI_MILLISECONDS = 120_000
 PICTURE = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
+
+
+FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what takes longest comes first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of a file stay in one process, for what they share; those of the server in one, with its only server."""
+
+    def folder(item: pytest.Item) -> str:
+        return item.path.relative_to(ROOT / "tests").parts[0]
+
+    items.sort(key=lambda item: FOLDERS.index(folder(item)))
+    for item in items:
+        group = "server" if folder(item) in ("browser", "server") else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def missing(what: str) -> None:

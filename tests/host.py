@@ -59,7 +59,8 @@ def comfyui_path() -> Path:
 def comfyui_python() -> str:
     """The interpreter that runs the server: COMFYUI_PYTHON, the venv of the user's own tree, or this one."""
     if os.environ.get("COMFYUI_PYTHON"):
-        return os.environ["COMFYUI_PYTHON"]
+        named = os.environ["COMFYUI_PYTHON"]
+        return os.path.abspath(shutil.which(named) or named)
     if os.environ.get("COMFYUI_PATH"):
         for name in ("venv", ".venv"):
             python = comfyui_path() / name / "bin" / "python"

@@ -2,10 +2,6 @@
 
 import runpy
 import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 if __name__ == "__main__":
     from host import import_torchvision

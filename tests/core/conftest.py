@@ -10,14 +10,6 @@ from torch.nn import functional as F
 from dmap_core.operators import Operator
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class ResBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()

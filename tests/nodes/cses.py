@@ -1,6 +1,6 @@
 """Conditional score estimators for the tests: files with random weights, trainings of a few steps, and what a ControlNet is given.
 
-Imported in the worker only, as families.py is.
+Imported by fixtures, as families.py is: it needs ComfyUI.
 """
 
 import contextlib

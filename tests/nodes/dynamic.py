@@ -2,7 +2,7 @@
 
 The patchers are ComfyUI's own ModelPatcherDynamic, which it takes for CUDA devices alone, and the files are opened as they are for it: weights
 stay in the file's precision. What is left out is the library that keeps them in the GPU's memory. ComfyUI before 0.16 has nothing of it: there
-the context changes nothing. Imported in the worker only.
+the context changes nothing.
 """
 
 import contextlib

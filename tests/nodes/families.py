@@ -1,6 +1,6 @@
 """Checkpoints, LoRAs and ControlNets with random weights that ComfyUI's stock loaders take for Stable Diffusion 1.5, 2.0, 2.1 and SDXL.
 
-Imported in the worker only, by the fixtures of test_families.py. How ComfyUI 0.3.75 tells the families apart, and what is smaller here:
+Imported by the fixtures of test_families.py. How ComfyUI 0.3.75 tells the families apart, and what is smaller here:
 - comfy.supported_models compares context width, 320 model channels, linear or convolutional projections and the width of the pooled
   conditioning, for SDXL also the transformer depth of every input block. All of that is what it is in the real files. It is read from
   the shapes of the weights, never from a name.

@@ -1,6 +1,6 @@
 """What the tests of this folder work with: ComfyUI, the pack as ComfyUI would import it, and a problem small enough for a slow CPU.
 
-Imported in the worker only, through the fixture `lab`.
+Imported through the fixture `lab`.
 """
 
 import asyncio
