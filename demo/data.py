@@ -4,14 +4,18 @@
 A concept is the first code point of a name (both of a flag's pair), so that skin-tone and gender variants never straddle the split.
 """
 
-import os
 import random
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where dmap_core is not installed
+
+from dmap_core.files import write_whole  # noqa: E402
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 COUNT = 3391
@@ -71,7 +75,11 @@ def pictures(cache: Path, size: int) -> tuple[np.ndarray, list[str]]:
     names = [file.stem for file in files]
     array = cache / f"pictures-{size}.npy"
     if not array.exists():
-        part = array.with_suffix(f".{os.getpid()}.part.npy")
-        np.save(part, np.stack([load(file, size) for file in files]))
-        part.rename(array)
+        stacked = np.stack([load(file, size) for file in files])
+
+        def write(part: Path) -> None:
+            with open(part, "wb") as file:  # to a name, numpy would add an ending
+                np.save(file, stacked)
+
+        write_whole(array, write)
     return np.load(array, mmap_mode="r"), names

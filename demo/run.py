@@ -20,19 +20,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests"))
+sys.path.append(str(ROOT))  # where dmap_core is not installed
 
 from host import Host  # noqa: E402
 from prompts import titled, to_prompt, upstream, use_picture  # noqa: E402
+
+from dmap_core.files import write_text  # noqa: E402
+from dmap_core.pictures import Layout, Tile  # noqa: E402
+from dmap_core.pictures import sheet as painted  # noqa: E402
 
 OPERATORS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
 QUICK = ("super-resolution-x8", "gaussian-deblur", "inpainting", "old-photo")
 PRIOR_FILE = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 SOLVERS = ("DPS", "DMAP", "DMAP-full")
+CELL, TEXT = 128, 18  # pixels of a picture and of a line on the sheet
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
@@ -102,9 +108,7 @@ def restore(host: Host, job: Job, restored: Path) -> dict:
 
 
 def write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    temporary.write_text(json.dumps(value, indent=1))
-    os.replace(temporary, path)
+    write_text(path, json.dumps(value, indent=1))
 
 
 def summarise(operator: str, solver: str, seed: int, rows: list[dict]) -> dict:
@@ -142,29 +146,24 @@ def table(summary: list[dict]) -> str:
 def sheet(out: Path, pictures: list[Path], operators: list[str], solvers: list[str], rows: dict, per_operator: int) -> Path:
     """Degraded | bicubic | the solvers | original, a row per picture, with PSNR in dB under each."""
     columns = ["degraded", "bicubic", *solvers, "original"]
-    cell, text, left = 128, 18, 150
-    shown = [(operator, picture) for operator in operators for picture in pictures[:per_operator]]
-    page = Image.new("RGB", (left + len(columns) * (cell + 8), text + 6 + len(shown) * (cell + text + 6)), "white")
-    draw = ImageDraw.Draw(page)
-    for c, name in enumerate(columns):
-        draw.text((left + c * (cell + 8) + 4, 4), name, fill="black")
-    for r, (operator, picture) in enumerate(shown):
-        top = text + 6 + r * (cell + text + 6)
-        draw.text((4, top + cell // 2), operator, fill="black")
-        for c, name in enumerate(columns):
-            stem = out / operator / picture.stem
-            file = {"degraded": f"{stem}-degraded.png", "bicubic": f"{stem}-baseline.png", "original": picture}.get(
-                name, f"{stem}-{name}.png"
-            )
-            tile = Image.open(file).convert("RGB")
-            row = rows[operator, solvers[0] if name == "bicubic" else name][r % per_operator] if name in ("bicubic", *solvers) else None
-            page.paste(tile.resize((cell, cell), Image.NEAREST), (left + c * (cell + 8), top))
-            caption = (
-                f"{row['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB"
-                if row
-                else (f"{tile.width}x{tile.height}" if name == "degraded" else "")
-            )
-            draw.text((left + c * (cell + 8) + 4, top + cell + 2), caption, fill="black")
+    shown, labels = [], []
+    for operator in operators:
+        for i, picture in enumerate(pictures[:per_operator]):
+            stem, tiles = out / operator / picture.stem, []
+            for name in columns:
+                file = {"degraded": f"{stem}-degraded.png", "bicubic": f"{stem}-baseline.png", "original": picture}.get(
+                    name, f"{stem}-{name}.png"
+                )
+                tile = Image.open(file).convert("RGB")
+                row = rows[operator, solvers[0] if name == "bicubic" else name][i] if name in ("bicubic", *solvers) else None
+                caption = f"{tile.width}x{tile.height}" if name == "degraded" else ""
+                if row:
+                    caption = f"{row['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB"
+                tiles.append(Tile(tile.resize((CELL, CELL), Image.Resampling.NEAREST), [caption]))
+            shown.append(tiles)
+            labels.append(operator)
+    layout = Layout((CELL, CELL), (8, TEXT + 6), (150, TEXT + 6, 8, TEXT + 6), text=(4, 2), head=4)
+    page = painted(shown, layout, columns, labels)
     path = out / "sheet.png"
     page.save(path)
     return path

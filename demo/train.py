@@ -22,6 +22,8 @@ from data import concept, held_out_names, pictures, split
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dmap_core.files import write_whole
+
 log = logging.getLogger("demo.train")
 HERE = Path(__file__).resolve().parent
 UNET = "model.diffusion_model."
@@ -108,11 +110,8 @@ def part(state: dict, prefix: str) -> dict:
 
 def write(path: Path, state: dict, metadata: dict) -> None:
     """Half precision, atomic."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     half = {k: (v.detach().half() if v.ndim else v.detach().float()).contiguous().clone() for k, v in state.items()}
-    temporary = path.with_suffix(f".{os.getpid()}.part")
-    save_file(half, temporary, metadata={"format": "pt", **metadata})
-    os.replace(temporary, path)
+    write_whole(path, lambda part: save_file(half, part, metadata={"format": "pt", **metadata}))
 
 
 class Crops:
@@ -213,9 +212,7 @@ def train(args) -> None:
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
         state |= {"rng": crops.rng.get_state(), "step": step, "spent": spent}
-        temporary = state_file.with_suffix(f".{os.getpid()}.part")
-        torch.save(state, temporary)
-        os.replace(temporary, state_file)
+        write_whole(state_file, lambda part: torch.save(state, part))
         averaged = {k.removeprefix("module."): v for k, v in ema.state_dict().items() if k.startswith("module.")}
         out = {VAE + k: v for k, v in ae.state_dict().items()}
         if is_unet:

@@ -45,6 +45,11 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """A text file (UTF-8), whole or not at all."""
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
 def check_name(name: str, what: str) -> None:
     """Raises ValueError for a file's name that is too long to be written, or no text that a file could hold."""
     try:

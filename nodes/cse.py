@@ -12,8 +12,13 @@ from comfy_api.latest import io, ui
 from PIL import Image
 
 from ..dmap_core.cse.checkpoint import training_files
-from ..dmap_core.cse.data import (
-    Examples,
+from ..dmap_core.cse.data import Examples
+from ..dmap_core.cse.metadata import CSEMetadata
+from ..dmap_core.cse.session import Session, identity
+from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
+from ..dmap_core.cse.trainer import Trainer
+from ..dmap_core.operators import from_spec
+from ..dmap_core.pictures import (
     centred,
     file_identity,
     file_version,
@@ -25,11 +30,6 @@ from ..dmap_core.cse.data import (
     to_picture,
     to_tensor,
 )
-from ..dmap_core.cse.metadata import CSEMetadata
-from ..dmap_core.cse.session import Session, identity
-from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
-from ..dmap_core.cse.trainer import Trainer
-from ..dmap_core.operators import from_spec
 from .charts import loss_curve
 from .host.controlnet import FROM_FILE, attach, blocked, check_base, load_cse
 from .host.folders import cse_files, cse_path, find_weights, folder_name, new_cse_path, picture_folder

@@ -26,7 +26,7 @@ from .host.folders import weights_folder
 from .host.gradients import normal
 from .messages import speaking_of_nodes
 from .operators import Operator
-from .pictures import check_picture, measurement_to_core, to_core
+from .pictures import check_picture, measurement_to_core, to_core, to_image
 from .reports import read_report
 
 NAME = "RestorationMetrics"
@@ -368,11 +368,6 @@ def _with_bar(coloured: Image.Image, top: float) -> Image.Image:
         draw.text((width + 2 * gap + bar, size // 2 + (1 - part) * (height - size)), text, fill="black", font=font, anchor="lm")
     draw.text((2, height + size), "|restored - reference|", fill="black", font=font, anchor="lm")
     return page
-
-
-def to_image(pages: Sequence[Image.Image | np.ndarray]) -> Tensor:
-    """Pictures of one size, 8 bits -> (B, H, W, 3) in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(page, dtype=np.float32) for page in pages])) / 255
 
 
 NODES = [RestorationMetrics]

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..dmap_core.operators import Operator
@@ -73,3 +77,8 @@ def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
 def from_core(image: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1], not clamped."""
     return ((image + 1) / 2).movedim(1, -1)
+
+
+def to_image(pages: Sequence[Image.Image | np.ndarray]) -> Tensor:
+    """Pictures of one size, 8-bit RGB -> (B, H, W, 3) in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(page, dtype=np.float32) for page in pages])) / 255

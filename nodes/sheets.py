@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from comfy_api.latest import io
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
-from .pictures import check_picture
+from ..dmap_core.pictures import Layout, Tile
+from ..dmap_core.pictures import sheet as painted
+from .pictures import check_picture, to_image
 from .reports import read_report
 
 NAME = "DMAP Comparison Sheet"
@@ -111,25 +112,25 @@ def _size(width: int, height: int, wanted: int) -> tuple[int, int]:
 def sheet(tiles: list[tuple[str, list[str], torch.Tensor]], width: int) -> torch.Tensor:
     """(1, H, W, 3) in [0, 1]: (name, lines below it, picture (h, w, C)) from left to right, at most four in a row."""
     text = max(12, width // 16)
-    font = ImageFont.load_default(size=text)
-    sizes = [_size(picture.shape[1], picture.shape[0], width) for _, _, picture in tiles]
-    cell = (
-        width + MARGIN,
-        max(height for _, height in sizes) + round(1.3 * text) * (1 + max(len(lines) for _, lines, _ in tiles)) + 2 * MARGIN,
-    )
-    columns = min(4, len(tiles)) if len(tiles) > 5 else len(tiles)
-    page = Image.new("RGB", (columns * cell[0] + MARGIN, -(-len(tiles) // columns) * cell[1] + MARGIN), "white")
-    draw = ImageDraw.Draw(page)
-    for i, ((name, lines, picture), (wide, height)) in enumerate(zip(tiles, sizes, strict=True)):
-        left, top = MARGIN + i % columns * cell[0], MARGIN + i // columns * cell[1]
+    line = round(1.3 * text)
+    shown = []
+    for name, lines, picture in tiles:
+        wide, height = _size(picture.shape[1], picture.shape[0], width)
         picture = picture.expand(-1, -1, 3) if picture.shape[-1] == 1 else picture
         pixels = (picture.clamp(0, 1) * 255).round().byte().cpu().numpy()
         enlarged = height > picture.shape[0]
-        tile = Image.fromarray(pixels).resize((wide, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
-        page.paste(tile.convert("RGB"), (left, top))
-        for row, line in enumerate([name, *lines]):
-            draw.text((left, top + height + 2 + row * round(1.3 * text)), line, fill="black", font=font)
-    return torch.from_numpy(np.array(page, dtype=np.float32)).unsqueeze(0) / 255
+        resized = Image.fromarray(pixels).resize((wide, height), Image.Resampling.NEAREST if enlarged else Image.Resampling.LANCZOS)
+        shown.append(Tile(resized.convert("RGB"), [name, *lines]))
+    columns = min(4, len(shown)) if len(shown) > 5 else len(shown)
+    below = line * max(len(tile.captions) for tile in shown) + 2 * MARGIN
+    layout = Layout(
+        (width, max(tile.picture.height for tile in shown)),
+        (MARGIN, below),
+        (MARGIN, MARGIN, MARGIN, below),
+        line=line,
+        font=ImageFont.load_default(size=text),
+    )
+    return to_image([painted([shown[i : i + columns] for i in range(0, len(shown), columns)], layout)])
 
 
 NODES = [ComparisonSheet]

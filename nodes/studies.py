@@ -43,8 +43,8 @@ from .host.run import (
     with_denoiser,
     with_posterior,
 )
-from .metrics import picture, to_image
-from .pictures import to_core
+from .metrics import picture
+from .pictures import to_core, to_image
 
 CATEGORY = "DMAP/studies"
 SETS = 4  # of the diversity

@@ -16,7 +16,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, con
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..operators.weights import first, load_into, read_tensors
+from ..weights import first, load_into, read_tensors
 from .diffusers import BaseModel
 from .fingerprint import fingerprint
 from .keys import resnets_per_level, to_diffusers, to_ldm

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.keys import DIFFUSERS_MARK, LDM_MARK, to_ldm
 from ..files import locked, write_whole
-from ..operators.weights import read_tensors
+from ..weights import read_tensors
 from .metadata import CSEMetadata, read_metadata
 from .network import COPIED, check_controlnet
 

@@ -81,7 +81,7 @@ def _main(argv: Sequence[str] | None) -> None:
 
         from ..backends.diffusers_files import open_base
         from ..files import write_whole
-        from .data import to_picture
+        from ..pictures import to_picture
     except ModuleNotFoundError as error:
         from .options import MISSING
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.fingerprint import fingerprint as fingerprint
 from ..backends.keys import HINT_CONVOLUTIONS, resnets_per_level
-from ..operators.weights import first
+from ..weights import first
 
 HINT_CHANNELS = (16, 16, 32, 32, 96, 96, 256)  # what the hint encoder's convolutions put out; the last one puts out the UNet's width
 RESNET_LAYERS = {"in_layers.0": 1, "in_layers.2": 4, "emb_layers.1": 2, "out_layers.0": 1, "out_layers.3": 4}  # and their dimensions

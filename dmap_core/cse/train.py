@@ -107,8 +107,9 @@ def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Ac
     from ..backends.diffusers_files import open_base
     from ..backends.keys import to_ldm
     from ..errors import Diverged
+    from ..pictures import centred, file_identity, folder_files, ignored_files, named, open_rgb, to_tensor
     from .checkpoint import STATE_SUFFIX, read_cse, resuming, state_of, write_cse, write_state
-    from .data import Examples, centred, collate, file_identity, folder_files, ignored_files, named, open_rgb, to_tensor
+    from .data import Examples, collate
     from .loss import batch_loss
     from .metadata import CSEMetadata
     from .network import initial_controlnet

@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..operators import Operator
+from ..pictures import Layout, Tile, to_picture
+from ..pictures import sheet as painted
 from ..schedule import ancestral_step
-from .data import to_picture
 from .loss import Base, denoising_loss, make_hint, noised
 from .settings import TrainingSettings
 
@@ -60,8 +61,5 @@ def sheet(base: Base, controlnet: Any, operator: Operator, image: Tensor, hint_r
     shown = hint if hint_range == "-1..1" else hint * 2 - 1
     restored = restore(base, controlnet, hint)
     size = image.shape[-1]
-    canvas = Image.new("RGB", (3 * size + 2 * GAP, len(image) * (size + GAP) - GAP), "white")
-    for row, pictures in enumerate(zip(shown, restored, image, strict=True)):
-        for column, picture in enumerate(pictures):
-            canvas.paste(to_picture(picture), (column * (size + GAP), row * (size + GAP)))
-    return canvas
+    rows = [[Tile(to_picture(picture)) for picture in pictures] for pictures in zip(shown, restored, image, strict=True)]
+    return painted(rows, Layout((size, size), (GAP, GAP)))

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..cse.data import SUFFIXES, centred, check_pictures, ignored_files, named, open_rgb, picture_files, to_tensor
 from ..files import NAME_BYTES
+from ..pictures import SUFFIXES, centred, check_pictures, ignored_files, named, open_rgb, picture_files, to_tensor
 from .config import ConfigError
 
 log = logging.getLogger("dmap.evaluate")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageFont
 
-from ..cse.data import open_rgb, to_picture
 from ..files import file_name
 from ..metrics import SET_METRICS
+from ..pictures import Layout, Tile, open_rgb, to_picture
+from ..pictures import sheet as painted
 from .config import Config
 from .results import write_picture, write_text
 from .run import Job, measurement
@@ -56,20 +57,15 @@ def sheet(config: Config, jobs: Sequence[Job], lines: Sequence[Line], operator: 
     pictures = list(dict.fromkeys(job.picture for job in jobs))[:SHEET_PICTURES]
     originals = {picture: picture.open(config.size) for picture in pictures}
     height, width = originals[pictures[0]].shape[-2:]
-    names = ["measurement", *(row.name for row in rows), "original"]
-    font = ImageFont.load_default(size=TEXT)
-    page = Image.new("RGB", (len(names) * (width + GAP) + GAP, len(pictures) * (height + GAP) + 3 * TEXT), "white")
-    draw = ImageDraw.Draw(page)
-    for column, name in enumerate(names):
-        draw.text((GAP + column * (width + GAP), TEXT // 2), name, fill="black", font=font)
     files = {(job.row.slug(), job.picture): job.file(out).with_suffix(".png") for job in jobs}
-    f = config.operator(operator)
-    for i, picture in enumerate(pictures):
+    f, shown = config.operator(operator), []
+    for picture in pictures:
         y = measurement(f, originals[picture], [next(job for job in jobs if job.picture == picture).seed(config)])
         tiles = [to_picture(f.picture(y)[0]).resize((width, height), Image.Resampling.NEAREST)]
         for row in rows:
             file = files[row.slug(), picture]
             tiles.append(open_rgb(file) if file.exists() else Image.new("RGB", (width, height), "lightgray"))
-        for column, tile in enumerate([*tiles, to_picture(originals[picture][0])]):
-            page.paste(tile, (GAP + column * (width + GAP), 2 * TEXT + i * (height + GAP)))
-    return page
+        shown.append([Tile(tile) for tile in (*tiles, to_picture(originals[picture][0]))])
+    font = ImageFont.load_default(size=TEXT)
+    layout = Layout((width, height), (GAP, GAP), (GAP, 2 * TEXT, GAP, TEXT + GAP), head=TEXT // 2, font=font)
+    return painted(shown, layout, heads=["measurement", *(row.name for row in rows), "original"])

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ..backends.fingerprint import fingerprint
 from ..cse.checkpoint import read_controlnet, read_description
-from ..cse.data import open_rgb, to_picture, to_tensor
 from ..errors import Diverged
 from ..metrics import PICTURE_METRICS, SET_METRICS, miou
 from ..operators import Operator
+from ..pictures import open_rgb, to_picture, to_tensor
 from ..presets import Preset
 from ..restore import restore
 from ..schedule import SPACINGS, generators, randn_like
@@ -169,7 +169,7 @@ def row_identity(config: Config, row: Row, plan: Preset | None, fingerprints: Ca
 @lru_cache
 def checkpoint_identity(path: Path) -> str:
     """Name and fingerprint of a checkpoint file, or of the files of a diffusers folder."""
-    from ..operators.weights import read_tensors
+    from ..weights import read_tensors
 
     if path.is_dir():
         files = sorted(file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.safetensors"))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..operators.weights import read_tensors
+from ..weights import read_tensors
 
 
 class MissingWeights(ValueError):

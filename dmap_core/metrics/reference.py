@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..operators.weights import load_into
+from ..weights import load_into
 from .backbones import Measuring, building, efficientnet, find_weights, load_weights, needed
 from .pictures import pair
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import write_whole
+from ..weights import fingerprint, load_into, read_tensors
 from .base import Find, Operator, Size, shown, size_of, whole
-from .weights import fingerprint, load_into, read_tensors
 
 WIDTH, FRONT, BACK = 64, 10, 20  # of the published weights
 KERNEL_SCALE = 1.2  # standard deviation of random codes in the published generate_blur.py and in diffusion posterior sampling
@@ -157,12 +157,8 @@ def save_kernel_wizard(network: KernelWizard, target: Path) -> None:
     target = Path(target)
     if target.suffix.lower() != ".safetensors":
         raise ValueError(f"{target}: weights are written as .safetensors, so the name has to end like that")
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}, partial, metadata={"format": "pt"})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    write_whole(target, lambda part: save_file(tensors, part, metadata={"format": "pt"}))
 
 
 def convert(source: Path, target: Path, width: int = WIDTH, front: int = FRONT, back: int = BACK) -> None:

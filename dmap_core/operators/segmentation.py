@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..weights import fingerprint, load_into, read_tensors
 from .base import Find, Operator, Size, size_of
-from .weights import fingerprint, load_into, read_tensors
 
 CLASSES = ("frontal", "left", "right", "floor", "ceiling")
 PALETTE = ((249, 69, 93), (255, 229, 170), (144, 206, 181), (81, 81, 119), (241, 247, 210))  # RGB of 0..255, of each class

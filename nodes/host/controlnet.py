@@ -19,7 +19,7 @@ from ...dmap_core.cse.checkpoint import read_controlnet
 from ...dmap_core.cse.metadata import CSEMetadata
 from ...dmap_core.cse.network import encoder_shapes
 from ...dmap_core.operators import Operator
-from ...dmap_core.operators.weights import check_tensors
+from ...dmap_core.weights import check_tensors
 from .prior import prediction_of
 
 log = logging.getLogger(__name__)

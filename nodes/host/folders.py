@@ -10,7 +10,7 @@ from pathlib import Path
 import folder_paths
 
 from ...dmap_core.files import check_name
-from ...dmap_core.operators.weights import SUFFIXES
+from ...dmap_core.weights import SUFFIXES
 
 WEIGHTS_FOLDER = "dmap"  # below ComfyUI's models
 NO_WEIGHTS = "no file yet: see the help of this node"

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...dmap_core.cse.checkpoint import check_same
-from ...dmap_core.cse.data import to_picture
 from ...dmap_core.cse.network import initial_controlnet
 from ...dmap_core.files import write_whole
 from ...dmap_core.memory import checkpointed
+from ...dmap_core.pictures import to_picture
 from .folders import checked_name
 from .gradients import (
     add_own_skip,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dmap_core.operators.weights import fingerprint, load_into, read_tensors
+from dmap_core.weights import fingerprint, load_into, read_tensors
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.5, -2.0])}
 

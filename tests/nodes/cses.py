@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 PACK = "dmap_pack"
 checkpoint = importlib.import_module(f"{PACK}.dmap_core.cse.checkpoint")
-data = importlib.import_module(f"{PACK}.dmap_core.cse.data")
+pictures_of_core = importlib.import_module(f"{PACK}.dmap_core.pictures")
 keys = importlib.import_module(f"{PACK}.dmap_core.backends.keys")
 metadata = importlib.import_module(f"{PACK}.dmap_core.cse.metadata")
 network = importlib.import_module(f"{PACK}.dmap_core.cse.network")

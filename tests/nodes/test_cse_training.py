@@ -139,8 +139,8 @@ def test_the_pictures(lab, cses, whole):
     gap = cses.validation.GAP
     assert validation.shape == (1, 32, 3 * 32 + 2 * gap, 3)
     assert float(validation.min()) >= 0 and float(validation.max()) <= 1
-    small = cses.data.centred(cses.data.to_picture(lab.as_core(cses.pictures(1))[0]), 32)
-    original = cses.data.to_tensor(small)[None]
+    small = cses.pictures_of_core.centred(cses.pictures_of_core.to_picture(lab.as_core(cses.pictures(1))[0]), 32)
+    original = cses.pictures_of_core.to_tensor(small)[None]
     sr8 = lab.call("DMAP_OperatorSuperResolution", scale=8)
     columns = [lab.as_core(validation[:, :, i * (32 + gap) : i * (32 + gap) + 32]) for i in range(3)]
     torch.testing.assert_close(columns[0], sr8.hint(sr8(original)).clamp(-1, 1), rtol=0, atol=0.005)
@@ -689,7 +689,7 @@ def test_generated_pictures(lab, cses, folders, monkeypatch):
     there = files(folders.output / "own")
     assert list(there) == ["000000.png", "000001.png"]
     for name, picture in zip(there, pictures, strict=True):
-        saved = cses.data.to_tensor(cses.data.open_rgb(folders.output / "own" / name))
+        saved = cses.pictures_of_core.to_tensor(cses.pictures_of_core.open_rgb(folders.output / "own" / name))
         torch.testing.assert_close(lab.as_core(picture[None])[0], saved, rtol=0, atol=1e-6)
     assert float((pictures[0] - pictures[1]).abs().mean()) > 0.01 and float(pictures.std()) > 0.01
     assert [(value, total) for value, total, picture in shown if picture is not None] == [(1, 2), (2, 2)]

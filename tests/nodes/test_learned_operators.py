@@ -113,7 +113,7 @@ def test_files_elsewhere_are_not_read(lab, folder, node, monkeypatch):
     """The file would be found by its path, and reading it would fail in another way."""
     outside = folder.parent / "x.pth"
     outside.write_bytes(b"not weights")
-    reader = core(lab, "operators.weights")
+    reader = core(lab, "weights")
     monkeypatch.setattr(reader, "_read_pickle", lambda path: pytest.fail(f"{path} was opened"))
     for name in ("../x.pth", "../../models/x.pth", str(outside), "deeper/../../x.pth", "../../../../../../../../etc/passwd", "..", ""):
         with refused(str(folder), error=FileNotFoundError):
