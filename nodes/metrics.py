@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,8 +12,9 @@ from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..dmap_core.metrics import PICTURE_METRICS, SET_METRICS, WEIGHTS, error_map, frechet, frechet_warning, kernel, mean_interval, miou
+from ..dmap_core.metrics import PICTURE_METRICS, SET_METRICS, WEIGHTS, error_map, mean_interval, miou
 from ..dmap_core.metrics.pictures import saved
+from ..dmap_core.metrics.summary import Column, Summary, distances
 from ..dmap_core.operators import Operator as CoreOperator
 from ..dmap_core.operators import Segmentation
 from ..dmap_core.operators.segmentation import CLASSES
@@ -158,88 +156,6 @@ def picture(image: Tensor, name: str) -> Tensor:
 REPORTED = ("solver", "operator", "memory", "seconds", "denoiser_calls")  # what is repeated of a report
 
 
-@dataclass(frozen=True)
-class Column:
-    """A metric's value of every picture. digits: behind the point; None: so many that the largest value has four in all."""
-
-    name: str
-    label: str
-    values: list[float]
-    digits: int | None
-
-    def show(self, value: float) -> str:
-        return f"{value:.{self._digits()}f}"
-
-    def _digits(self) -> int:
-        if self.digits is not None:
-            return self.digits
-        largest = max(self.values)
-        return max(0, 3 - math.floor(math.log10(largest))) if 0 < largest < math.inf else 3
-
-    def mean(self) -> str:
-        """The mean and half of its 95 % interval, which a single picture does not have."""
-        interval = mean_interval(self.values)
-        half = (interval.high - interval.low) / 2
-        return self.show(interval.mean) + ("" if math.isnan(half) else f" +- {self.show(half)}")
-
-
-@dataclass(frozen=True)
-class Found:
-    """size: (H, W); sets: (name, label, value, its deviation over subsets or NaN), already in digits; run: the report's, if there is one."""
-
-    size: tuple[int, int]
-    columns: list[Column]
-    sets: list[tuple[str, str, float, float, int]]
-    warnings: list[str]
-    run: dict[str, Any] | None
-
-    @property
-    def count(self) -> int:
-        return len(self.columns[0].values)
-
-    def title(self) -> str:
-        return f"{self.count} picture{'s' if self.count > 1 else ''} of {self.size[1]}x{self.size[0]}"
-
-    def footer(self) -> list[str]:
-        """What is said of the pictures as a whole."""
-        lines = ["+- is half of the 95 % confidence interval of the mean"] if self.count > 1 else []
-        for _, label, value, deviation, digits in self.sets:
-            spread = "" if math.isnan(deviation) else f", standard deviation over subsets {deviation:.{digits}f}"
-            lines.append(f"{label}: {value:.{digits}f} (n {self.count}{spread})")
-        lines += [f"Warning: {warning}" for warning in self.warnings]
-        if self.run:
-            r = self.run
-            peak = f" with a peak of {r['peak_memory'] / 2**30:.1f} GiB" if "peak_memory" in r else ""
-            cost = f"{r['seconds']:.1f} s, {r['denoiser_calls']} denoiser calls, memory plan {r['memory']}{peak}"
-            lines.append(f"{r['solver']} on {r['operator']}: {cost}")
-        return lines
-
-    def text(self) -> str:
-        return "\n".join([self.title(), *(f"{c.label}: {c.mean()} (n {self.count})" for c in self.columns), *self.footer()])
-
-    def json(self) -> str:
-        """Limits that one picture does not have are null; the PSNR of equal pictures is the string inf, for JSON knows no such number."""
-        means = {}
-        for c in self.columns:
-            i = mean_interval(c.values)
-            means[c.name] = {"label": c.label, "mean": _plain(i.mean), "low": _plain(i.low), "high": _plain(i.high), "n": i.n}
-        return json.dumps(
-            {
-                "pictures": [{c.name: _plain(c.values[i]) for c in self.columns} for i in range(self.count)],
-                "means": means,
-                "sets": {
-                    n: {"label": label, "value": _plain(v), "deviation": _plain(d), "n": self.count} for n, label, v, d, _ in self.sets
-                },
-                "warnings": self.warnings,
-                "run": self.run,
-            }
-        )
-
-
-def _plain(value: float) -> float | str | None:
-    return None if math.isnan(value) else str(value) if math.isinf(value) else value
-
-
 def measured(
     restored: Tensor,
     reference: Tensor,
@@ -248,7 +164,7 @@ def measured(
     operator: CoreOperator | None,
     y: Tensor | None,
     run: dict[str, Any] | None,
-) -> Found:
+) -> Summary:
     """All that was asked for; missing packages and weights are named before anything is computed."""
     (names, key), (set_names, set_key) = PERCEPTUAL[perceptual], DISTRIBUTION[distribution]
     metrics = [PICTURE_METRICS[name] for name in (*FORMULAS, *names)]
@@ -271,8 +187,8 @@ def measured(
         bar.move()
     columns = [Column(m.name, m.label, v, m.digits) for m, v in zip(metrics, values, strict=True)]
     columns += _measurement_columns(restored, operator, y) if operator else []
-    sets, warnings = _sets(set_metrics, torch.cat(theirs), torch.cat(ours)) if features else ([], [])
-    return Found(tuple(restored.shape[-2:]), columns, sets, warnings, run)
+    sets, warnings = distances(set_metrics, torch.cat(theirs), torch.cat(ours)) if features else ([], [])
+    return Summary(tuple(restored.shape[-2:]), columns, sets, warnings, run)
 
 
 def _folder(key: str | None):
@@ -291,19 +207,10 @@ def _measurement_columns(restored: Tensor, operator: CoreOperator, y: Tensor) ->
     return columns
 
 
-def _sets(metrics: Sequence[Any], real: Tensor, fake: Tensor) -> tuple[list[tuple[str, str, float, float, int]], list[str]]:
-    found = []
-    for metric in metrics:
-        value, deviation = (frechet(real, fake), math.nan) if metric.distance == "frechet" else kernel(real, fake)
-        found.append((metric.name, metric.label, value, deviation, metric.digits))
-    warning = frechet_warning(len(fake), fake.shape[1])
-    return found, [warning] if warning else []
-
-
 # pictures of it
 
 
-def table(found: Found) -> Tensor:
+def table(found: Summary) -> Tensor:
     """(1, H, W, 3) in [0, 1]: a line for each of the first pictures, their means, and what is said of all of them."""
     font = ImageFont.load_default(size=FONT)
     line = round(1.5 * FONT)

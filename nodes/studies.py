@@ -14,6 +14,7 @@ from torch import Tensor
 from ..dmap_core.evaluate.results import csv_text
 from ..dmap_core.metrics import PICTURE_METRICS, mean_interval
 from ..dmap_core.metrics.backbones import needed
+from ..dmap_core.plots import render, steps_plot
 from ..dmap_core.schedule import SPACINGS, check_sigmas, generators
 from ..dmap_core.solvers import sample_dmap, sample_dps, sample_dsg
 from ..dmap_core.studies import (
@@ -27,8 +28,9 @@ from ..dmap_core.studies import (
     timesteps,
     toy_example,
 )
-from ..dmap_core.studies.commands import PAPER_ZETAS, score_mean_rows
-from ..dmap_core.studies.diversity import diversity
+from ..dmap_core.studies.comparison import Outcome, comparison_rows, comparison_series
+from ..dmap_core.studies.diversity import deviation_maps, diversity, diversity_rows
+from ..dmap_core.studies.score import PAPER_ZETAS, score_mean_rows
 from .host.compute import Bar, measuring, residuals
 from .host.gradients import normal
 from .host.guider import PosteriorGuider, SolverSampler
@@ -131,7 +133,7 @@ def one_picture(image: Tensor, name: str) -> Tensor:
 
 def drawn(figure: Any) -> Tensor:
     """A plot as a picture (1, H, W, 3)."""
-    return to_image([plots.render(figure)])
+    return to_image([render(figure)])
 
 
 # the observations
@@ -265,8 +267,7 @@ class ScoreMeanStudy(io.ComfyNode):
         if conditional is not None:
             found[CONDITIONAL] = with_denoiser(conditional, name, sigmas, (batch, *shape), theirs)
         figure = plots.score_mean_plot(found, title=f"Mean of the score at sigma {sigma:.4g}, {guider.operator.describe()}")
-        rows = score_mean_rows({key if isinstance(key, str) else f"DPS, zeta {key:g}": mean for key, mean in found.items()})
-        return io.NodeOutput(drawn(figure), csv_text(rows))
+        return io.NodeOutput(drawn(figure), csv_text(score_mean_rows(found)))
 
 
 class DiversityStudy(io.ComfyNode):
@@ -311,11 +312,10 @@ class DiversityStudy(io.ComfyNode):
         given = {"images_1": images_1, **{f"images_{i}": more.get(f"images_{i}") for i in range(2, SETS + 1)}}
         given = {name: images for name, images in given.items() if images is not None}
         entries = list(zip(own_names(names, list(given), "Diversity Study"), _spreads(given), strict=True))
-        top = max(float(d.std.max()) for _, d in entries) or 1.0
-        means = torch.stack([d.mean for _, d in entries]).movedim(1, -1)
-        maps = torch.stack([d.std / top for _, d in entries]).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
-        rows = [{"name": name, "k": d.k, "mean standard deviation": d.mean_std, "standard error": d.error} for name, d in entries]
-        return io.NodeOutput(drawn(plots.diversity_plot(entries)), means, maps, csv_text(rows))
+        found = [d for _, d in entries]
+        means = torch.stack([d.mean for d in found]).movedim(1, -1)
+        maps = deviation_maps(found).unsqueeze(-1).expand(-1, -1, -1, 3).contiguous()
+        return io.NodeOutput(drawn(plots.diversity_plot(entries)), means, maps, csv_text(diversity_rows(entries)))
 
 
 def _spreads(given: dict[str, Tensor]) -> list[Diversity]:
@@ -387,13 +387,7 @@ class ToyStudy(io.ComfyNode):
         check_matplotlib()
         with measuring():
             toy = toy_example(samples, steps, zeta, dsg_zeta, dmap_zeta, K, y=(y0, 0.0), seed=noise_seed)
-        rows = toy.rows()
-        lines = [
-            f"{row['method']}: {100 * row['upper']:.1f} % in the upper mode, unseen coordinate {row['mean']:.3f} +- {row['std']:.3f}, "
-            f"mean residual {row['residual']:.4f}"
-            for row in rows
-        ]
-        return io.NodeOutput(drawn(plots.toy_plot(toy)), "\n".join(lines), csv_text(rows))
+        return io.NodeOutput(drawn(plots.toy_plot(toy)), toy.text(), csv_text(toy.rows()))
 
 
 # comparisons of whole runs
@@ -418,7 +412,7 @@ def compare(plans: Sequence[Plan], reference: Tensor, seed: int, node: str, titl
     mean_interval([0.0, 1.0])  # raises for a package that is missing
     wanted = picture(reference, f"{node}: reference")
     bar = Bar(sum(len(plan.sigmas) - 1 for plan in plans))
-    warm, pictures, rows, series = None, [], [], {}
+    warm, pictures, outcomes = None, [], []
     for plan in plans:
         sampler = SolverSampler(plan.label, plan.solver, **plan.settings)
         run = restore(Problem(plan.guider), sampler, plan.sigmas, seed, bar.move, warm_up=warm is not plan.guider)
@@ -428,15 +422,9 @@ def compare(plans: Sequence[Plan], reference: Tensor, seed: int, node: str, titl
         with measuring():
             values = {label: metric(normal(x), normal(wanted.expand_as(x))).tolist() for label, metric in metrics}
             values["residual"] = residuals(plan.guider.operator, normal(x), normal(plan.guider.y)).tolist()
-        for label, found in values.items():
-            i = mean_interval(found)
-            series.setdefault(label, []).append((plan.label, i.mean, i.low, i.high))
-        series.setdefault("seconds", []).append((plan.label, run.seconds, math.nan, math.nan))
-        for i in range(len(x)):
-            figures = {label: found[i] for label, found in values.items()}
-            cost = {"seconds of the batch": run.seconds, "denoiser calls": run.report.denoiser_calls}
-            rows.append({**plan.about, "picture": i + 1, **figures, **cost})
-    return io.NodeOutput(drawn(plots.steps_plot(series, title=title)), torch.cat(pictures), csv_text(rows))
+        outcomes.append(Outcome(plan.label, plan.about, values, run.seconds, run.report.denoiser_calls))
+    figure = steps_plot(comparison_series(outcomes), title=title)
+    return io.NodeOutput(drawn(figure), torch.cat(pictures), csv_text(comparison_rows(outcomes)))
 
 
 class StepsStudy(io.ComfyNode):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFont
 
+from .. import plots
 from ..files import file_name
 from ..metrics import SET_METRICS
 from ..pictures import Layout, Tile, open_rgb, to_picture
@@ -35,8 +36,6 @@ def write_table(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
 
 def write_plots(config: Config, lines: Sequence[Line], out: Path) -> None:
     """A picture of means and intervals for every column."""
-    from ..studies import plots
-
     for name in columns(config, lines):
         if name in UNPLOTTED or name in SET_METRICS:
             continue

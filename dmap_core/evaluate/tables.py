@@ -10,7 +10,7 @@ from typing import Any
 
 from ..metrics import PICTURE_METRICS, SET_METRICS
 from ..metrics.distribution import frechet, frechet_warning, kernel
-from ..metrics.interval import Interval, mean_interval
+from ..metrics.interval import PLUS_MINUS, Interval, mean_interval
 from .config import AS_GIVEN, Config, Row
 from .results import csv_text, read_picture_json
 from .run import SEEDS, Job, cse_warnings, saved
@@ -128,8 +128,7 @@ def cell(line: Line, name: str) -> str:
     found = line.interval(name)
     if name in ("denoiser_calls", "peak_memory", "seconds"):
         return f"{found.mean:.{d}f}"
-    half = (found.high - found.low) / 2
-    return f"{found.mean:.{d}f}" + (f" +- {half:.{d}f}" if half == half else "")
+    return found.text(d)
 
 
 def published(config: Config, line: Line, name: str) -> str:
@@ -154,7 +153,7 @@ def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:
     first = {job.row.slug(): job for job in reversed(jobs)}
     parts = [f"# {config.title or 'Results'}", config.note.strip(), figures(config, lines)]
     parts.append(
-        f"Means over n pictures and half the width of their 95 % confidence interval (Student's t over pictures). Seeds {config.seed}, {config.seed + SEEDS} and so on, "
+        f"Means over n pictures; +- is {PLUS_MINUS}. Seeds {config.seed}, {config.seed + SEEDS} and so on, "
         f"{config.precision}. Figures are of the saved 8-bit pictures; the residual ||f(x) - y|| is of the float ones, in [-1, 1]. "
         "Seconds are wall time of one picture on the machine of the run, which may have been busy otherwise."
     )
@@ -221,9 +220,7 @@ def _difference(line: Line, first: Line, name: str) -> str:
     values = paired(line, first, name)
     if not values or any(value != value for value in values):
         return ""
-    found = mean_interval(values)
-    half = (found.high - found.low) / 2
-    return f"{found.mean:+.{digits(name)}f}" + (f" +- {half:.{digits(name)}f}" if half == half else "")
+    return mean_interval(values).text(digits(name), "+")
 
 
 def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

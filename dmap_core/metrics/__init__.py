@@ -7,12 +7,13 @@ when it is made. Nothing is downloaded.
 from .backbones import WEIGHTS, MissingPackage, MissingWeights, Weights, find_weights, load_weights
 from .catalogue import PICTURE_METRICS, SET_METRICS, Metric, SetMetric, check_names
 from .distribution import EfficientNetFeatures, InceptionFeatures, frechet, frechet_warning, kernel
-from .interval import Interval, mean_interval
+from .interval import PLUS_MINUS, Interval, mean_interval
 from .reference import FeatureDistance, Lpips, error_map, psnr, ssim
 from .segmentation import miou
 
 __all__ = [
     "PICTURE_METRICS",
+    "PLUS_MINUS",
     "SET_METRICS",
     "WEIGHTS",
     "EfficientNetFeatures",

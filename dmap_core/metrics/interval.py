@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from .backbones import needed
 
+# Tables are read by comparing rows by eye, and for that a standard error looks surer than the few pictures of a run are.
+PLUS_MINUS = "half the width of the 95 % confidence interval of the mean (Student's t over pictures)"
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -19,13 +22,17 @@ class Interval:
     error: float
     n: int
 
-    def text(self, digits: int = 2) -> str:
-        """Such as "24.50 +- 0.31 (n 32)": the mean and its standard error, which is left out where it is unknown."""
-        error = "" if math.isnan(self.error) else f" +- {self.error:.{digits}f}"
-        return f"{self.mean:.{digits}f}{error} (n {self.n})"
+    @property
+    def half(self) -> float:
+        """Half the width of the confidence interval."""
+        return (self.high - self.low) / 2
+
+    def text(self, digits: int = 2, sign: str = "") -> str:
+        """Such as "24.50 +- 0.64", the only way that this package prints `+-` (`PLUS_MINUS`); what is unknown is left out. sign: "+" for differences."""
+        return f"{self.mean:{sign}.{digits}f}" + ("" if math.isnan(self.half) else f" +- {self.half:.{digits}f}")
 
     def __str__(self) -> str:
-        return self.text()
+        return f"{self.text()} (n {self.n})"
 
 
 def mean_interval(values: Iterable[float], level: float = 0.95) -> Interval:

@@ -6,12 +6,13 @@ import argparse
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .score import PAPER_ZETAS
+
 log = logging.getLogger("dmap.studies")
-PAPER_ZETAS = (0.05, 0.3, 1.0, 4.8)
 MOST = {"steps": 10**6, "repeats": 4096, "samples": 10**8, "batch": 4096, "size": 16_384}  # more cannot have been meant
 
 
@@ -160,7 +161,7 @@ def score_error(args: argparse.Namespace) -> None:
 def score_mean(args: argparse.Namespace) -> None:
     from ..posterior import Posterior
     from . import plots
-    from .score import plain_score_mean, score_means
+    from .score import plain_score_mean, score_mean_rows, score_means
 
     problem = Problem(args)
     posterior = Posterior(problem.prior, problem.operator, problem.y)
@@ -177,21 +178,6 @@ def score_mean(args: argparse.Namespace) -> None:
     plots.save(plots.score_mean_plot(means), args.out / "score-mean.png")
     write_settings(args, args.out / "score-mean.json")
     log.info("%s", args.out / "score-mean.png")
-
-
-def score_mean_rows(means: Mapping[str | float, Any]) -> list[dict[str, Any]]:
-    """A dict for every score, each statistic under a name that says what it is."""
-    return [
-        {
-            "score": name if isinstance(name, str) else f"DPS, zeta {name:g}",
-            "samples": mean.k,
-            "mean over samples (mean of absolute values)": mean.true_mean,
-            "the same of a score without mean, from this few samples": mean.floor,
-            "norm of the mean over samples": mean.norm_of_mean,
-            "Table 2's: mean of |mean over latent channels|": mean.published,
-        }
-        for name, mean in means.items()
-    ]
 
 
 def diversity(args: argparse.Namespace) -> None:

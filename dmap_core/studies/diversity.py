@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,3 +53,14 @@ def _jackknife(images: Tensor, mean: Tensor, squares: Tensor) -> float:
         left = squares - k / (k - 1) * (image.double() - mean).square()  # of the deviations from the mean of the others
         without.append((left.clamp(min=0) / (k - 2)).sqrt().mean())
     return math.sqrt((k - 1) ** 2 / k * float(torch.stack(without).var()))
+
+
+def diversity_rows(entries: Sequence[tuple[str, Diversity]]) -> list[dict[str, float | str]]:
+    """A dict for every name and its spread, for a CSV file."""
+    return [{"name": name, "k": d.k, "mean standard deviation": d.mean_std, "standard error": d.error} for name, d in entries]
+
+
+def deviation_maps(found: Sequence[Diversity]) -> Tensor:
+    """(n, H, W) in [0, 1]: their standard deviations on one scale, on which the largest is 1."""
+    top = max(float(d.std.max()) for d in found) or 1.0
+    return torch.stack([d.std / top for d in found])

@@ -6,7 +6,7 @@ Scores are the paper's: of the VP latent x = z / sqrt(1 + sigma^2), where z is t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +20,7 @@ from ..schedule import check_sigmas, double_on_cpu, generators, randn_like
 from ..solvers.dps import guided_denoised
 
 UNCONDITIONAL = "unconditional"
+PAPER_ZETAS = (0.05, 0.3, 1.0, 4.8)  # of DPS, in Fig. 1 and Table 2
 
 
 def vp_score(z: Tensor, denoised: Tensor, sigma: float) -> Tensor:
@@ -313,3 +314,18 @@ def _one_measurement(posterior: Posterior):
         yield
     finally:
         posterior.y = y
+
+
+def score_mean_rows(means: Mapping[str | float, ScoreMean]) -> list[dict[str, float | str]]:
+    """A dict for every score, each statistic under a name that says what it is."""
+    return [
+        {
+            "score": name if isinstance(name, str) else f"DPS, zeta {name:g}",
+            "samples": mean.k,
+            "mean over samples (mean of absolute values)": mean.true_mean,
+            "the same of a score without mean, from this few samples": mean.floor,
+            "norm of the mean over samples": mean.norm_of_mean,
+            "Table 2's: mean of |mean over latent channels|": mean.published,
+        }
+        for name, mean in means.items()
+    ]

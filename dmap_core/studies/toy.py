@@ -74,6 +74,14 @@ class Toy:
         found = [("true posterior, closed form", self.true, math.inf), *((m, s, len(self.samples[m])) for m, s in self.summaries.items())]
         return [{"method": method, "y": self.y[0], "n": n, **asdict(summary)} for method, summary, n in found]
 
+    def text(self) -> str:
+        """A line for each of them."""
+        return "\n".join(
+            f"{row['method']}: {100 * row['upper']:.1f} % in the upper mode, unseen coordinate {row['mean']:.3f} "
+            f"(standard deviation {row['std']:.3f}), mean residual {row['residual']:.4f}"
+            for row in self.rows()
+        )
+
 
 def karras_levels(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     """(steps + 1,) float64 noise levels evenly spaced in sigma^(1 / rho) from sigma_max to sigma_min, then 0 (Karras et al. 2022)."""

@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import dmap_core
 
 PACKAGE = Path(dmap_core.__file__).parent
@@ -66,17 +64,98 @@ def roots(path, only_at_the_top):
     return found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_what_a_source_imports(path):
+def test_what_sources_import():
     """diffusers and its like are imported where they are needed, so that their absence can be explained. A host's modules are nowhere."""
-    assert not HOST & roots(path, only_at_the_top=False)
-    assert roots(path, only_at_the_top=True) & EXTRAS <= ({"diffusers", "transformers"} if path in DIFFUSERS else set())
-    if path not in PICTURES:
-        assert "PIL" not in roots(path, only_at_the_top=False)
-    if path not in PICTURES and path not in COMMANDS and path not in DIFFUSERS:
-        assert not {"diffusers", "transformers", "accelerate", "yaml"} & roots(path, only_at_the_top=False)
+    wrong = []
+    for path in SOURCES:
+        anywhere, at_the_top = (roots(path, only_at_the_top) for only_at_the_top in (False, True))
+        refused = (HOST & anywhere) | ((at_the_top & EXTRAS) - ({"diffusers", "transformers"} if path in DIFFUSERS else set()))
+        if path not in PICTURES:
+            refused |= {"PIL"} & anywhere
+        if path not in PICTURES and path not in COMMANDS and path not in DIFFUSERS:
+            refused |= {"diffusers", "transformers", "accelerate", "yaml"} & anywhere
+        wrong += [f"{path.relative_to(PACKAGE)} imports {name}" for name in sorted(refused)]
+    assert wrong == []
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_sources_are_ascii(path):
-    path.read_text(encoding="ascii")
+def test_sources_are_ascii():
+    assert [str(path.relative_to(PACKAGE)) for path in SOURCES if not path.read_bytes().isascii()] == []
+
+
+# Rooms are packages and files at the top of dmap_core. Each may import those that stand below it here, and nothing above.
+ORDER = (
+    "cli",
+    "studies",
+    "evaluate",
+    "cse",
+    "restore",
+    "presets",
+    "solvers",
+    "backends",
+    "posterior",
+    "memory",
+    "prior",
+    "metrics",
+    "operators",
+    "schedule",
+    "plots",
+    "pictures",
+    "weights",
+    "files",
+    "errors",
+)
+
+
+def targets(path):
+    """Modules of dmap_core, as tuples of names below it, that a source imports anywhere; None for what lies outside of dmap_core, relatively."""
+    package = path.relative_to(PACKAGE).parts[:-1]
+    for statement in ast.walk(ast.parse(path.read_text(encoding="ascii"))):
+        if isinstance(statement, ast.Import):
+            names = [alias.name.split(".") for alias in statement.names]
+            yield from (tuple(name[1:]) for name in names if name[0] == "dmap_core")
+        elif isinstance(statement, ast.ImportFrom) and statement.level:
+            above = statement.level - 1
+            module = (*package[: len(package) - above], *(statement.module.split(".") if statement.module else ()))
+            yield from [None] if above > len(package) else [(*module, alias.name) for alias in statement.names]
+        elif isinstance(statement, ast.ImportFrom) and statement.module.partition(".")[0] == "dmap_core":
+            yield from [(*statement.module.split(".")[1:], alias.name) for alias in statement.names]
+
+
+def test_arrows_between_rooms_point_downwards():
+    """So there is no cycle. dmap_core imports nothing around it, such as nodes/."""
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in SOURCES} - {"__init__"}
+    assert sorted(rooms) == sorted(ORDER), "a room has no place in ORDER, or ORDER has one that is not there"
+    wrong = []
+    for path in SOURCES:
+        name = path.relative_to(PACKAGE)
+        room = name.parts[0].removesuffix(".py")
+        for target in targets(path):
+            if target is None:
+                wrong.append(f"{name} imports from outside of dmap_core")
+            elif room in ORDER and target[0] in ORDER and ORDER.index(target[0]) < ORDER.index(room):
+                wrong.append(f"{name} -> {target[0]}, which is above {room}")
+    assert wrong == []
+
+
+def test_no_two_files_import_each_other():
+    """Nor do more of them in a circle, whether at the top or where they are needed."""
+    files = {path.relative_to(PACKAGE).with_suffix("").parts: path for path in SOURCES}
+    graph = {}
+    for name, path in files.items():
+        found = [target for target in targets(path) if target]
+        # `from .a import b`: b is a file, or a name in the file a, or in the package a
+        reached = {t for target in found for t in (target, target[:-1], (*target[:-1], "__init__")) if t in files}
+        graph[name] = reached - {name, (*name[:-1], "__init__")}  # names of its own package
+    circles, done = [], set()
+
+    def walk(name, way):
+        if name in way:
+            circles.append(" -> ".join("/".join(part) for part in (*way[way.index(name) :], name)))
+        elif name not in done:
+            for target in sorted(graph[name]):
+                walk(target, (*way, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        walk(name, ())
+    assert circles == []

@@ -90,8 +90,9 @@ def test_what_an_interval_cannot_know_is_nan():
 
 
 def test_the_interval_in_words():
-    assert str(Interval(24.5, 23.87, 25.13, 0.312, 32)) == "24.50 +- 0.31 (n 32)"
-    assert Interval(0.12346, 0.1, 0.2, 0.01, 8).text(4) == "0.1235 +- 0.0100 (n 8)"
+    assert str(Interval(24.5, 23.87, 25.13, 0.312, 32)) == "24.50 +- 0.63 (n 32)"
+    assert Interval(0.12346, 0.1, 0.2, 0.01, 8).text(4) == "0.1235 +- 0.0500"
+    assert Interval(0.5, 0.4, 0.6, 0.05, 8).text(1, "+") == "+0.5 +- 0.1"
     assert str(mean_interval([24.5])) == "24.50 (n 1)"
     assert str(mean_interval([30.0, math.inf])) == "inf (n 2)"
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dmap_core import plots as drawing
 from dmap_core.studies import plots
 from dmap_core.studies.diversity import Diversity, diversity
 from dmap_core.studies.score import UNCONDITIONAL, ScoreErrors, ScoreMean
@@ -63,8 +64,8 @@ def every_figure(toy):
         "diversity of one": plots.diversity_plot([("DPS", some_diversity(0.1))], title="Spread"),
         "diversity of six": plots.diversity_plot([(f"a method of a long name, {i}", some_diversity(0.1)) for i in range(6)]),
         "toy": plots.toy_plot(toy),
-        "metric": plots.metric_plot(ROWS, "LPIPS", title="32 pictures"),
-        "steps": plots.steps_plot(STEPS, title="T and K"),
+        "metric": drawing.metric_plot(ROWS, "LPIPS", title="32 pictures"),
+        "steps": drawing.steps_plot(STEPS, title="T and K"),
     }
 
 
@@ -73,7 +74,7 @@ def test_every_picture_is_whole_and_legible(toy):
     from matplotlib.text import Text
 
     for name, figure in every_figure(toy).items():
-        picture = plots.render(figure)
+        picture = drawing.render(figure)
         assert picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3, name
         assert picture.shape[1] <= 900 and picture.std() > 5, name
         for border in (picture[0], picture[-1], picture[:, 0], picture[:, -1]):
@@ -116,7 +117,7 @@ def test_without_timesteps_the_score_error_is_over_sigma():
 def test_a_single_sample_has_lines_without_bands():
     figure = plots.score_error_plot(some_errors(samples=1))
     assert len(figure.axes[0].get_lines()) == 6
-    assert plots.render(figure).std() > 5
+    assert drawing.render(figure).std() > 5
 
 
 def test_a_score_mean_has_two_bars_and_a_mark():
@@ -143,7 +144,7 @@ def test_maps_of_deviations_share_a_scale_with_a_bar():
     assert pictures[2].get_clim()[1] == pytest.approx(np.quantile(entries[1][1].std.numpy(), 0.995))
     assert "standard deviation" in bar.get_ylabel()
     for axes, (label, d) in zip(grid, entries, strict=False):
-        assert axes.get_title() == rf"{label}" + "\n" + rf"{d.mean_std:.4f} $\pm$ {d.error:.4f}"
+        assert axes.get_title() == f"{label}" + "\n" + f"{d.mean_std:.4f} (s.e. {d.error:.4f})"
     np.testing.assert_allclose(pictures[0].get_array(), entries[0][1].mean.permute(1, 2, 0).numpy())
 
 
@@ -158,7 +159,7 @@ def test_a_spread_without_error_or_without_spread_is_drawn():
     flat = Diversity(torch.full((3, 8, 8), 0.5), torch.zeros(8, 8), 0.0, math.nan, 2)
     figure = plots.diversity_plot([("DPS", flat)])
     assert figure.axes[0].get_title() == "DPS\n0.0000"
-    assert plots.render(figure).std() > 5
+    assert drawing.render(figure).std() > 5
 
 
 def test_the_toy_has_a_panel_for_every_method(toy):
@@ -184,7 +185,7 @@ def test_several_toys_are_rows(toy):
 
 
 def test_a_metric_has_a_line_for_every_row_under_its_group():
-    axes = plots.metric_plot(ROWS, "LPIPS").axes[0]
+    axes = drawing.metric_plot(ROWS, "LPIPS").axes[0]
     names = [(t.get_text(), t.get_fontweight()) for t in axes.get_yticklabels()]
     methods = [("DPS", "normal"), ("DMAP", "normal"), ("DMAP + CSE", "normal")]
     assert names == [("SR x8", "bold"), *methods, ("inpainting", "bold"), *methods]
@@ -198,15 +199,15 @@ def test_a_metric_has_a_line_for_every_row_under_its_group():
 
 def test_rows_of_a_group_come_together_and_an_empty_group_has_no_heading():
     mixed = [ROWS[0], ROWS[3], ROWS[1]]
-    axes = plots.metric_plot(mixed, "LPIPS").axes[0]
+    axes = drawing.metric_plot(mixed, "LPIPS").axes[0]
     assert [t.get_text() for t in axes.get_yticklabels()] == ["SR x8", "DPS", "DMAP", "inpainting", "DPS"]
-    plain = plots.metric_plot([("DPS", "", 1.0, math.nan, math.nan)], "PSNR")
+    plain = drawing.metric_plot([("DPS", "", 1.0, math.nan, math.nan)], "PSNR")
     assert [t.get_text() for t in plain.axes[0].get_yticklabels()] == ["DPS"]
-    assert plots.render(plain).std() > 1
+    assert drawing.render(plain).std() > 1
 
 
 def test_steps_have_a_panel_for_every_metric_with_common_labels():
-    figure = plots.steps_plot(STEPS)
+    figure = drawing.steps_plot(STEPS)
     assert [axes.get_xlabel() for axes in figure.axes] == list(STEPS)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["T=500, K=1", "T=250, K=2", "T=500, K=3"]
     points = [[(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.get_lines()] for axes in figure.axes]
@@ -214,28 +215,28 @@ def test_steps_have_a_panel_for_every_metric_with_common_labels():
 
 
 def test_a_method_has_one_colour_everywhere():
-    assert plots.colour("DPS") == plots.colour("DPS + CSE") == plots.colour("DPS, zeta 4.8") != plots.colour("DMAP")
-    assert plots.colour("my method") == plots.colour("my method") in plots.OTHERS
+    assert drawing.colour("DPS") == drawing.colour("DPS + CSE") == drawing.colour("DPS, zeta 4.8") != drawing.colour("DMAP")
+    assert drawing.colour("my method") == drawing.colour("my method") in drawing.OTHERS
     solvers = ["DPS", "DMAP", "DSG", "PSLD", "FreeDoM", "ReSample", TRUE, UNCONDITIONAL]
-    assert len({plots.colour(name) for name in solvers}) == len(solvers)
+    assert len({drawing.colour(name) for name in solvers}) == len(solvers)
     assert plots.zeta_colour(0.01) == plots.zeta_colour(0.05) != plots.zeta_colour(0.3)
     assert plots.zeta_colour(4.8) == plots.zeta_colour(10)
 
 
 def test_a_dollar_in_a_name_is_no_formula():
-    figure = plots.metric_plot([("$x_", "a $ sign$", 1.0, 0.9, 1.1)], "$")
-    assert plots.render(figure).std() > 1
+    figure = drawing.metric_plot([("$x_", "a $ sign$", 1.0, 0.9, 1.1)], "$")
+    assert drawing.render(figure).std() > 1
 
 
 def test_other_peoples_settings_neither_matter_nor_change(toy):
     import matplotlib
 
-    expected = plots.render(plots.metric_plot(ROWS, "LPIPS"))
+    expected = drawing.render(drawing.metric_plot(ROWS, "LPIPS"))
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30, "text.color": "red"}):
         before = dict(matplotlib.rcParams)
-        figure = plots.metric_plot(ROWS, "LPIPS")
+        figure = drawing.metric_plot(ROWS, "LPIPS")
         assert dict(matplotlib.rcParams) == before
-    np.testing.assert_array_equal(plots.render(figure), expected)
+    np.testing.assert_array_equal(drawing.render(figure), expected)
 
 
 @pytest.mark.parametrize(
@@ -244,8 +245,8 @@ def test_other_peoples_settings_neither_matter_nor_change(toy):
         lambda: plots.score_mean_plot({}),
         lambda: plots.diversity_plot([]),
         plots.toy_plot,
-        lambda: plots.metric_plot([], "LPIPS"),
-        lambda: plots.steps_plot({"LPIPS": []}),
+        lambda: drawing.metric_plot([], "LPIPS"),
+        lambda: drawing.steps_plot({"LPIPS": []}),
     ],
 )
 def test_nothing_to_draw_is_refused(draw):
@@ -256,18 +257,18 @@ def test_nothing_to_draw_is_refused(draw):
 def test_a_saved_picture_is_the_rendered_one_and_no_part_is_left(tmp_path):
     from PIL import Image
 
-    figure = plots.metric_plot(ROWS, "LPIPS")
-    plots.save(figure, tmp_path / "metric.png")
+    figure = drawing.metric_plot(ROWS, "LPIPS")
+    drawing.save(figure, tmp_path / "metric.png")
     with Image.open(tmp_path / "metric.png") as picture:
         assert picture.format == "PNG"
-        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), plots.render(figure))
+        np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), drawing.render(figure))
     assert os.listdir(tmp_path) == ["metric.png"]
 
 
 def test_a_failure_leaves_the_old_picture_as_it_was(tmp_path, monkeypatch):
     path = tmp_path / "metric.png"
     path.write_bytes(b"the old one")
-    figure = plots.metric_plot(ROWS, "LPIPS")
+    figure = drawing.metric_plot(ROWS, "LPIPS")
 
     def half(part, **options):
         assert path.read_bytes() == b"the old one"
@@ -276,7 +277,7 @@ def test_a_failure_leaves_the_old_picture_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(figure, "savefig", half)
     with pytest.raises(OSError, match="disk full"):
-        plots.save(figure, path)
+        drawing.save(figure, path)
     assert path.read_bytes() == b"the old one"
     assert os.listdir(tmp_path) == ["metric.png"]
 
@@ -284,12 +285,12 @@ def test_a_failure_leaves_the_old_picture_as_it_was(tmp_path, monkeypatch):
 def test_without_matplotlib_the_command_to_install_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ValueError, match="plots need matplotlib, which is not installed: pip install matplotlib"):
-        plots.metric_plot(ROWS, "LPIPS")
+        drawing.metric_plot(ROWS, "LPIPS")
 
 
 def test_pyplot_is_never_asked_for(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it fails now
-    assert plots.render(plots.metric_plot(ROWS, "LPIPS")).std() > 1
+    assert drawing.render(drawing.metric_plot(ROWS, "LPIPS")).std() > 1
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn():
