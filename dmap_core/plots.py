@@ -58,7 +58,8 @@ STYLE = {
 Interval = tuple[str, float, float, float]  # label, mean, low, high
 
 
-def matplotlib_here() -> Any:
+def library() -> Any:
+    """matplotlib, or a ValueError that says how to install it."""
     try:
         import matplotlib
         import matplotlib.figure
@@ -73,7 +74,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
     @functools.wraps(draw)
     def with_style(*args, **options):
-        with matplotlib_here().style.context([STYLE], after_reset=True):
+        with library().style.context([STYLE], after_reset=True):
             return draw(*args, **options)
 
     return with_style
@@ -86,7 +87,7 @@ def colour(name: str) -> str:
 
 
 def new_figure(height: float, title: str, width: float = WIDTH) -> Figure:
-    figure = matplotlib_here().figure.Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
+    figure = library().figure.Figure(figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white")
     if title:
         figure.suptitle(wrapped(title, int(70 * width / WIDTH)))
     return figure

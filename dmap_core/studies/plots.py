@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from ..plots import FONT, WIDTH, colour, matplotlib_here, new_figure, styled, wrapped
+from ..plots import FONT, WIDTH, colour, library, new_figure, styled, wrapped
 from .diversity import Diversity
 from .score import ScoreErrors, ScoreMean, mean_and_error
 from .toy import CENTRES, TRUE, Toy
@@ -29,7 +29,7 @@ def zeta_colour(zeta: float) -> tuple[float, float, float, float]:
     """The colour of DPS with that zeta where several are compared: from green, 0.05 and less, to dark violet, 4.8 and more."""
     low, high = ZETAS
     part = math.log(max(zeta, low) / low) / math.log(high / low)
-    return matplotlib_here().colormaps["viridis_r"](0.3 + 0.7 * min(part, 1.0))
+    return library().colormaps["viridis_r"](0.3 + 0.7 * min(part, 1.0))
 
 
 def _zeta_label(zeta: float) -> str:

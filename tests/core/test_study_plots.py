@@ -294,6 +294,7 @@ def test_pyplot_is_never_asked_for(monkeypatch):
 
 
 def test_matplotlib_is_imported_only_when_something_is_drawn():
-    tree = ast.parse(Path(plots.__file__).read_text(encoding="ascii"))
-    at_the_top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert not any("matplotlib" in ast.unparse(node) for node in at_the_top)
+    for module in (plots, drawing):
+        tree = ast.parse(Path(module.__file__).read_text(encoding="ascii"))
+        at_the_top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any("matplotlib" in ast.unparse(node) for node in at_the_top)
