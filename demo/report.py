@@ -15,7 +15,6 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -49,7 +48,7 @@ QUICK = {"count": 2, "repeats": 3, "samples": 32, "fewer": 32, "noises": 2}
 log = logging.getLogger("report")
 
 
-def problem(out: Path, **more) -> SimpleNamespace:
+def problem(out: Path, **more) -> dict:
     """The options of a study on the first held-out picture, with the noise levels of DPS's preset for the demo prior unless others are given."""
     given = {
         "checkpoint": PRIOR,
@@ -61,19 +60,19 @@ def problem(out: Path, **more) -> SimpleNamespace:
         "steps": 20,
     }
     given |= {"size": None, "seed": 0, "precision": "fp32", "prompt": "", "weights": None, "out": out}
-    return SimpleNamespace(**given | more)
+    return given | more
 
 
-def once(study, args: SimpleNamespace, result: Path) -> None:
+def once(study, given: dict, result: Path) -> None:
     """Run a study whose result is not there yet with these settings, in the main process."""
     settings = result.with_suffix(".json")
-    wanted = json.loads(json.dumps(vars(args), default=str))
+    wanted = json.loads(json.dumps(given, default=str))
     if result.exists() and settings.exists():
         found = json.loads(settings.read_text())["settings"]
         if {name: found.get(name) for name in wanted} == wanted:
             return
     if PartialState().is_main_process:
-        study(args)
+        study(**given)
 
 
 def table(name: str, out: Path, sizes: dict, quick: bool):
@@ -142,7 +141,7 @@ def main() -> None:
     out = args.out or ROOT / "output" / ("report-quick" if args.quick else "report")
     sizes = QUICK if args.quick else FULL
     started = time.time()
-    once(commands.toy_example, SimpleNamespace(samples=1000, zeta=0.05, seed=0, out=out / "toy"), out / "toy" / "toy.png")
+    once(commands.toy_example, {"samples": 1000, "zeta": 0.05, "seed": 0, "out": out / "toy"}, out / "toy" / "toy.png")
     error = problem(out / "score-error", repeats=sizes["noises"])
     once(commands.score_error, error, out / "score-error" / "score-error.png")
     mean = problem(out / "score-mean", samples=sizes["samples"], batch=8)

@@ -1,4 +1,4 @@
-"""Tables and studies without ComfyUI: `python -m dmap_core.cli COMMAND --help`."""
+"""Tables, studies and trainings without ComfyUI: `dmap COMMAND --help`, or `python -m dmap_core.cli`, as for accelerate launch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def parser() -> argparse.ArgumentParser:
     from .studies import commands as studies
 
     raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(prog="python -m dmap_core.cli", description=__doc__, formatter_class=raw)
+    p = argparse.ArgumentParser(prog="dmap", description=__doc__, formatter_class=raw)
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     table = commands.add_parser(
         "evaluate", help="restore many pictures and write a table", description=evaluate.__doc__, formatter_class=raw
     )
     evaluate.add_arguments(table)
-    table.set_defaults(run=evaluate.run)
+    table.set_defaults(function=evaluate.evaluate_table)
     studies.add_parsers(commands, raw)
     return p
 
@@ -43,7 +43,9 @@ def _main(argv: Sequence[str] | None) -> None:
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        args.run(args)
+        given = vars(args)
+        del given["command"]
+        given.pop("function")(**given)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {MISSING.format(error.name)}")
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """`evaluate`: restore many pictures, measure them, and write a table.
 
-    python -m dmap_core.cli evaluate --images photos/ --size 512 --checkpoint 512-base-ema.safetensors \\
+    dmap evaluate --images photos/ --size 512 --checkpoint 512-base-ema.safetensors \\
         --operator '{"operator": "SuperResolution", "scale": 8}' --solver DPS,DMAP --out results/
     accelerate launch --num_processes 4 -m dmap_core.cli evaluate --config studies/configs/table4.yaml --images imagenet/ --out results/
 
@@ -46,41 +46,34 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompt", help="the conditioning (default: empty, the paper's)")
 
 
-def config_of(args: argparse.Namespace, **more: Any) -> Config:
-    """The config that the options ask for. Raises ConfigError."""
-    names = (
-        "images",
-        "checkpoint",
-        "count",
-        "size",
-        "seed",
-        "precision",
-        "metrics",
-        "weights",
-        "settings_for",
-        "batch",
-        "prompt",
-        "unreadable",
-    )
-    changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None} | more
-    rows = {name: getattr(args, name) for name in ("operator", "solver", "settings", "steps", "spacing", "cse")}
-    given = [f"--{name}" for name, value in rows.items() if value is not None]
-    if args.config:
+def config_of(
+    *,
+    config: Path | None = None,
+    operator: str | None = None,
+    solver: str | None = None,
+    settings: str | None = None,
+    steps: int | None = None,
+    spacing: str | None = None,
+    cse: Path | None = None,
+    **changes: Any,
+) -> Config:
+    """The config of a file with other values of `Config`, or of one operator and a row for every solver. None is not given. Raises ConfigError.
+
+    operator: JSON, or a .json file; solver: names with commas between them; settings: JSON, of all of them.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    row = {"operator": operator, "solver": solver, "settings": settings, "steps": steps, "spacing": spacing, "cse": cse}
+    given = [f"--{name}" for name, value in row.items() if value is not None]
+    if config:
         if given:
-            raise ConfigError(f"{', '.join(given)}: the rows of {args.config} say this; leave it out, or leave out --config")
-        return read_config(args.config, **changes)
-    if not args.operator or not args.solver:
+            raise ConfigError(f"{', '.join(given)}: the rows of {config} say this; leave it out, or leave out --config")
+        return read_config(config, **changes)
+    if not operator or not solver:
         raise ConfigError("give a --config, or an --operator and a --solver")
-    solvers = [name.strip() for name in args.solver.split(",")]
-    row = {
-        "operator": "operator",
-        "settings": _json(args.settings, "--settings"),
-        "steps": args.steps,
-        "spacing": args.spacing,
-        "cse": args.cse,
-    }
+    row |= {"operator": "operator", "settings": _json(settings, "--settings")}
     row = {name: value for name, value in row.items() if value is not None}
-    return make_config({"operators": {"operator": _spec(args.operator)}, "rows": [row | {"solver": name} for name in solvers]} | changes)
+    rows = [row | {"solver": name.strip()} for name in solver.split(",")]
+    return make_config({"operators": {"operator": _spec(operator)}, "rows": rows} | changes)
 
 
 def _json(text: str | None, option: str) -> Any:
@@ -99,13 +92,14 @@ def _spec(text: str) -> Any:
     return _json(text, "--operator")
 
 
-def run(args: argparse.Namespace) -> None:
+def evaluate_table(out: Path, **given: Any) -> None:
+    """Restores, measures and writes the table of a config into the folder `out`. given: see `config_of`."""
     from accelerate import PartialState
 
     from .report import write_table
     from .run import evaluate
 
-    config = config_of(args)
-    jobs = evaluate(config, args.out)
+    config = config_of(**given)
+    jobs = evaluate(config, out)
     if PartialState().is_main_process:
-        write_table(config, jobs, args.out)
+        write_table(config, jobs, out)

@@ -7,9 +7,11 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..plots import save
 from .score import PAPER_ZETAS
 
 log = logging.getLogger("dmap.studies")
@@ -23,14 +25,14 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     _add_problem(error, cse_required=True)
     error.add_argument("--steps", type=int, default=100, help="noise levels (default: 100)")
     error.add_argument("--repeats", type=int, default=4, help="draws of the noise at every level (default: 4)")
-    error.set_defaults(run=score_error)
+    error.set_defaults(function=score_error)
 
     mean = commands.add_parser("score-mean", help="Observation II, Table 2: the mean of DPS's score at x_T", formatter_class=formatter)
     _add_problem(mean, cse_required=False)
     mean.add_argument("--steps", type=int, default=500, help="of the schedule whose first step is looked at (default: 500, the paper's)")
     mean.add_argument("--samples", type=int, default=1000, help="draws of x_T (default: 1000, the paper's)")
     mean.add_argument("--batch", type=int, default=1, help="of them at a time (default: 1)")
-    mean.set_defaults(run=score_mean)
+    mean.set_defaults(function=score_mean)
 
     from ..evaluate.command import add_arguments
 
@@ -43,7 +45,7 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     )
     add_arguments(spread)
     spread.add_argument("--repeats", type=int, help="restorations of every picture (the paper's: 50)")
-    spread.set_defaults(run=diversity)
+    spread.set_defaults(function=diversity)
 
     toy = commands.add_parser(
         "toy", help="A.4, Fig. 8: two Gaussians in the plane, of which everything is known", formatter_class=formatter
@@ -52,7 +54,7 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     toy.add_argument("--samples", type=int, default=1000, help="of every method (default: 1000)")
     toy.add_argument("--zeta", type=float, default=0.05, help="of DPS (default: 0.05, the paper's)")
     toy.add_argument("--seed", type=int, default=0)
-    toy.set_defaults(run=toy_example)
+    toy.set_defaults(function=toy_example)
 
 
 def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
@@ -61,9 +63,7 @@ def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
     p.add_argument("--operator", required=True, help="the degradation, as JSON or a .json file")
     p.add_argument("--out", type=Path, required=True, help="folder for the results")
     p.add_argument("--cse", type=Path, required=cse_required, help="a ControlNet: the conditional model to compare with")
-    p.add_argument(
-        "--zeta", default=",".join(map(str, PAPER_ZETAS)), help=f"of DPS, with commas (default: {','.join(map(str, PAPER_ZETAS))})"
-    )
+    p.add_argument("--zeta", default=Options.zeta, help=f"of DPS, with commas (default: {Options.zeta})")
     p.add_argument("--spacing", default="paper", help="of the noise levels: paper, exponential or karras (default: paper)")
     p.add_argument("--size", type=int, help="resize and centre-crop the picture to this")
     p.add_argument("--seed", type=int, default=0)
@@ -72,10 +72,32 @@ def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
     p.add_argument("--weights", type=Path, help="folder with the weights of learned operators")
 
 
-class Problem:
-    """A picture's measurement, the prior, and the conditional model if there is a CSE."""
+@dataclass(frozen=True)
+class Options:
+    """What the studies of scores look at.
 
-    def __init__(self, args: argparse.Namespace):
+    checkpoint: the base model, picture: a clean one, operator: JSON or a .json file; cse: the conditional model to compare with. zeta: numbers
+    with commas between them. steps: noise levels of the schedule. size: resize and centre-crop the picture to this. weights: a folder.
+    """
+
+    checkpoint: Path
+    picture: Path
+    operator: str
+    steps: int
+    cse: Path | None = None
+    zeta: str = ",".join(map(str, PAPER_ZETAS))
+    spacing: str = "paper"
+    size: int | None = None
+    seed: int = 0
+    precision: str = "fp32"
+    prompt: str = ""
+    weights: Path | None = None
+
+
+class Problem:
+    """A picture's measurement, the prior, and the conditional model if there is a CSE. Raises ValueError for what cannot be."""
+
+    def __init__(self, options: Options):
         import torch
 
         from ..backends.diffusers import DiffusersPrior
@@ -86,37 +108,35 @@ class Problem:
         from ..evaluate.run import DTYPES, measurement
         from ..schedule import SPACINGS
 
-        if args.spacing not in SPACINGS:
-            raise ValueError(f"--spacing is {args.spacing!r}; it must be one of {', '.join(SPACINGS)}")
-        for name in ("checkpoint", "picture", "cse"):
-            path = getattr(args, name)
+        if options.spacing not in SPACINGS:
+            raise ValueError(f"--spacing is {options.spacing!r}; it must be one of {', '.join(SPACINGS)}")
+        for name, path in (("checkpoint", options.checkpoint), ("picture", options.picture), ("cse", options.cse)):
             if path is not None and not path.exists():
                 raise ValueError(f"--{name}: there is no {path}")
-        self.zetas = zetas(args.zeta)
-        check_numbers(args)
+        self.zetas = zetas(options.zeta)
+        check_numbers(steps=options.steps, size=options.size)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.operator = read_operator(args.operator, args.weights).to(device)
-        self.x = Picture(args.picture, 0).open(args.size).to(device)
+        self.operator = read_operator(options.operator, options.weights).to(device)
+        self.x = Picture(options.picture, 0).open(options.size).to(device)
         self.operator.check(tuple(self.x.shape[-2:]))
-        self.y = measurement(self.operator, self.x, [args.seed])
-        self.base = open_base(args.checkpoint, args.prompt).to(device, DTYPES[args.precision])
+        self.y = measurement(self.operator, self.x, [options.seed])
+        self.base = open_base(options.checkpoint, options.prompt).to(device, DTYPES[options.precision])
         size = tuple(self.x.shape[-2:])
         self.prior = DiffusersPrior(self.base, size)
         self.conditional = None
-        if args.cse:
-            controlnet, metadata = open_cse(args.cse, self.base)
-            if metadata and (warning := metadata.other_operator(self.operator, args.cse.name)):
+        if options.cse:
+            controlnet, metadata = open_cse(options.cse, self.base)
+            if metadata and (warning := metadata.other_operator(self.operator, options.cse.name)):
                 log.warning("%s", warning)
             self.conditional = DiffusersPrior(self.base, size, controlnet, hint_for(self.operator.hint(self.y), metadata))
-        self.sigmas = SPACINGS[args.spacing](self.base.sigmas.cpu(), args.steps)
+        self.sigmas = SPACINGS[options.spacing](self.base.sigmas.cpu(), options.steps)
 
 
-def check_numbers(args: argparse.Namespace) -> None:
+def check_numbers(**given: int | None) -> None:
     """Raises ValueError for numbers that no machine could do."""
-    for name, most in MOST.items():
-        value = getattr(args, name, None)
-        if value is not None and value > most:
-            raise ValueError(f"--{name} is too large; it must be at most {most}")
+    for name, value in given.items():
+        if value is not None and value > MOST[name]:
+            raise ValueError(f"--{name} is too large; it must be at most {MOST[name]}")
 
 
 def zetas(text: str) -> list[float]:
@@ -130,7 +150,8 @@ def zetas(text: str) -> list[float]:
     return found
 
 
-def score_error(args: argparse.Namespace) -> None:
+def score_error(out: Path, repeats: int = 4, steps: int = 100, **given: Any) -> None:
+    """Observation I (Fig. 1): score-error.csv, .png and .json in the folder `out`. repeats: draws of the noise at every level; given: see `Options`."""
     import torch
 
     from ..posterior import Posterior
@@ -138,62 +159,68 @@ def score_error(args: argparse.Namespace) -> None:
     from . import plots
     from .score import score_errors, score_points, timesteps
 
-    problem = Problem(args)
-    y = problem.y.expand(args.repeats, -1, -1, -1)
+    options = Options(steps=steps, **given)
+    check_numbers(repeats=repeats)
+    problem = Problem(options)
+    if problem.conditional is None:
+        raise ValueError("--cse: a conditional model to compare with is needed")
+    y = problem.y.expand(repeats, -1, -1, -1)
     with torch.no_grad():
-        z0 = problem.prior.encode(problem.x).expand(args.repeats, -1, -1, -1)
-    progress = _progress(args.steps, "noise levels")
+        z0 = problem.prior.encode(problem.x).expand(repeats, -1, -1, -1)
+    progress = _progress(steps, "noise levels")
     points = score_points(
-        Posterior(problem.prior, problem.operator, y), z0, problem.sigmas, generators(args.seed, args.repeats), lambda i, point: progress()
+        Posterior(problem.prior, problem.operator, y),
+        z0,
+        problem.sigmas,
+        generators(options.seed, repeats),
+        lambda i, point: progress(),
     )
     with torch.no_grad():
         conditional = [problem.conditional.denoise(point.z, point.sigma) for point in points]
     errors = score_errors(points, conditional, problem.zetas)
     t = timesteps(errors.sigmas, problem.base.sigmas)
-    write_csv(args.out / "score-error.csv", errors.rows(t))
-    plots.save(
-        plots.score_error_plot(errors, timesteps=t, title=f"Score error, {problem.operator.describe()}"), args.out / "score-error.png"
-    )
-    write_settings(args, args.out / "score-error.json")
-    log.info("%s", args.out / "score-error.png")
+    write_csv(out / "score-error.csv", errors.rows(t))
+    save(plots.score_error_plot(errors, timesteps=t, title=f"Score error, {problem.operator.describe()}"), out / "score-error.png")
+    write_settings(out / "score-error.json", out=out, repeats=repeats, **asdict(options))
+    log.info("%s", out / "score-error.png")
 
 
-def score_mean(args: argparse.Namespace) -> None:
+def score_mean(out: Path, samples: int = 1000, batch: int = 1, steps: int = 500, **given: Any) -> None:
+    """Observation II (Table 2): score-mean.csv, .png and .json in the folder `out`. samples: draws of x_T, `batch` at a time; given: see `Options`."""
     from ..posterior import Posterior
     from . import plots
     from .score import plain_score_mean, score_mean_rows, score_means
 
-    problem = Problem(args)
+    options = Options(steps=steps, **given)
+    check_numbers(samples=samples, batch=batch)
+    problem = Problem(options)
     posterior = Posterior(problem.prior, problem.operator, problem.y)
     shape, (sigma, sigma_next) = problem.prior.latent_shape(), (float(s) for s in problem.sigmas[:2])
-    progress = _progress(args.samples, "samples")
-    means = score_means(
-        posterior, shape, sigma, sigma_next, problem.zetas, args.samples, args.batch, args.seed, lambda done, k: progress(done)
-    )
+    progress, seed = _progress(samples, "samples"), options.seed
+    means = score_means(posterior, shape, sigma, sigma_next, problem.zetas, samples, batch, seed, lambda done, k: progress(done))
     if problem.conditional:
-        means["CSE"] = plain_score_mean(
-            problem.conditional.denoise, shape, sigma, args.samples, args.batch, args.seed, device=problem.y.device
-        )
-    write_csv(args.out / "score-mean.csv", score_mean_rows(means))
-    plots.save(plots.score_mean_plot(means), args.out / "score-mean.png")
-    write_settings(args, args.out / "score-mean.json")
-    log.info("%s", args.out / "score-mean.png")
+        means["CSE"] = plain_score_mean(problem.conditional.denoise, shape, sigma, samples, batch, seed, device=problem.y.device)
+    write_csv(out / "score-mean.csv", score_mean_rows(means))
+    save(plots.score_mean_plot(means), out / "score-mean.png")
+    write_settings(out / "score-mean.json", out=out, samples=samples, batch=batch, **asdict(options))
+    log.info("%s", out / "score-mean.png")
 
 
-def diversity(args: argparse.Namespace) -> None:
+def diversity(out: Path, **given: Any) -> None:
+    """Observation III (Fig. 3): a table of several restorations of every picture, and what `write_diversity` writes. given: see `config_of`."""
     from accelerate import PartialState
 
     from ..evaluate.command import config_of
     from ..evaluate.report import write_table
     from ..evaluate.run import evaluate
 
-    config = config_of(args, **({"repeats": args.repeats} if args.repeats else {}))
+    config = config_of(**given)
     if config.repeats < 2:
         raise ValueError("--repeats: a spread needs at least 2 restorations of a picture (the paper's: 50)")
-    jobs = evaluate(config, args.out)
+    jobs = evaluate(config, out)
     if PartialState().is_main_process:
-        write_table(config, jobs, args.out)
-        write_diversity(config, jobs, args.out)
+        write_table(config, jobs, out)
+        write_diversity(config, jobs, out)
 
 
 def write_diversity(config: Any, jobs: Sequence[Any], out: Path) -> list[dict[str, Any]]:
@@ -219,24 +246,24 @@ def write_diversity(config: Any, jobs: Sequence[Any], out: Path) -> list[dict[st
                 )
         if not found:
             raise ValueError(f"diversity: no row has two restorations of {file.name} that did not diverge; lower zeta")
-        plots.save(plots.diversity_plot(found), out / f"diversity-{file.stem}.png")
+        save(plots.diversity_plot(found), out / f"diversity-{file.stem}.png")
         log.info("%s", out / f"diversity-{file.stem}.png")
     write_csv(out / "diversity.csv", records)
     return records
 
 
-def toy_example(args: argparse.Namespace) -> None:
-    """At the published measurement, where the posterior has one mode, and at one where it has two."""
+def toy_example(out: Path, samples: int = 1000, zeta: float = 0.05, seed: int = 0) -> None:
+    """A.4 (Fig. 8): toy.csv, .png and .json, at the published measurement, where the posterior has one mode, and at one where it has two."""
     from . import plots
     from .toy import BIMODAL_Y, PUBLISHED_Y
     from .toy import toy_example as example
 
-    check_numbers(args)
-    toys = [example(samples=args.samples, zeta=args.zeta, dmap_zeta=2 * args.zeta, seed=args.seed, y=y) for y in (PUBLISHED_Y, BIMODAL_Y)]
-    write_csv(args.out / "toy.csv", [row for toy in toys for row in toy.rows()])
-    plots.save(plots.toy_plot(*toys), args.out / "toy.png")
-    write_settings(args, args.out / "toy.json")
-    log.info("%s", args.out / "toy.png")
+    check_numbers(samples=samples)
+    toys = [example(samples=samples, zeta=zeta, dmap_zeta=2 * zeta, seed=seed, y=y) for y in (PUBLISHED_Y, BIMODAL_Y)]
+    write_csv(out / "toy.csv", [row for toy in toys for row in toy.rows()])
+    save(plots.toy_plot(*toys), out / "toy.png")
+    write_settings(out / "toy.json", out=out, samples=samples, zeta=zeta, seed=seed)
+    log.info("%s", out / "toy.png")
 
 
 def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
@@ -245,12 +272,11 @@ def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:
     write_text(path, csv_text(records))
 
 
-def write_settings(args: argparse.Namespace, path: Path) -> None:
+def write_settings(path: Path, **given: Any) -> None:
     """What was asked for, and the versions of what computed it."""
     from ..evaluate.results import write_text
     from ..evaluate.run import versions
 
-    given = {name: value for name, value in vars(args).items() if name != "run"}
     write_text(path, json.dumps({"settings": given, "versions": versions()}, indent=1, default=str) + "\n")
 
 

@@ -318,27 +318,29 @@ def test_there_are_shipped_configs():
 def options(*argv):
     p = argparse.ArgumentParser()
     command.add_arguments(p)
-    return p.parse_args([*argv, "--out", "results"])
+    given = vars(p.parse_args([*argv, "--out", "results"]))
+    assert given.pop("out") == Path("results")
+    return given
 
 
 def test_the_command_line_comes_first(tmp_path):
     file = written(tmp_path, given(images="photos", count=9, seed=5, metrics=["psnr"], prompt="a", size=64))
     more = "--images other --checkpoint c.ckpt --count 2 --size 32 --seed 0 --precision bf16 --metrics ssim,psnr --weights w --batch 4"
-    config = command.config_of(options("--config", str(file), *more.split(), "--prompt", "", "--settings-for", MODELS[1]))
+    config = command.config_of(**options("--config", str(file), *more.split(), "--prompt", "", "--settings-for", MODELS[1]))
     assert (config.images, config.checkpoint, config.weights) == (Path("other"), Path("c.ckpt"), Path("w"))
     assert (config.count, config.size, config.seed, config.precision, config.batch) == (2, 32, 0, "bf16", 4)
     assert (config.metrics, config.prompt, config.settings_for) == (("ssim", "psnr"), "", MODELS[1])
-    untouched = command.config_of(options("--config", str(file)))
+    untouched = command.config_of(**options("--config", str(file)))
     assert (untouched.count, untouched.seed, untouched.metrics, untouched.prompt) == (9, 5, ("psnr",), "a")
 
 
 def test_a_config_of_options_alone(tmp_path):
     row = ["--steps", "7", "--spacing", "karras", "--settings", '{"zeta": 3}', "--cse", "a.safetensors"]
-    config = command.config_of(options("--operator", json.dumps(SR8), "--solver", "DPS, DMAP", *row, "--images", "p"))
+    config = command.config_of(**options("--operator", json.dumps(SR8), "--solver", "DPS, DMAP", *row, "--images", "p"))
     assert [r.solver for r in config.rows] == ["DPS", "DMAP"] and config.operator("operator").scale == 8
     assert all((r.steps, r.spacing, r.settings, r.cse) == (7, "karras", {"zeta": 3}, Path("a.safetensors")) for r in config.rows)
     (tmp_path / "op.json").write_text(json.dumps({"operator": "Grayscale"}))
-    config = command.config_of(options("--operator", str(tmp_path / "op.json"), "--solver", "DPS"))
+    config = command.config_of(**options("--operator", str(tmp_path / "op.json"), "--solver", "DPS"))
     assert config.operator("operator").name == "Grayscale" and config.metrics == ("psnr", "ssim")
 
 
@@ -359,5 +361,5 @@ def test_a_config_of_options_alone(tmp_path):
 )
 def test_options_with_mistakes(argv, message):
     with pytest.raises(ConfigError) as caught:
-        command.config_of(options(*argv))
+        command.config_of(**options(*argv))
     assert message in str(caught.value)

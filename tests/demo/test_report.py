@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from host import ROOT
@@ -100,14 +99,14 @@ def test_observation_3_compares_with_the_conditional_model(story, tmp_path, spre
 def test_a_study_with_the_same_settings_is_not_computed_again(report, tmp_path):
     calls = []
 
-    def study(args):
-        calls.append(args.zeta)
+    def study(**given):
+        calls.append(given["zeta"])
         result.touch()
-        result.with_suffix(".json").write_text(json.dumps({"settings": vars(args) | {"command": "x"}}, default=str))
+        result.with_suffix(".json").write_text(json.dumps({"settings": given | {"command": "x"}}, default=str))
 
     result = tmp_path / "plot.png"
     for zeta in ("1", "1", "2"):
-        report.once(study, SimpleNamespace(zeta=zeta, out=tmp_path), result)
+        report.once(study, {"zeta": zeta, "out": tmp_path}, result)
     assert calls == ["1", "2"]
 
 
