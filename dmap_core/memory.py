@@ -1,11 +1,4 @@
-"""Fitting two backward passes into the memory that is there.
-
-Three plans, each slower and leaner than the one before it:
-
-fast        the denoiser's activations wait while the decoder's gradient is taken
-lean        the denoiser runs twice, once without a graph, so that its activations and the decoder's are never alive together
-checkpoint  both networks keep only the inputs of their blocks and recompute the rest block by block
-"""
+"""What autograd saves: counted against a budget, or recomputed block by block instead of kept."""
 
 from __future__ import annotations
 
@@ -19,16 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
-PLANS = ("fast", "lean", "checkpoint")
 SHARE = 0.75  # of the free memory that saved activations may take; the backward pass needs room for its own
-
-# Classes of the blocks that make up the UNets and the decoders of latent diffusion models, in ComfyUI, in diffusers and in TAESD.
-BLOCKS = frozenset(
-    ["ResBlock", "SpatialTransformer"]  # ComfyUI's UNet
-    + ["ResnetBlock", "AttnBlock", "Upsample", "Downsample"]  # its autoencoder
-    + ["Block"]  # TAESD
-    + ["ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D"]  # diffusers
-)
 
 
 class ShortOfMemory(RuntimeError):
@@ -87,9 +71,12 @@ def _checkpoint(forward, *args, **kwargs):
 
 
 @contextmanager
-def checkpointed(networks: Iterable[nn.Module]) -> Iterator[int]:
-    """Blocks of the networks recompute their activations in the backward pass while the context lasts. Yields how many blocks do."""
-    blocks = dict.fromkeys(m for network in networks for m in network.modules() if type(m).__name__ in BLOCKS)
+def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[int]:
+    """The blocks recompute their activations in the backward pass while the context lasts. Yields how many there are.
+
+    Blocks within others do it within their recomputation.
+    """
+    blocks = dict.fromkeys(blocks)
     replaced = {block: block.__dict__["forward"] for block in blocks if "forward" in block.__dict__}
     for block in blocks:
         # an attribute of the instance hides the method of the class; deleting it brings the method back

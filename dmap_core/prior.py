@@ -21,7 +21,10 @@ class Prior(Protocol):
         """Latent of an image (B, 3, H, W)."""
 
     def networks(self) -> Iterable[nn.Module]:
-        """The networks behind denoise and decode, whose blocks may be checkpointed; empty for closed forms."""
+        """The networks behind denoise and decode, whose weights take no memory of a gradient's; empty for closed forms."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The modules of those networks that may run again on a gradient's way back instead of keeping their activations."""
 
     def free_memory(self) -> float:
         """Bytes that activations may take now; infinite where memory does not matter."""
