@@ -13,9 +13,9 @@ from typing import Any
 
 from .operators import Compose, Noisy, Operator, SuperResolution
 from .operators.base import whole
+from .solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
-SOLVERS = ("DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
 
 PAPER_ZETA = {"SuperResolution x8": 4.8, "GaussianBlur": 0.6}
 
@@ -39,42 +39,41 @@ SEARCHED = {
     "DMAP": "zeta searched",
     "DMAP full": "zeta that was searched for DPS, as in the paper,",
 }
+NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the paper has
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
 
 
 @dataclass(frozen=True)
 class Preset:
-    """`settings` are the keyword arguments of `solvers.SOLVERS[solver]`; spacing is a key of `schedule.SPACINGS`."""
+    """A solver with its settings, and the noise levels it goes with; spacing is a key of `schedule.SPACINGS`."""
 
-    solver: str
-    settings: dict[str, Any]
+    solver: Solver
     steps: int
     spacing: str
     source: str
 
     def with_steps(self, steps: int) -> Preset:
-        """The same with another number of steps: zeta grows as they get fewer (B.3: "double zeta to compensate"), windows move along.
-
-        DSG's mix rate stays as it is: it is no step size, and was better unscaled (docs/solvers.md).
-        """
+        """The same with another number of steps."""
         steps = whole("steps", steps, 1)
         if steps == self.steps:
             return self
-        ratio = steps / self.steps
-        settings = {k: max(1, round(v * ratio)) if k in ("first", "last", "every") else v for k, v in self.settings.items()}
-        if self.solver != "DSG":
-            settings |= {k: float(f"{v / ratio:.4g}") for k, v in settings.items() if k in ("zeta", "gamma")}
-        settings |= {k: min(v, steps - 1) for k, v in settings.items() if k in ("first", "last")}
+        solver = self.solver.rescaled(steps / self.steps, steps)
         spacing = self.spacing if steps > 100 else "exponential"
-        return replace(
-            self, settings=settings, steps=steps, spacing=spacing, source=f"{self.source}; scaled from {self.steps} to {steps} steps"
-        )
+        return Preset(solver, steps, spacing, f"{self.source}; scaled from {self.steps} to {steps} steps")
+
+    def with_settings(self, **settings: Any) -> Preset:
+        """The same with other settings of the solver. Raises ValueError for those that it does not have."""
+        known = self.solver.described()
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"{self.solver.name()} has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+        return replace(self, solver=replace(self.solver, **settings))
 
     def text(self) -> str:
         """One line for people: solver, settings and where they come from."""
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.settings.items())
-        return f"{self.solver}: {settings}, {self.steps} steps, {self.spacing} spacing ({self.source})"
+        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.solver.notable().items())
+        return f"{self.solver.name()}: {settings}, {self.steps} steps, {self.spacing} spacing ({self.source})"
 
 
 def parts(operator: Operator) -> list[Operator]:
@@ -97,8 +96,8 @@ def _kind(operator: Operator) -> str:
 
 def preset(operator: Operator, solver: str, model: str) -> Preset:
     """The settings of `solver` for an operator on a model. Raises ValueError for unknown names, and where no settings are known."""
-    if solver not in SOLVERS:
-        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(SOLVERS)}")
+    if solver not in NAMES:
+        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(NAMES)}")
     if model not in MODELS:
         raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
     if any(f.name == "Segmentation" for f in parts(operator)) and solver != "DSG":
@@ -113,35 +112,32 @@ def _paper(key: str, solver: str) -> Preset:
     known = key in PAPER_ZETA
     zeta = PAPER_ZETA[key] if known else round(PAPER_ZETA["SuperResolution x8"] * DEMO[key][0] / DEMO["SuperResolution x8"][0], 2)
     source = "paper and authors" if known else f"carried over from the demo prior (treated as {key})"
-    settings, steps = {
-        "DPS": ({"zeta": zeta}, 500),
-        "PSLD": ({"zeta": zeta, "gamma": round(0.002 * zeta, 6)}, 500),
-        "FreeDoM": ({"zeta": zeta, "K": 2, "first": 25, "last": 50}, 500),
-        "ReSample": (
-            {"zeta": zeta, "first": 50, "last": 100, "every": 50, "iterations": 200, "learning_rate": 5e-3, "factor": 40.0},
-            500,
-        ),
-        "DSG": ({"zeta": 0.08}, 500),
-        "DMAP": ({"zeta": 2 * zeta, "K": 2}, 250),
-        "DMAP full": ({"zeta": zeta, "K": 3}, 500),
+    found, steps = {
+        "DPS": (DPS(zeta=zeta), 500),
+        "PSLD": (PSLD(zeta=zeta, gamma=round(0.002 * zeta, 6)), 500),
+        "FreeDoM": (FreeDoM(zeta=zeta, K=2, first=25, last=50), 500),
+        "ReSample": (ReSample(zeta=zeta, first=50, last=100, every=50, iterations=200, learning_rate=5e-3, factor=40.0), 500),
+        "DSG": (DSG(zeta=0.08), 500),
+        "DMAP": (DMAP(zeta=2 * zeta, K=2), 250),
+        "DMAP full": (DMAP(zeta=zeta, K=3), 500),
     }[solver]
     if solver == "DSG" and not known:
         source = "paper's mix rate for super-resolution and Gaussian blur"
     if solver in ("PSLD", "FreeDoM", "ReSample") and key == "GaussianBlur":
         source = "paper and authors for zeta; the rest is theirs for super-resolution x8"
-    return Preset(solver.removesuffix(" full"), settings, steps, "paper", source)
+    return Preset(found, steps, "paper", source)
 
 
 def _demo(key: str, solver: str) -> Preset:
     zeta, dmap_zeta, mix, glue = DEMO[key]
-    settings, steps = {
-        "DPS": ({"zeta": zeta}, 20),
-        "PSLD": ({"zeta": zeta, "gamma": round(glue * zeta, 4)}, 20),
-        "FreeDoM": ({"zeta": zeta, "K": 2, "first": 4, "last": 7}, 16),
-        "ReSample": ({"zeta": zeta, "first": 8, "last": 16, "every": 8, "iterations": 20, "learning_rate": 0.02, "factor": 40.0}, 20),
-        "DSG": ({"zeta": mix}, 20),
-        "DMAP": ({"zeta": dmap_zeta, "K": 2}, 10),
-        "DMAP full": ({"zeta": zeta, "K": 3}, 20),
+    found, steps = {
+        "DPS": (DPS(zeta=zeta), 20),
+        "PSLD": (PSLD(zeta=zeta, gamma=round(glue * zeta, 4)), 20),
+        "FreeDoM": (FreeDoM(zeta=zeta, K=2, first=4, last=7), 16),
+        "ReSample": (ReSample(zeta=zeta, first=8, last=16, every=8, iterations=20, learning_rate=0.02, factor=40.0), 20),
+        "DSG": (DSG(zeta=mix), 20),
+        "DMAP": (DMAP(zeta=dmap_zeta, K=2), 10),
+        "DMAP full": (DMAP(zeta=zeta, K=3), 20),
     }[solver]
     source = f"{SEARCHED[solver]} on the demo prior for {key}"
-    return Preset(solver.removesuffix(" full"), settings, steps, "exponential", source)
+    return Preset(found, steps, "exponential", source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from .operators.base import check_batch
 from .posterior import Posterior
 from .prior import Prior
 from .schedule import generators, randn_like
+from .solvers import Solver
 
 
 @dataclass
@@ -51,15 +51,14 @@ def restore(
     y: Tensor,
     shape: tuple[int, int, int],
     sigmas: Tensor,
-    solver: Callable[..., Tensor],
-    settings: dict[str, Any],
+    solver: Solver,
     seeds: Sequence[int],
     memory: str = "auto",
     callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Restoration:
     """A restoration for every seed, of one measurement y (1, c, h, w) or of one each (B, c, h, w). shape: (C, h, w) of a latent.
 
-    sigmas: (T + 1,) falling to 0. solver: one of `solvers.SOLVERS` with its settings. The noise of x_T comes from a sample's seed, that of
+    sigmas: (T + 1,) falling to 0. The noise of x_T comes from a sample's seed, that of
     the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others,
     but for rounding, which a guided run amplifies (docs/solvers.md).
     Raises ValueError, before anything is computed, for a y that the operator does not make; errors.Diverged for NaN, and what the solver raises.
@@ -75,7 +74,7 @@ def restore(
     started = time.perf_counter()
     z = initial_latent(shape, float(sigmas[0]), seeds, device)
     noise = [g for seed in seeds for g in generators(seed + 1, 1)]
-    z0 = solver(posterior, z, sigmas, **settings, generator=noise, callback=callback)
+    z0 = solver(posterior, z, sigmas, generator=noise, callback=callback)
     with torch.no_grad():
         image = prior.decode(z0)
     if not torch.isfinite(image).all():

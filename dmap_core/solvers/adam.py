@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .base import choice_setting
 
 OPTIMIZERS = ("gradient", "adam")
 
@@ -28,8 +32,13 @@ class Adam:
         return (self.first / (1 - b1**self.count)) / (torch.sqrt(self.second / (1 - b2**self.count)) + self.eps)
 
 
+def optimizer_setting() -> Any:
+    return choice_setting(
+        OPTIMIZERS,
+        "gradient: the paper's. adam: steps scaled by Adam (C.1 of the paper); zeta is then the size of a step in every latent value: start at 0.05.",
+    )
+
+
 def direction(optimizer: str):
-    """grad -> direction of one run's steps. Raises ValueError for an unknown optimizer."""
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}")
+    """grad -> direction of one run's steps."""
     return Adam() if optimizer == "adam" else lambda grad: grad

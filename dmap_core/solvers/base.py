@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -66,8 +66,6 @@ class Solver(ABC):
     Its name is the class's. Everything that is said about a solver elsewhere (specs, presets, nodes, reports, costs) comes from here.
     """
 
-    linear_only: ClassVar[bool] = False  # whether it needs the operator's adjoint
-
     @abstractmethod
     def __call__(
         self,
@@ -87,7 +85,7 @@ class Solver(ABC):
     def cost(self, steps: int) -> Cost:
         """What a run of that many steps takes."""
 
-    def check(self, operator: Operator, steps: int) -> None:
+    def check(self, operator: Operator, steps: int) -> None:  # noqa: B027 (most can do everything)
         """Raises ValueError for an operator or a number of steps that it cannot do, before anything is loaded."""
 
     @classmethod
@@ -104,7 +102,9 @@ class Solver(ABC):
 
     def notable(self) -> dict[str, Any]:
         """Its settings without the optional ones that are at their default."""
-        return {name: getattr(self, name) for name, (f, s) in self.described().items() if not s.optional or getattr(self, name) != f.default}
+        return {
+            name: getattr(self, name) for name, (f, s) in self.described().items() if not s.optional or getattr(self, name) != f.default
+        }
 
     def describe(self) -> str:
         """Its name and what matters most about it, for people: what a report says."""

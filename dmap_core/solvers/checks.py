@@ -1,8 +1,7 @@
-"""What every solver checks: its settings before the first step, its latents after each."""
+"""What every solver checks: the problem before the first step, its latents after each."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,21 +11,16 @@ from ..errors import Diverged
 from ..operators.base import check_batch, whole
 from ..posterior import Posterior
 from ..schedule import check_sigmas
+from .base import Solver
 
 
-def check_settings(zeta: float, eta: float = 1.0, K: int = 1) -> None:
-    """Raises ValueError for settings without meaning."""
-    if not (math.isfinite(zeta) and zeta > 0):
-        raise ValueError(f"zeta is {zeta}; the step size must be above 0")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
-    whole("K", K, 1)
-
-
-def check_problem(posterior: Posterior, z: Tensor, sigmas: Tensor | Sequence[float]) -> list[float]:
-    """The schedule as floats. Raises ValueError for one without meaning, and unless there is one measurement, or one for every latent z."""
+def check_problem(solver: Solver, posterior: Posterior, z: Tensor, sigmas: Tensor | Sequence[float]) -> list[float]:
+    """The schedule as floats. Raises ValueError for one without meaning, unless there is one measurement, or one for every latent z, and for a
+    problem that the solver cannot do."""
     check_batch(posterior.y, len(z))
-    return check_sigmas(sigmas)
+    levels = check_sigmas(sigmas)
+    solver.check(posterior.operator, len(levels) - 1)
+    return levels
 
 
 def check_finite(step: int, steps: int, zeta: float, z: Tensor, residual: Tensor) -> None:

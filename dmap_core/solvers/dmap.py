@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ..operators.base import whole
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
-from .adam import direction
-from .checks import check_finite, check_problem, check_settings
+from .adam import OPTIMIZERS, direction, optimizer_setting
+from .base import Cost, Solver, check_choice, check_eta, check_zeta, eta_setting, setting, zeta_setting
+from .checks import check_finite, check_problem
 
 
 def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
@@ -24,45 +27,57 @@ def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
     return mu + (offset * (radius / torch.linalg.vector_norm(offset, dim=1, keepdim=True))).view_as(z)
 
 
-@torch.no_grad()
-def sample_dmap(
-    posterior: Posterior,
-    z: Tensor,
-    sigmas,
-    *,
-    zeta: float,
-    K: int = 2,
-    optimizer: str = "gradient",
-    eta: float = 1.0,
-    generator=None,
-    callback=None,
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class DMAP(Solver):
     """One ancestral step without gradient, then K times: a gradient step at the *new* noise level, and back onto the sphere.
 
-    z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta > 0 and optimizer as in `sample_dps`. K >= 1: the paper's "same" has
-    K = 2, half the steps and twice the zeta of DPS; its "full" has K = 3 and all steps. eta in (0, 1]: at 0 the sphere is a point.
-    generator: one torch.Generator, or one per sample. callback(step, denoised, z, residual) after every step. Returns z0.
-    The last step has sigma_up = 0, where the projection undoes every gradient step: it is the denoised latent. So T steps cost T + (T - 1) K
-    denoiser calls, (T - 1) K of them with gradient. Raises ValueError for settings or sigmas without meaning and errors.Diverged for NaN.
+    zeta > 0 and optimizer as in DPS. K >= 1: the paper's "same" has K = 2, half the steps and twice the zeta of DPS; its "full" has K = 3 and all
+    steps. eta in (0, 1]: at 0 the sphere is a point. The last step has sigma_up = 0, where the projection undoes every gradient step: it is the
+    denoised latent. So T steps cost T + (T - 1) K denoiser calls, (T - 1) K of them with gradient.
     """
-    check_settings(zeta, eta, K)
-    if eta == 0:
-        raise ValueError("eta is 0, where DMAP's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
-    step = direction(optimizer)
-    levels = check_problem(posterior, z, sigmas)
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        denoised = posterior.denoise(z, sigma)
-        mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        if sigma_up > 0:
-            z = mu + sigma_up * randn_like(z, generator)
-            for _ in range(int(K)):
-                grad, denoised, residual = posterior.gradient(z, sigma_next)
-                check_finite(i, len(levels) - 1, zeta, grad, residual)
-                z = project(z - zeta * step(grad), mu, sigma_up)
-        else:
-            z = mu
-            residual = posterior.residual(z, 0.0)
-        check_finite(i, len(levels) - 1, zeta, z, residual)
-        if callback:
-            callback(i, denoised, z, residual)
-    return z
+
+    K: int = setting(
+        "Gradient steps per noise level. 2 with half the steps and twice the zeta costs what DPS costs (the paper's 'same'); 3 with all steps is its 'full'.",
+        default=2,
+        least=1,
+        most=100,
+    )
+    zeta: float = zeta_setting(9.6)
+    eta: float = eta_setting(0.05)
+    optimizer: str = optimizer_setting()
+
+    def __post_init__(self):
+        check_zeta(self.zeta)
+        check_eta(self.eta)
+        whole("K", self.K, 1)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        if self.eta == 0:
+            raise ValueError("eta is 0, where DMAP's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
+
+    @torch.no_grad()
+    def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:
+        step = direction(self.optimizer)
+        levels = check_problem(self, posterior, z, sigmas)
+        for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+            denoised = posterior.denoise(z, sigma)
+            mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, self.eta)
+            if sigma_up > 0:
+                z = mu + sigma_up * randn_like(z, generator)
+                for _ in range(int(self.K)):
+                    grad, denoised, residual = posterior.gradient(z, sigma_next)
+                    check_finite(i, len(levels) - 1, self.zeta, grad, residual)
+                    z = project(z - self.zeta * step(grad), mu, sigma_up)
+            else:
+                z = mu
+                residual = posterior.residual(z, 0.0)
+            check_finite(i, len(levels) - 1, self.zeta, z, residual)
+            if callback:
+                callback(i, denoised, z, residual)
+        return z
+
+    def cost(self, steps: int) -> Cost:
+        gradients = (steps - 1) * int(self.K)
+        return Cost(denoiser=steps + gradients, denoiser_gradients=gradients, decoder=gradients + 1, decoder_gradients=gradients)
+
+    def describe(self) -> str:
+        return f"DMAP (K {self.K}, zeta {self.zeta:g}{', Adam' if self.optimizer == 'adam' else ''})"

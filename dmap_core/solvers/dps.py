@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -9,32 +10,46 @@ from torch import Tensor
 
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
-from .adam import direction
-from .checks import check_finite, check_problem, check_settings
+from .adam import OPTIMIZERS, direction, optimizer_setting
+from .base import Cost, Solver, check_choice, check_eta, check_zeta, eta_setting, zeta_setting
+from .checks import check_finite, check_problem
 
 
-@torch.no_grad()
-def sample_dps(
-    posterior: Posterior, z: Tensor, sigmas, *, zeta: float, optimizer: str = "gradient", eta: float = 1.0, generator=None, callback=None
-) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class DPS(Solver):
     """z_{t-1} = mu + sigma_up eps - zeta grad_{z_t} ||f(D(z0(z_t))) - y||   (Eq. 19)
 
-    z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. zeta > 0 in VE latent units per unit of the residual's
-    gradient (4.8 for SR x8 of 512x512 pictures at 500 steps). optimizer: "adam" steps along Adam's direction instead of the gradient (C.1);
-    zeta is then the step of every latent element. eta: 1 ancestral (DDPM), 0 PF-ODE (DDIM). generator: one torch.Generator, or one per sample.
-    callback(step, denoised, z, residual) after every step. Returns z0. len(sigmas) - 1 denoiser calls, each with gradient.
-    Raises ValueError for settings or sigmas without meaning and errors.Diverged for NaN.
+    zeta > 0 in VE latent units per unit of the residual's gradient (4.8 for SR x8 of 512x512 pictures at 500 steps). optimizer: "adam" steps
+    along Adam's direction instead of the gradient (C.1); zeta is then the step of every latent element. eta: 1 ancestral (DDPM), 0 PF-ODE (DDIM).
+    T steps cost T denoiser calls, each with gradient.
     """
-    check_settings(zeta, eta)
-    step = direction(optimizer)
-    levels = check_problem(posterior, z, sigmas)
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        grad, denoised, residual = posterior.gradient(z, sigma)
-        z = guided_step(z, denoised, zeta * step(grad), sigma, sigma_next, eta, generator)
-        check_finite(i, len(levels) - 1, zeta, z, residual)
-        if callback:
-            callback(i, denoised, z, residual)
-    return z
+
+    zeta: float = zeta_setting(4.8)
+    eta: float = eta_setting()
+    optimizer: str = optimizer_setting()
+
+    def __post_init__(self):
+        check_zeta(self.zeta)
+        check_eta(self.eta)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+
+    @torch.no_grad()
+    def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:
+        step = direction(self.optimizer)
+        levels = check_problem(self, posterior, z, sigmas)
+        for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+            grad, denoised, residual = posterior.gradient(z, sigma)
+            z = guided_step(z, denoised, self.zeta * step(grad), sigma, sigma_next, self.eta, generator)
+            check_finite(i, len(levels) - 1, self.zeta, z, residual)
+            if callback:
+                callback(i, denoised, z, residual)
+        return z
+
+    def cost(self, steps: int) -> Cost:
+        return Cost(denoiser=steps, denoiser_gradients=steps, decoder=steps, decoder_gradients=steps)
+
+    def describe(self) -> str:
+        return f"DPS (zeta {self.zeta:g}{', Adam' if self.optimizer == 'adam' else ''})"
 
 
 def guided_step(z: Tensor, denoised: Tensor, shift: Tensor, sigma: float, sigma_next: float, eta: float, generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -9,26 +10,36 @@ from torch import Tensor
 
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
-from .checks import check_finite, check_problem, check_settings
+from .base import Cost, Solver, check_eta, eta_setting
+from .checks import check_finite, check_problem
 
 
-@torch.no_grad()
-def sample_unguided(posterior: Posterior, z: Tensor, sigmas, *, eta: float = 1.0, generator=None, callback=None) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class Unguided(Solver):
     """z_{t-1} = mu + sigma_up eps   (Eq. 2)
 
-    z: (B, C, h, w) in VE space at noise level sigmas[0]; sigmas: falling to 0. eta: 1 ancestral (DDPM), 0 PF-ODE (DDIM). generator: one
-    torch.Generator, or one per sample. callback(step, denoised, z, residual) after every step; the residual, of the denoised latent, is
-    computed for the callback only. Returns z0. len(sigmas) - 1 denoiser calls.
+    eta: 1 ancestral (DDPM), 0 PF-ODE (DDIM). The residual, of the denoised latent, is computed for the callback only. T steps cost T denoiser calls.
     """
-    check_settings(1.0, eta)
-    levels = check_problem(posterior, z, sigmas)
-    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-        denoised = posterior.denoise(z, sigma)
-        z, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, eta)
-        if sigma_up > 0:
-            z = z + sigma_up * randn_like(z, generator)
-        residual = posterior.residual(denoised, 0.0) if callback else z.new_zeros(len(z))
-        check_finite(i, len(levels) - 1, 1.0, z, residual)
-        if callback:
-            callback(i, denoised, z, residual)
-    return z
+
+    eta: float = eta_setting()
+
+    def __post_init__(self):
+        check_eta(self.eta)
+
+    @torch.no_grad()
+    def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:
+        levels = check_problem(self, posterior, z, sigmas)
+        for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+            denoised = posterior.denoise(z, sigma)
+            z, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, self.eta)
+            if sigma_up > 0:
+                z = z + sigma_up * randn_like(z, generator)
+            residual = posterior.residual(denoised, 0.0) if callback else z.new_zeros(len(z))
+            check_finite(i, len(levels) - 1, 1.0, z, residual)
+            if callback:
+                callback(i, denoised, z, residual)
+        return z
+
+    def cost(self, steps: int) -> Cost:
+        """Without a callback."""
+        return Cost(denoiser=steps, denoiser_gradients=0, decoder=0, decoder_gradients=0)

@@ -24,7 +24,7 @@ from ..backends.mixture import GaussianMixture
 from ..operators import Operator
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..solvers import sample_dmap, sample_dps, sample_dsg
+from ..solvers import DMAP, DPS, DSG, Solver
 
 CENTRES = ((-1.0, -1.0), (1.0, 1.0))
 PUBLISHED_Y = (0.5, 0.0)
@@ -129,17 +129,17 @@ def toy_example(
     measurement = torch.tensor([y], dtype=torch.float64)
     levels = karras_levels(steps, sigma_min, sigma_max, rho)
 
-    def run(solver: Callable, **options) -> Tensor:
+    def run(solver: Solver) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         z = sigma_max * torch.randn(samples, 2, generator=generator, dtype=torch.float64)
-        return solver(Posterior(prior, FirstCoordinate(), measurement), z, levels, generator=generator, **options)
+        return solver(Posterior(prior, FirstCoordinate(), measurement), z, levels, generator=generator)
 
     weights, means, covariance = prior.posterior(torch.tensor([[1.0, 0.0]], dtype=torch.float64), measurement[0, :1], sigma_y)
     points = {
         TRUE: _draw(weights, means, covariance, samples, seed),
-        "DPS": run(sample_dps, zeta=zeta),
-        "DSG": run(sample_dsg, zeta=dsg_zeta),
-        "DMAP": run(sample_dmap, zeta=dmap_zeta, K=K),
+        "DPS": run(DPS(zeta=zeta)),
+        "DSG": run(DSG(zeta=dsg_zeta)),
+        "DMAP": run(DMAP(zeta=dmap_zeta, K=K)),
     }
     summaries = {name: _summary(x, y[0]) for name, x in points.items()}
     return Toy(points, summaries, _true_summary(weights, means, covariance, y[0]), weights, means, settings)
