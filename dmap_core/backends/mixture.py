@@ -43,6 +43,9 @@ class GaussianMixture:
     def networks(self):
         return ()
 
+    def blocks(self):
+        return ()
+
     def free_memory(self) -> float:
         return float("inf")
 

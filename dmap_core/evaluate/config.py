@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..files import slug
-from ..memory import PLANS
+from ..gradient import STRATEGIES
 from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
 from ..operators import Operator, from_spec
 from ..operators.base import whole
 from ..presets import MODELS, Preset, preset
-from ..presets import SOLVERS as PRESETS
+from ..presets import NAMES as PRESETS
 from ..schedule import SPACINGS
-from ..solvers import SOLVERS
-from ..solvers.unguided import sample_unguided
+from ..solvers import SOLVERS, Solver, Unguided
+from ..solvers.base import WINDOW
 
 AS_GIVEN = "as given"  # the measurement itself, enlarged if it is smaller
 ALONE = "CSE alone"  # the model with its CSE, unguided (Fig. 7)
-NAMES = (AS_GIVEN, *PRESETS, ALONE)
+NAMES = (AS_GIVEN, *dict.fromkeys([*PRESETS, *SOLVERS]), ALONE)
 ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
 COSTS = ("residual", "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
@@ -111,14 +110,14 @@ class Config:
             return None
         if row.solver == ALONE:
             steps, spacing = ALONE_STEPS[self.settings_for]
-            found = Preset(ALONE, {"eta": 1.0}, steps, spacing, "the number of steps of DPS")
+            found = Preset(Unguided(), steps, spacing, "the number of steps of DPS")
         elif row.steps and row.spacing and _essential(row.solver) <= row.settings.keys():
-            return Preset(row.solver.removesuffix(" full"), dict(row.settings), row.steps, row.spacing, "config")
+            return Preset(solver_class(row.solver)(**row.settings), row.steps, row.spacing, "config")
         else:
             found = preset(self.operator(row.operator), row.solver, self.settings_for)
         if row.steps:
             found = found.with_steps(row.steps)
-        return replace(found, settings=found.settings | row.settings, spacing=row.spacing or found.spacing)
+        return replace(found.with_settings(**row.settings), spacing=row.spacing or found.spacing)
 
     def checkpoint_of(self, row: Row) -> Path:
         return row.checkpoint or self.checkpoint
@@ -131,20 +130,15 @@ def find_weights(file: str, folder: Path | None) -> Path:
     return path
 
 
-def sampler(solver: str):
-    """The function behind a preset's solver."""
-    return sample_unguided if solver == ALONE else SOLVERS[solver]
-
-
-def _settings(solver: str) -> dict[str, inspect.Parameter]:
-    """The settings of a row's solver."""
-    parameters = inspect.signature(sampler(solver.removesuffix(" full"))).parameters
-    return {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name not in ("generator", "callback")}
+def solver_class(name: str) -> type[Solver]:
+    """The solver of a row's, or of a preset's, solver."""
+    return Unguided if name == ALONE else SOLVERS[name.removesuffix(" full")]
 
 
 def _essential(solver: str) -> set[str]:
     """The settings that a row must have to do without a preset: those without a default, or whose default fits one number of steps only."""
-    found = {name for name, p in _settings(solver).items() if p.default is p.empty or name in ("first", "last", "every")}
+    described = solver_class(solver).described()
+    found = {name for name, (field, about) in described.items() if field.default is MISSING or about.scales == WINDOW}
     return found | ({"K"} if solver.endswith(" full") else set())
 
 
@@ -248,7 +242,7 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
         "precision": PRECISIONS,
         "settings_for": MODELS,
         "prediction": PREDICTIONS,
-        "memory": ("auto", *PLANS),
+        "memory": ("auto", *STRATEGIES),
         "unreadable": UNREADABLE,
     }
     for name, options in choices.items():
@@ -299,11 +293,11 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
 def _check_settings(solver: str, settings: Any, where: str) -> None:
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: settings is {settings!r}; it must map names to values, such as {{zeta: 4.8}}")
-    known = {} if solver == AS_GIVEN else _settings(solver)
+    known = {} if solver == AS_GIVEN else solver_class(solver).described()
     unknown = sorted(str(name) for name in settings if name not in known)
     if unknown:
         raise ConfigError(f"{where}: {solver} has no setting {', '.join(unknown)}; it has {', '.join(known) or 'none'}")
     for name, value in settings.items():
-        kinds, what = (str, "text") if isinstance(known[name].default, str) else ((int, float), "a number")
+        kinds, what = (str, "text") if known[name][1].choices else ((int, float), "a number")
         if not isinstance(value, kinds) or isinstance(value, bool):
             raise ConfigError(f"{where}: the setting {name} is {value!r}; it must be {what}")

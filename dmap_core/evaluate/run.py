@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..pictures import open_rgb, to_picture, to_tensor
 from ..presets import Preset
 from ..restore import restore
 from ..schedule import SPACINGS, generators, randn_like
-from .config import ALONE, AS_GIVEN, MIOU, Config, ConfigError, Row, sampler
+from .config import AS_GIVEN, MIOU, Config, ConfigError, Row
 from .pictures import Picture, find_pictures
 from .results import check_same, plain, read_picture_json, write_json, write_picture
 
@@ -54,20 +54,16 @@ class Job:
 
     def entry(self) -> dict[str, Any]:
         """What is written about it before there are figures."""
-        return {"original": self.picture.identity, "metrics": {}, "plan": asdict(self.plan) if self.plan else None}
+        return {"original": self.picture.identity, "metrics": {}, "plan": described(self.plan) if self.plan else None}
 
     def cost(self) -> float:
         """About how many guided evaluations it takes: for the time left."""
-        if self.plan is None:
-            return 0.05
-        s, steps = self.plan.settings, self.plan.steps
-        if self.plan.solver == "DMAP":
-            return steps * (0.3 + s.get("K", 2))
-        if self.plan.solver == "FreeDoM":
-            return steps + (s.get("K", 2) - 1) * (s["last"] - s["first"] + 1)
-        if self.plan.solver == "ReSample":
-            return steps + s.get("iterations", 200) * 0.3 * (1 + (s["last"] - s["first"]) // s["every"])
-        return steps * {ALONE: 0.4, "PSLD": 1.5}.get(self.plan.solver, 1.0)
+        return self.plan.solver.cost(self.plan.steps).weight() if self.plan else 0.05
+
+
+def described(plan: Preset) -> dict[str, Any]:
+    """A plan in plain values."""
+    return {"solver": plan.solver.spec(), "steps": plan.steps, "spacing": plan.spacing, "source": plan.source}
 
 
 def versions() -> dict[str, str]:
@@ -140,7 +136,7 @@ def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Oper
         hint = hint_for(operator.hint(y), metadata) if controlnet else None
         prior = DiffusersPrior(base, operator.image_size(y), controlnet, hint)
         sigmas = SPACINGS[plan.spacing](base.sigmas.cpu(), plan.steps)
-        done = restore(prior, operator, y, prior.latent_shape(), sigmas, sampler(plan.solver), plan.settings, seeds, config.memory)
+        done = restore(prior, operator, y, prior.latent_shape(), sigmas, plan.solver, seeds, config.memory)
         image, cost = done.image, {"seconds": done.seconds / len(jobs), "memory": done.memory, "peak_memory": done.peak_memory}
         cost |= {"denoiser_calls": done.denoiser_calls, "decoder_calls": done.decoder_calls, "batch": len(jobs)}
     with torch.no_grad():
@@ -159,7 +155,7 @@ def row_identity(config: Config, row: Row, plan: Preset | None, fingerprints: Ca
 
     found = {"operator": config.operator(row.operator).spec(), "solver": row.solver}
     if plan is not None:
-        found |= {"settings": plan.settings, "steps": plan.steps, "spacing": plan.spacing}
+        found |= {"settings": plan.solver.settings(), "steps": plan.steps, "spacing": plan.spacing}
         found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
     if row.cse:
         found["cse"] = f"{row.cse.name} {hashlib.sha256(row.cse.read_bytes()).hexdigest()[:16]}"
@@ -213,12 +209,12 @@ def plan_jobs(config: Config) -> list[Job]:
             plans[row] = config.plan(row)
             operator = config.operator(row.operator)
             operator.check(size, config.batch)
+            if plans[row]:
+                plans[row].solver.check(operator, plans[row].steps)
         except ValueError as error:
             raise ConfigError(f"row {row.name!r} ({row.operator}): {error}") from error
         if MIOU in config.metrics and operator.name != "Segmentation":
             raise ConfigError(f"metrics: miou is of segmentations, and row {row.name!r} has {operator.describe()}; make a table of its own")
-        if plans[row] and plans[row].solver == "PSLD" and not operator.linear:
-            raise ConfigError(f"row {row.name!r}: PSLD needs a linear operator, and {operator.describe()} is not; take the row out")
     checkpoints = list(dict.fromkeys(config.checkpoint_of(row) for row in config.rows))
     jobs = [Job(row, plans[row], picture) for picture in pictures for row in config.rows]
     return sorted(jobs, key=lambda job: checkpoints.index(config.checkpoint_of(job.row)))

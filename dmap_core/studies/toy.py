@@ -14,7 +14,6 @@ has 78 % of its samples in the upper mode, but its modes are some 10 % too narro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch

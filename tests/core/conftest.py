@@ -89,6 +89,9 @@ class ConvPrior:
     def networks(self):
         return (self.denoiser, self.decoder)
 
+    def blocks(self):
+        return [m for network in self.networks() for m in network.modules() if isinstance(m, (ResBlock, Upsample))]
+
     def free_memory(self):
         self.asked_for_memory += 1
         return self.free

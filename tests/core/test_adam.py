@@ -10,7 +10,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import ancestral_step, generators
-from dmap_core.solvers import sample_dmap, sample_dps
+from dmap_core.solvers import DMAP, DPS
 from dmap_core.solvers.adam import OPTIMIZERS, Adam, direction
 
 SHAPE = (1, 4, 4)
@@ -77,7 +77,7 @@ def test_directions_by_name():
     assert isinstance(direction("adam"), Adam)
     assert direction("adam") is not direction("adam")
     with pytest.raises(ValueError, match=f"optimizer is 'rmsprop'; it must be one of {', '.join(OPTIMIZERS)}"):
-        direction("rmsprop")
+        DPS(zeta=1.0, optimizer="rmsprop")
 
 
 MEAN = 0.3 * randn(1, *SHAPE)
@@ -95,14 +95,14 @@ def problem(batch, f=F):
     return Posterior(GaussianMixture(MEAN, 0.5), f, F(randn(batch, *SHAPE, seed=1))), 3 * randn(batch, *SHAPE, seed=2)
 
 
-@pytest.mark.parametrize("sample", [sample_dps, sample_dmap])
+@pytest.mark.parametrize("sample", [DPS, DMAP])
 def test_runs_do_not_depend_on_the_residuals_units(sample):
     posterior, z = problem(2)
-    expected = sample(posterior, z, SIGMAS, zeta=0.1, optimizer="adam", generator=generators(0, 2))
+    expected = sample(zeta=0.1, optimizer="adam")(posterior, z, SIGMAS, generator=generators(0, 2))
     scaled, z = problem(2, Scaled(F.mask[0, 0]))
-    out = sample(scaled, z, SIGMAS, zeta=0.1, optimizer="adam", generator=generators(0, 2))
+    out = sample(zeta=0.1, optimizer="adam")(scaled, z, SIGMAS, generator=generators(0, 2))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    plain = sample(posterior, z, SIGMAS, zeta=0.1, generator=generators(0, 2))
+    plain = sample(zeta=0.1)(posterior, z, SIGMAS, generator=generators(0, 2))
     assert (expected - plain).abs().max() > 1e-2
 
 
@@ -111,7 +111,7 @@ def test_dps_steps_along_torchs_adam():
     posterior, z = problem(2)
     latents = [z]
     settings = {"zeta": 0.1, "eta": 0.0, "optimizer": "adam"}
-    sample_dps(posterior, z, SIGMAS, **settings, callback=lambda i, d, z, r: latents.append(z))
+    DPS(**settings)(posterior, z, SIGMAS, callback=lambda i, d, z, r: latents.append(z))
     parameter = torch.zeros_like(z, requires_grad=True)
     optimizer = torch.optim.Adam([parameter], lr=0.1)
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS)):
@@ -128,18 +128,18 @@ def test_dps_steps_along_torchs_adam():
 def test_dmap_stays_on_every_samples_sphere(zeta, K, eta):
     posterior, z = problem(3)
     latents = [z]
-    settings = {"zeta": zeta, "K": K, "eta": eta, "optimizer": "adam", "generator": generators(0, 3)}
-    sample_dmap(posterior, z, SIGMAS, **settings, callback=lambda i, d, z, r: latents.append(z))
+    settings = {"zeta": zeta, "K": K, "eta": eta, "optimizer": "adam"}
+    DMAP(**settings)(posterior, z, SIGMAS, generator=generators(0, 3), callback=lambda i, d, z, r: latents.append(z))
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS[:-1])):
         mu, up = ancestral_step(latents[i], posterior.denoise(latents[i], sigma), sigma, sigma_next, eta)
         distance = (latents[i + 1] - mu).flatten(1).norm(dim=1)
         torch.testing.assert_close(distance, torch.full_like(distance, math.sqrt(16) * up), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("sample", [sample_dps, sample_dmap])
+@pytest.mark.parametrize("sample", [DPS, DMAP])
 def test_every_run_begins_with_new_moments(sample):
     posterior, z = problem(1)
-    runs = [sample(posterior, z, SIGMAS, zeta=0.1, optimizer="adam", generator=generators(0, 1)) for _ in range(2)]
+    runs = [sample(zeta=0.1, optimizer="adam")(posterior, z, SIGMAS, generator=generators(0, 1)) for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -147,8 +147,8 @@ def test_elements_without_gradient_are_not_moved():
     """Pixels that f does not see get no step, not even one of Adam's constant length."""
     posterior, z = problem(1)
     settings = {"zeta": 0.1, "eta": 0.0, "optimizer": "adam"}
-    out = sample_dps(posterior, z, SIGMAS, **settings)
-    free = sample_dps(posterior, z, SIGMAS, zeta=1e-12, eta=0.0)
+    out = DPS(**settings)(posterior, z, SIGMAS)
+    free = DPS(zeta=1e-12, eta=0.0)(posterior, z, SIGMAS)
     unseen = F.mask.bool().expand_as(z)
     torch.testing.assert_close(out[unseen], free[unseen], rtol=1e-9, atol=1e-9)
     assert ((out - free)[~unseen].abs() > 1e-3).all()

@@ -9,7 +9,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import ancestral_step, generators, randn_like
-from dmap_core.solvers import sample_dmap, sample_dps
+from dmap_core.solvers import DMAP, DPS
 
 SHAPE = (3, 8, 8)
 STD = 0.5
@@ -39,7 +39,7 @@ def null_space(f):
 
 
 @every_operator
-@pytest.mark.parametrize("sample, settings", [(sample_dmap, {"zeta": 0.1, "K": 2}), (sample_dps, {"zeta": 0.2})], ids=["dmap", "dps"])
+@pytest.mark.parametrize("sample, settings", [(DMAP, {"zeta": 0.1, "K": 2}), (DPS, {"zeta": 0.2})], ids=["dmap", "dps"])
 def test_a_gaussian_prior_is_led_to_the_measurement(karras, f, sample, settings):
     """What f sees comes to fit y; what it does not see stays a sample of the prior, as the posterior has it.
 
@@ -48,8 +48,8 @@ def test_a_gaussian_prior_is_led_to_the_measurement(karras, f, sample, settings)
     y = f(MEAN + STD * randn(2, *SHAPE, seed=1))
     sigmas = karras(200, 0.01, 10.0)
     z = 10 * randn(2, *SHAPE, seed=2)
-    guided = sample(Posterior(PRIOR, f, y), z, sigmas, **settings, generator=generators(1, 2))
-    free = sample_dps(Posterior(PRIOR, f, y), z, sigmas, zeta=1e-12, generator=generators(1, 2))
+    guided = sample(**settings)(Posterior(PRIOR, f, y), z, sigmas, generator=generators(1, 2))
+    free = DPS(zeta=1e-12)(Posterior(PRIOR, f, y), z, sigmas, generator=generators(1, 2))
     assert (f.distance(f(free), y) > 1.5).all()
     assert (f.distance(f(guided), y) < f.distance(f(free), y) / 40).all()
 
@@ -79,14 +79,8 @@ def test_dmap_finds_the_maximum_on_the_sphere():
 
     seen = {}
     posterior = Posterior(PRIOR, f, y)
-    sample_dmap(
-        posterior,
-        z,
-        [sigma, sigma_next, 0.0],
-        zeta=20.0,
-        K=30,
-        generator=generators(0, 1),
-        callback=lambda step, d, z, r: seen.setdefault(step, (z, r)),
+    DMAP(zeta=20.0, K=30)(
+        posterior, z, [sigma, sigma_next, 0.0], generator=generators(0, 1), callback=lambda step, d, z, r: seen.setdefault(step, (z, r))
     )
     latent, residual = seen[0]
     torch.testing.assert_close(latent, best, rtol=0, atol=1e-3)
@@ -102,12 +96,10 @@ def test_more_gradient_steps_come_closer():
     residuals = []
     for K in (1, 2, 4, 8):
         last = []
-        sample_dmap(
+        DMAP(zeta=0.1, K=K)(
             Posterior(PRIOR, f, y),
             z,
             [4.0, 2.0, 1.0, 0.5, 0.0],
-            zeta=0.1,
-            K=K,
             generator=generators(0, 1),
             callback=lambda i, d, z, r, last=last: last.append(float(r)),
         )
@@ -138,7 +130,7 @@ def toy_run(karras, first_coordinate, zeta):
     generator = torch.Generator().manual_seed(0)
     z = 4 * torch.randn(SAMPLES, 2, generator=generator)
     posterior = Posterior(TOY, first_coordinate, torch.tensor([[0.5, 0.0]]).expand(SAMPLES, 2))
-    return sample_dps(posterior, z, karras(100, 0.01, 4.0), zeta=zeta, generator=generator)
+    return DPS(zeta=zeta)(posterior, z, karras(100, 0.01, 4.0), generator=generator)
 
 
 def test_unguided_toy_samples_are_the_prior(karras, first_coordinate):

@@ -62,12 +62,12 @@ def run(karras, name, f=MASK, batch=BATCH, **more):
     y = measured(f, batch)
     z = math.sqrt(10**2 + STD**2) * randn(batch, *SHAPE, seed=2) + MEAN
     sigmas = karras(STEPS, 0.02, 10.0).tolist()
-    return SOLVERS[solver](Posterior(PRIOR, f, y), z, sigmas, **{**settings, **more}, generator=generators(1, batch)), y
+    return SOLVERS[solver](**{**settings, **more})(Posterior(PRIOR, f, y), z, sigmas, generator=generators(1, batch)), y
 
 
 def free(karras, f=MASK, batch=BATCH):
     posterior, z = Posterior(PRIOR, f, measured(f, batch)), 10 * randn(batch, *SHAPE, seed=2)
-    return SOLVERS["DPS"](posterior, z, karras(STEPS, 0.02, 10.0), zeta=1e-12, generator=generators(1, batch))
+    return SOLVERS["DPS"](zeta=1e-12)(posterior, z, karras(STEPS, 0.02, 10.0), generator=generators(1, batch))
 
 
 @every_run

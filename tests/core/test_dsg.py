@@ -11,7 +11,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, Noisy
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import ancestral_step, generators, randn_like
-from dmap_core.solvers import sample_dsg
+from dmap_core.solvers import DSG
 from dmap_core.solvers.dsg import unit
 
 SHAPE = (1, 4, 4)
@@ -33,7 +33,7 @@ def problem(batch, f=F):
 
 def run(posterior, z, sigmas=SIGMAS, seed=3, **settings):
     latents = [z]
-    out = sample_dsg(posterior, z, sigmas, **settings, generator=generators(seed, len(z)), callback=lambda i, d, z, r: latents.append(z))
+    out = DSG(**settings)(posterior, z, sigmas, generator=generators(seed, len(z)), callback=lambda i, d, z, r: latents.append(z))
     assert torch.equal(out, latents[-1])
     return latents
 

@@ -1,7 +1,6 @@
 """Configs of table runs: what is refused, by which name, and what a row comes to."""
 
 import argparse
-import inspect
 import json
 from pathlib import Path
 
@@ -9,13 +8,12 @@ import pytest
 import yaml
 
 from dmap_core.evaluate import command
-from dmap_core.evaluate.config import ALONE, AS_GIVEN, NAMES, ConfigError, make_config, read_config, sampler
+from dmap_core.evaluate.config import ALONE, AS_GIVEN, NAMES, ConfigError, make_config, read_config, solver_class
 from dmap_core.evaluate.tables import COSTS
 from dmap_core.metrics import SET_METRICS
 from dmap_core.presets import MODELS, preset
-from dmap_core.presets import SOLVERS as PRESETS
-from dmap_core.solvers import SOLVERS, sample_dps
-from dmap_core.solvers.unguided import sample_unguided
+from dmap_core.presets import NAMES as PRESETS
+from dmap_core.solvers import DMAP, SOLVERS, Unguided
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "studies" / "configs").rglob("*.yaml"))
@@ -69,8 +67,7 @@ def test_unknown_names_are_listed_with_the_known_ones():
 @pytest.mark.parametrize("solver", PRESETS)
 def test_unknown_settings_are_listed_with_the_solvers_own(solver):
     message = refused(row={"solver": solver, "settings": {"zetta": 1, "generator": 2}})
-    own = inspect.signature(SOLVERS[solver.removesuffix(" full")]).parameters
-    known = [name for name, p in own.items() if p.kind is p.KEYWORD_ONLY and name not in ("generator", "callback")]
+    known = list(solver_class(solver).described())
     assert f"{solver} has no setting generator, zetta; it has {', '.join(known)}" in message
 
 
@@ -92,7 +89,7 @@ def test_settings_of_rows_that_take_few():
 )
 def test_settings_of_another_kind(settings, message):
     assert message in refused(row={"settings": settings})
-    assert only({"settings": {"zeta": 3, "optimizer": "adam"}})[2].settings["optimizer"] == "adam"
+    assert only({"settings": {"zeta": 3, "optimizer": "adam"}})[2].solver.optimizer == "adam"
 
 
 @pytest.mark.parametrize(
@@ -222,28 +219,32 @@ def test_a_file_that_is_absent_or_no_text(tmp_path):
 def test_without_settings_a_row_is_its_preset(solver, model, operator):
     config, row, plan = only({"solver": solver, "operator": operator}, settings_for=model)
     assert plan == preset(config.operator(operator), solver, model)
-    assert sampler(plan.solver) is SOLVERS[solver.removesuffix(" full")]
+    assert type(plan.solver) is solver_class(solver) is SOLVERS[solver.removesuffix(" full")]
 
 
 def test_plans_of_the_paper():
     """Table 8 and B.3: super-resolution x8 on Stable Diffusion."""
     plans = {name: only({"solver": name})[2] for name in ("DPS", "DMAP", "DMAP full")}
-    assert [(p.settings["zeta"], p.steps, p.settings.get("K")) for p in plans.values()] == [(4.8, 500, None), (9.6, 250, 2), (4.8, 500, 3)]
+    assert [(p.solver.zeta, p.steps, p.solver.settings().get("K")) for p in plans.values()] == [
+        (4.8, 500, None),
+        (9.6, 250, 2),
+        (4.8, 500, 3),
+    ]
     assert {p.spacing for p in plans.values()} == {"paper"}
 
 
 def test_a_row_comes_before_its_preset():
     plan = only({"solver": "DMAP", "settings": {"K": 3, "eta": 0.5}})[2]
-    assert plan.settings == {"zeta": 9.6, "K": 3, "eta": 0.5} and plan.steps == 250
+    assert plan.solver == DMAP(zeta=9.6, K=3, eta=0.5) and plan.steps == 250
     assert only({"spacing": "karras"})[2].spacing == "karras"
 
 
 def test_steps_scale_the_preset():
     plan = only({"steps": 250})[2]
-    assert plan.steps == 250 and plan.settings["zeta"] == pytest.approx(2 * 4.8) and "scaled from 500 to 250" in plan.source
+    assert plan.steps == 250 and plan.solver.zeta == pytest.approx(2 * 4.8) and "scaled from 500 to 250" in plan.source
     kept = only({"steps": 250, "settings": {"zeta": 4.8}})[2]
-    assert kept.settings["zeta"] == 4.8
-    window = only({"solver": "FreeDoM", "steps": 100})[2].settings
+    assert kept.solver.zeta == 4.8
+    window = only({"solver": "FreeDoM", "steps": 100})[2].solver.settings()
     assert (window["first"], window["last"]) == (5, 10)
 
 
@@ -253,7 +254,7 @@ def test_what_says_all_needs_no_preset(monkeypatch):
 
     monkeypatch.setattr("dmap_core.evaluate.config.preset", fails)
     plan = only({"solver": "DMAP", "steps": 7, "spacing": "karras", "settings": {"zeta": 3.5}})[2]
-    assert (plan.solver, plan.settings, plan.steps, plan.spacing) == ("DMAP", {"zeta": 3.5}, 7, "karras")
+    assert (plan.solver, plan.steps, plan.spacing) == (DMAP(zeta=3.5), 7, "karras")
     with pytest.raises(AssertionError, match="a preset was asked for"):
         only({"solver": "DMAP", "steps": 7, "settings": {"zeta": 3.5}})
 
@@ -261,19 +262,18 @@ def test_what_says_all_needs_no_preset(monkeypatch):
 def test_what_says_nearly_all_is_filled_in():
     """A preset has what the solver cannot do without, and what makes `DMAP full` another than DMAP."""
     common = {"steps": 10, "spacing": "exponential", "settings": {"zeta": 3.5}}
-    assert only({"solver": "PSLD", **common})[2].settings["gamma"] > 0
-    assert only({"solver": "DMAP full", **common})[2].settings == {"zeta": 3.5, "K": 3}
-    assert only({"solver": "FreeDoM", **common})[2].settings["last"] < 10
+    assert only({"solver": "PSLD", **common})[2].solver.gamma > 0
+    assert only({"solver": "DMAP full", **common})[2].solver == DMAP(zeta=3.5, K=3)
+    assert only({"solver": "FreeDoM", **common})[2].solver.last < 10
 
 
 @pytest.mark.parametrize("model", [*MODELS])
 def test_the_cse_alone(model):
     config, row, plan = only({"solver": ALONE, "cse": "a.safetensors"}, settings_for=model)
-    assert sampler(plan.solver) is sample_unguided and plan.settings == {"eta": 1.0}
+    assert plan.solver == Unguided(eta=1.0)
     assert plan.steps == only({}, settings_for=model)[2].steps  # those of DPS
-    assert only({"solver": ALONE, "cse": "a.safetensors", "steps": 7, "settings": {"eta": 0.0}})[2].settings == {"eta": 0.0}
+    assert only({"solver": ALONE, "cse": "a.safetensors", "steps": 7, "settings": {"eta": 0.0}})[2].solver == Unguided(eta=0.0)
     assert row.cse == Path("a.safetensors")
-    assert sampler("DPS") is sample_dps
 
 
 def test_as_given_has_no_plan():

@@ -28,7 +28,7 @@ from dmap_core.errors import Diverged
 from dmap_core.evaluate import report, results, run, tables
 from dmap_core.evaluate.config import ConfigError, make_config
 from dmap_core.operators import Noisy, SuperResolution
-from dmap_core.presets import MODELS, SOLVERS
+from dmap_core.presets import MODELS, NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
@@ -95,7 +95,7 @@ def calls(monkeypatch):
     seen, restore = [], run.restore
 
     def spy(*given, **more):
-        seen.append((given[5].__name__, list(given[7])))
+        seen.append((given[5].name(), list(given[6])))
         return restore(*given, **more)
 
     monkeypatch.setattr(run, "restore", spy)
@@ -162,12 +162,12 @@ def test_the_picture_is_that_of_its_seed(finished, given, table):
     from dmap_core.backends.diffusers_files import open_base
     from dmap_core.restore import restore
     from dmap_core.schedule import exponential_sigmas
-    from dmap_core.solvers import sample_dps
+    from dmap_core.solvers import DPS
 
     base, f = open_base(given.base, prediction="v"), SuperResolution(8)
     y = f(run.Picture(given.photos / "1.png", 1).open(32))
     sigmas = exponential_sigmas(base.sigmas, 2)
-    done = restore(DiffusersPrior(base, (32, 32)), f, y, (4, 4, 4), sigmas, sample_dps, {"zeta": 5.0}, [3])
+    done = restore(DiffusersPrior(base, (32, 32)), f, y, (4, 4, 4), sigmas, DPS(zeta=5.0), [3])
     wanted = ((done.image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(finished / "sr8-dps" / "1.png") - wanted).max() <= 1
     entry = json.loads((finished / "sr8-dps" / "1.json").read_text())
@@ -196,7 +196,7 @@ def test_a_finished_run_is_left_alone(copy, table, nothing_to_restore):
 def test_more_pictures_later(copy, table, calls):
     before = files(copy, "[01].*")
     jobs = make(table(count=3), copy)
-    assert sorted(calls) == [("sample_dmap", [6]), ("sample_dps", [6])]
+    assert sorted(calls) == [("DMAP", [6]), ("DPS", [6])]
     assert len(jobs) == 9 and files(copy, "[01].*") == before
     assert [(r["row"], r["n"]) for r in untimed(copy / "table.csv")] == [("as given", "3"), ("DPS", "3"), ("DMAP", "3")]
 
@@ -208,7 +208,7 @@ def test_fewer_pictures_later(copy, table, nothing_to_restore):
 
 def test_more_rows_later(copy, table, calls):
     make(table([DPS, {**DPS, "name": "PF-ODE", "settings": {"zeta": 5.0, "eta": 0.0}}]), copy)
-    assert calls == [("sample_dps", [0]), ("sample_dps", [3])]
+    assert calls == [("DPS", [0]), ("DPS", [3])]
     assert [r["row"] for r in untimed(copy / "table.csv")] == ["DPS", "PF-ODE"]
 
 
@@ -216,7 +216,7 @@ def test_more_rows_later(copy, table, calls):
 def test_what_was_taken_away_is_computed_again(finished, copy, table, calls, suffix):
     (copy / "sr8-dps" / "0").with_suffix(suffix).unlink()
     make(table(), copy)
-    assert calls == [("sample_dps", [0])]
+    assert calls == [("DPS", [0])]
     assert pixels(copy / "sr8-dps" / "0.png").tolist() == pixels(finished / "sr8-dps" / "0.png").tolist()
     assert same_tables(copy, finished)  # though this one was finished last
 
@@ -279,7 +279,7 @@ def test_originals_that_are_no_longer_the_same(copy, given, table, tmp_path, not
 
 def test_batches_change_nothing_but_rounding(finished, table, tmp_path, calls):
     make(table(batch=2), tmp_path / "out")
-    assert calls == [("sample_dps", [0, 3]), ("sample_dmap", [0, 3])]
+    assert calls == [("DPS", [0, 3]), ("DMAP", [0, 3])]
     for row in ("dps", "dmap"):
         for i in (0, 1):
             assert np.abs(pixels(tmp_path / f"out/sr8-{row}/{i}.png") - pixels(finished / f"sr8-{row}/{i}.png")).max() <= 1
@@ -288,7 +288,7 @@ def test_batches_change_nothing_but_rounding(finished, table, tmp_path, calls):
 
 def test_repeats_have_seeds_of_their_own(finished, table, tmp_path, calls):
     make(table([DPS], count=1, repeats=3), tmp_path)
-    assert calls == [("sample_dps", [3 * i]) for i in range(3)]  # a restoration takes its own, and the two after it
+    assert calls == [("DPS", [3 * i]) for i in range(3)]  # a restoration takes its own, and the two after it
     found = [pixels(tmp_path / f"sr8-dps/0-000{k}.png") for k in range(3)]
     assert np.array_equal(found[0], pixels(finished / "sr8-dps" / "0.png"))
     assert all(np.abs(a - b).max() > 3 for a, b in ((found[0], found[1]), (found[1], found[2]), (found[0], found[2])))
@@ -299,8 +299,8 @@ def test_one_that_diverges_does_not_end_the_others(table, tmp_path, monkeypatch,
     seen, restore = [], run.restore
 
     def spy(*given, **more):
-        seen.append(list(given[7]))
-        if 3 in given[7]:  # the second picture
+        seen.append(list(given[6]))
+        if 3 in given[6]:  # the second picture
             raise Diverged("step 1 of 2: NaN; lower zeta")
         return restore(*given, **more)
 
@@ -324,7 +324,7 @@ def test_a_row_that_always_diverges_stays_in_the_table(table, tmp_path):
     assert "| absurd | 0 (2 diverged) |" in (tmp_path / "table.md").read_text()
 
 
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", NAMES)
 def test_every_solver_runs(table, tmp_path, solver):
     """With the settings of its preset, scaled to three steps."""
     rows = [{"operator": "sr8", "solver": solver, "steps": 3, "settings": {"iterations": 2} if solver == "ReSample" else {}}]
@@ -341,7 +341,7 @@ def test_rows_with_a_cse(given, table, tmp_path, calls):
         {**DPS, "settings": {"zeta": 50}},
     ]
     make(table(rows, count=1), tmp_path)
-    assert calls == [("sample_unguided", [0]), ("sample_dps", [0]), ("sample_dps", [0])]
+    assert calls == [("Unguided", [0]), ("DPS", [0]), ("DPS", [0])]
     found = [pixels(tmp_path / f"sr8-{name}" / "0.png") for name in ("cse-alone", "dps-cse", "dps")]
     assert all(np.abs(a - b).max() > 3 for a, b in ((found[0], found[1]), (found[1], found[2]), (found[0], found[2])))
     assert "CSE cse.safetensors" in (tmp_path / "table.md").read_text()
@@ -377,7 +377,7 @@ MISSING = {
             "operators": {"sr8": {"operator": "Jpeg", "quality": 10}},
             "rows": [{**DPS, "solver": "PSLD", "settings": {"zeta": 1, "gamma": 1}}],
         },
-        "row 'PSLD': PSLD needs a linear operator",
+        "row 'PSLD' (jpeg): operator: Jpeg(quality 10, 4:2:0, straight-through) is not linear, and PSLD needs its transpose",
     ),
     "miou": ({"metrics": ["miou"]}, "metrics: miou is of segmentations, and row 'as given' has SuperResolution"),
     "weights of a metric": ({"metrics": ["lpips-vgg"], "weights": "nowhere"}, "the weights file vgg16-397923af.pth is missing"),
@@ -460,7 +460,7 @@ def test_what_a_killed_process_left_half_written_is_no_result(copy, table, calls
     (copy / "sr8-dps" / "0.json").rename(copy / "sr8-dps" / "0.json.77.part")
     (copy / "sr8-dps" / "0.png").rename(copy / "sr8-dps" / "0.png.77.part")
     make(table(), copy)
-    assert calls == [("sample_dps", [0])]
+    assert calls == [("DPS", [0])]
 
 
 def test_a_damaged_result_is_named(copy, table):

@@ -1,7 +1,8 @@
 """What all solvers promise alike: batches, seeds, callbacks, calls, interrupts, errors and what they refuse."""
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, replace
 from itertools import pairwise
 
 import pytest
@@ -13,7 +14,7 @@ from dmap_core.operators import GaussianBlur, Inpainting, Jpeg, SuperResolution
 from dmap_core.operators.base import Operator
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import SPACINGS, generators
-from dmap_core.solvers import SOLVERS
+from dmap_core.solvers import SOLVERS, Cost, Unguided, from_spec
 
 LATENT, IMAGE = (2, 4, 6), (8, 12)
 SIGMAS = [9.0, 4.0, 2.0, 1.2, 0.6, 0.2, 0.0]
@@ -57,6 +58,7 @@ def autoencoder(conv_prior):
                 torch.manual_seed(1)
                 self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
             self.before = before
+            self.encoded = 0
 
         def denoise(self, z, sigma):
             self.before("denoise", z, sigma)
@@ -68,6 +70,7 @@ def autoencoder(conv_prior):
 
         def encode(self, image):
             self.before("encode", image)
+            self.encoded += 1
             return self.encoder(image).tanh()
 
     return Autoencoder
@@ -92,9 +95,13 @@ def problem(prior, batch=1, f=None):
     return Recording(prior, f, y, "fast"), SIGMAS[0] * randn(batch, *LATENT, seed=2)
 
 
-def solve(case, posterior, z, sigmas=SIGMAS, **more):
+def make(case, **more):
     name, settings = CASES[case]
-    return SOLVERS[name](posterior, z, sigmas, **{**settings, **more})
+    return SOLVERS[name](**{**settings, **more})
+
+
+def solve(case, posterior, z, sigmas=SIGMAS, generator=None, callback=None, **more):
+    return make(case, **more)(posterior, z, sigmas, generator=generator, callback=callback)
 
 
 def masks(batch):
@@ -148,6 +155,14 @@ def test_float32_stays_float32(autoencoder, case):
 
 
 @every_case
+def test_float64_stays_float64_and_sigmas_may_be_a_tensor(autoencoder, case):
+    posterior, z = problem(autoencoder())
+    out = solve(case, posterior, z, torch.tensor(SIGMAS, dtype=torch.float64), generator=generators(1, 1))
+    assert out.dtype == torch.float64
+    assert torch.equal(out, solve(case, posterior, z, generator=generators(1, 1)))
+
+
+@every_case
 def test_the_callback_sees_every_step(autoencoder, case):
     """denoised and residual are those of the step's last gradient: at z before the step, in DMAP at the new noise level.
 
@@ -188,6 +203,13 @@ def test_calls_of_the_denoiser(autoencoder, case):
     gradients, rest = GRADIENTS[case], STEPS if case.startswith("DMAP") else 1 if case == "DSG" else 0
     assert posterior.denoiser_calls == len(prior.denoised_at) == gradients + rest
     assert len(posterior.gradients) == sum(with_gradient for _, with_gradient in prior.denoised_at) == gradients
+    assert make(case).cost(STEPS) == Cost(
+        denoiser=gradients + rest,
+        denoiser_gradients=gradients,
+        decoder=posterior.decoder_calls,
+        decoder_gradients=gradients + (3 if case == "ReSample" else 0),
+        encoder=prior.encoded,
+    )
     # ReSample: D and E once for each of two pictures, D at every iteration in the latent; DMAP, DSG: the last residual
     more = 2 + 3 if case == "ReSample" else 1 if case[:3] in ("DMA", "DSG") else 0
     assert posterior.decoder_calls == prior.decoded == gradients + more
@@ -227,6 +249,53 @@ def test_only_two_solvers_need_an_encoder(conv_prior, case):
 
 
 @every_case
+@pytest.mark.parametrize("network", ["denoise", "decode", "encode"])
+def test_the_call_that_became_nan_is_named_by_its_step(autoencoder, case, network):
+    """Whichever call of the networks it is that a sample becomes NaN in, the step says so in which it happened, before its callback."""
+    calls, nan_at, steps = [], [None], []
+
+    def solve_once():
+        calls.clear()
+        steps.clear()
+        prior = autoencoder()
+        clean = getattr(prior, network)
+
+        def broken(*inputs):
+            out = clean(*inputs)
+            calls.append(len(steps))
+            return torch.cat([out[:1], out[1:] * NAN]) if len(calls) - 1 == nan_at[0] else out
+
+        setattr(prior, network, broken)
+        posterior, z = problem(prior, 2)
+        solve(case, posterior, z, generator=generators(1, 2), callback=lambda step, *_: steps.append(step))
+
+    solve_once()
+    expected = list(calls)
+    assert network == "encode" or len(expected) >= STEPS
+    for call, step in enumerate(expected):
+        nan_at[0] = call
+        with pytest.raises(Diverged, match=rf"^step {step + 1} of {STEPS}: NaN or infinity in sample 1 of the batch, residual "):
+            solve_once()
+        assert steps == list(range(step))
+
+
+@every_case
+def test_a_zeta_far_too_large_diverges(autoencoder, case):
+    if CASES[case][0] == "DSG":  # whose zeta is at most 1
+        return
+    prior = autoencoder(dtype=torch.float32)
+    prior.encoder = prior.encoder.float()
+    posterior, z = problem(prior)
+    posterior.y = posterior.y.float()
+    with pytest.raises(Diverged, match=r"step 1 of 6: NaN or infinity in sample 0 of the batch, residual .*; lower zeta \(now 1e\+39\)"):
+        solve(case, posterior, z.float(), zeta=1e39)
+
+
+def test_diverged_is_an_arithmetic_error():
+    assert issubclass(Diverged, ArithmeticError)
+
+
+@every_case
 @pytest.mark.parametrize("value", [NAN, INF])
 def test_nan_in_the_prior_names_step_sample_and_zeta(autoencoder, case, value):
     prior = autoencoder()
@@ -248,13 +317,13 @@ def test_nan_in_the_prior_names_step_sample_and_zeta(autoencoder, case, value):
 
 
 INVALID = [
-    *((case, {"zeta": zeta}, f"zeta is {zeta}") for case in CASES for zeta in (0, -1.0, NAN, INF)),
-    *((case, {"eta": eta}, f"eta is {eta}") for case in CASES for eta in (-0.1, 1.1, NAN)),
+    *((case, {"zeta": zeta}, f"zeta is {zeta}") for case in CASES for zeta in (0, 0.0, -1.0, NAN, INF, -INF)),
+    *((case, {"eta": eta}, f"eta is {eta}") for case in CASES for eta in (-0.1, 1.01, 1.1, NAN, INF)),
     ("DSG", {"eta": 0.0}, "eta is 0"),
     ("DSG", {"eta": 0}, "eta is 0"),
     ("DMAP", {"eta": 0.0}, "eta is 0"),
     ("DSG", {"zeta": 1.01}, "zeta is 1.01.*mix rate"),
-    *((case, {"K": K}, f"K is {K}") for case in ("FreeDoM", "DMAP", "DMAP adam") for K in (0, -1, 1.5, NAN)),
+    *((case, {"K": K}, f"K is {K}") for case in ("FreeDoM", "DMAP", "DMAP adam") for K in (0, -1, 0.5, 1.5, NAN, INF)),
     *((case, {"optimizer": "sgd"}, "optimizer is 'sgd'; it must be one of gradient, adam") for case in ("DPS", "DMAP")),
     *(("PSLD", {"gamma": gamma}, f"gamma is {gamma}") for gamma in (-0.1, NAN)),
     ("PSLD", {"transpose": "inverse"}, "transpose is 'inverse'; it must be one of adjoint, published"),
@@ -278,15 +347,19 @@ INVALID = [
     *((case, {"sigmas": [0.0, 1.0, 4.0]}, "sigmas must fall at every step") for case in CASES),
     *((case, {"sigmas": [4.0, 2.0, 1.5, 1.2, 1.1, 1.0]}, "sigmas must end at 0, but end at 1") for case in CASES),
     *((case, {"sigmas": [4.0, NAN, 0.0]}, "sigmas holds NaN") for case in CASES),
-    *((case, {"sigmas": [4.0]}, "sigmas holds 1 noise levels") for case in CASES),
+    *((case, {"sigmas": [INF, 1.0, 0.0]}, "sigmas holds NaN or infinite") for case in CASES),
+    *((case, {"sigmas": [4.0, 4.0, 0.0]}, "step 0 goes from 4 to 4") for case in CASES),
+    *((case, {"sigmas": [4.0]}, "sigmas holds 1 noise levels; it must hold at least two") for case in CASES),
+    *((case, {"sigmas": []}, "sigmas holds 0 noise levels; it must hold at least two") for case in CASES),
 ]
 
 
 @pytest.mark.parametrize("case, settings, message", INVALID, ids=lambda value: str(value).replace(" ", ""))
 def test_settings_without_meaning_are_refused_before_the_first_call(autoencoder, case, settings, message):
     posterior, z = problem(autoencoder())
-    with pytest.raises(ValueError, match=message):
-        solve(case, posterior, z, **settings)
+    for sigmas in ("sigmas" in settings) * (settings.get("sigmas"), torch.tensor(settings.get("sigmas", []))) or (SIGMAS,):
+        with pytest.raises(ValueError, match=message):
+            solve(case, posterior, z, **{**settings, "sigmas": sigmas})
     assert posterior.denoiser_calls == posterior.decoder_calls == 0
 
 
@@ -388,9 +461,9 @@ EQUAL_TO_DPS = {
 @pytest.mark.parametrize("name", EQUAL_TO_DPS)
 def test_what_equals_dps(autoencoder, name, eta):
     posterior, z = problem(autoencoder(), 2)
-    expected = SOLVERS["DPS"](posterior, z, SIGMAS, zeta=0.5, eta=eta, generator=generators(1, 2))
+    expected = SOLVERS["DPS"](zeta=0.5, eta=eta)(posterior, z, SIGMAS, generator=generators(1, 2))
     solver, settings = EQUAL_TO_DPS[name]
-    out = SOLVERS[solver](posterior, z, SIGMAS, zeta=0.5, eta=eta, generator=generators(1, 2), **settings)
+    out = SOLVERS[solver](zeta=0.5, eta=eta, **settings)(posterior, z, SIGMAS, generator=generators(1, 2))
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
 
 
@@ -424,3 +497,88 @@ def test_dps_like_solvers_take_gradients_at_the_levels_of_the_schedule(autoencod
         elif case != "DSG" or sigma_next:
             expected += [sigma] * (3 if case.startswith("FreeDoM") and 1 <= i <= 3 else 1)
     assert [sigma for _, sigma, *_ in posterior.gradients] == expected
+
+
+# What a solver declares of itself
+
+
+@every_case
+def test_a_spec_makes_the_same_solver(case):
+    solver = make(case)
+    spec = json.loads(json.dumps(solver.spec()))
+    assert from_spec(spec) == solver
+    assert spec.pop("solver") == solver.name() == CASES[case][0]
+    assert spec == solver.settings()
+    assert hash(solver) == hash(make(case)) and replace(solver, zeta=0.25) != solver
+
+
+def test_a_spec_without_defaults_and_that_of_the_model_alone():
+    assert from_spec({"solver": "DMAP", "zeta": 2.0}) == SOLVERS["DMAP"](zeta=2.0)
+    assert from_spec(Unguided(eta=0.5).spec()) == Unguided(eta=0.5)
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("DMAP", "a solver is 'DMAP'; it must map names to settings"),
+        ({}, "solver is None; it must be one of DPS, PSLD, FreeDoM, ReSample, DSG, DMAP$"),
+        ({"solver": "dmap"}, "solver is 'dmap'"),
+        ({"solver": ["DMAP"]}, "solver is"),
+        ({"solver": "DMAP"}, "DMAP: the settings '' do not describe one: .*zeta"),
+        ({"solver": "DMAP", "zeta": 1.0, "gamma": 2.0}, "DMAP: the settings .* do not describe one: .*gamma"),
+        ({"solver": "DMAP", "zeta": "1"}, "DMAP: the settings 'zeta' do not describe one"),
+        ({"solver": "DMAP", "zeta": 1.0, 3: 4}, "DMAP: the settings"),
+        ({"solver": "DMAP", "zeta": -1.0}, "zeta is -1.0; the step size must be above 0"),
+    ],
+)
+def test_what_is_no_spec(spec, message):
+    with pytest.raises(ValueError, match=message):
+        from_spec(spec)
+
+
+@every_case
+def test_people_are_told_about_every_setting(case):
+    """An interface can be made of it: a help, and either choices or a range around what it begins with."""
+    for name, (field, about) in make(case).described().items():
+        start = about.usual if field.default is MISSING else field.default
+        assert about.help.endswith(".") and about.help.isascii(), name
+        if about.choices:
+            assert start in about.choices and about.optional
+        else:
+            assert about.least <= start <= about.most
+            assert isinstance(start, int) or about.step
+            if name not in ("first", "last"):  # which are checked against each other
+                make(case, **{name: start})
+
+
+@every_case
+def test_what_a_report_says(case):
+    text = make(case).describe()
+    assert text.startswith(f"{CASES[case][0]} (") and f"zeta {CASES[case][1]['zeta']:g}" in text and text.isascii()
+    assert ("Adam" in text) is ("optimizer" in CASES[case][1])
+    assert text != make(case, zeta=0.26).describe()
+
+
+@every_case
+def test_half_the_steps(case):
+    """Step sizes double, windows halve and stay within the schedule, all else is as it was."""
+    solver = make(case)
+    half = solver.rescaled(0.5, 3)
+    for name, (_, about) in solver.described().items():
+        was, now = getattr(solver, name), getattr(half, name)
+        if about.scales == "step":
+            assert now == 2 * was
+        elif about.scales == "window":
+            assert now == (min(2, max(1, round(was / 2))) if name in ("first", "last") else max(1, round(was / 2)))
+        else:
+            assert now == was
+    assert (half.settings()["zeta"] == CASES[case][1]["zeta"]) is (CASES[case][0] == "DSG")
+
+
+def test_what_a_run_weighs():
+    """In guided evaluations, which DPS takes one of at every step; only for the time that is left."""
+    weights = {case: make(case).cost(STEPS).weight() for case in CASES}
+    assert weights["DPS"] == weights["DPS adam"] == pytest.approx(STEPS)
+    assert weights["FreeDoM"] == pytest.approx(12) and weights["PSLD"] == pytest.approx(1.5 * STEPS)
+    assert weights["DMAP"] == pytest.approx(10 + 0.3 * 6)
+    assert Unguided().cost(10).weight() == pytest.approx(3.0)

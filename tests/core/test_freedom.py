@@ -11,7 +11,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import generators, paper_sigmas
-from dmap_core.solvers import sample_freedom
+from dmap_core.solvers import FreeDoM
 from dmap_core.solvers.freedom import TRAVELS, published_travel
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2  # Stable Diffusion's "scaled linear"
@@ -60,18 +60,8 @@ def loop(posterior, z, zeta, passes, window, eta, travel, generator):
 def test_the_papers_loop(conv_prior, travel, eta, K, first, last):
     posterior, z = problem(conv_prior, 2)
     latents = []
-    sample_freedom(
-        posterior,
-        z,
-        SIGMAS,
-        zeta=0.5,
-        K=K,
-        first=first,
-        last=last,
-        travel=travel,
-        eta=eta,
-        generator=torch.Generator().manual_seed(3),
-        callback=lambda i, d, z, r: latents.append(z),
+    FreeDoM(zeta=0.5, K=K, first=first, last=last, travel=travel, eta=eta)(
+        posterior, z, SIGMAS, generator=torch.Generator().manual_seed(3), callback=lambda i, d, z, r: latents.append(z)
     )
     expected = loop(posterior, z, 0.5, K, range(first, last + 1), eta, travel, torch.Generator().manual_seed(3))
     for ours, theirs in zip(latents, expected, strict=True):
@@ -82,7 +72,7 @@ def test_the_papers_loop(conv_prior, travel, eta, K, first, last):
 def test_calls(conv_prior, K, first, last, calls):
     """T + (K - 1) (last - first + 1)"""
     posterior, z = problem(conv_prior)
-    sample_freedom(posterior, z, SIGMAS, zeta=0.5, K=K, first=first, last=last)
+    FreeDoM(zeta=0.5, K=K, first=first, last=last)(posterior, z, SIGMAS)
     assert posterior.denoiser_calls == calls
     assert all(with_gradient for _, with_gradient in posterior.prior.denoised_at)
 
@@ -129,8 +119,8 @@ WINDOW = range(12, 18)
 def travelled(travel, K=3):
     posterior = Recording(GaussianMixture(torch.zeros(1, 1, SIDE, SIDE), STD), Inpainting(MASK), torch.zeros(BATCH, 1, SIDE, SIDE))
     start = math.sqrt(LEVELS[0] ** 2 + STD**2) * torch.randn(BATCH, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    out = sample_freedom(
-        posterior, start, LEVELS, zeta=1e-12, K=K, first=WINDOW[0], last=WINDOW[-1], travel=travel, generator=generators(1, BATCH)
+    out = FreeDoM(zeta=1e-12, K=K, first=WINDOW[0], last=WINDOW[-1], travel=travel)(
+        posterior, start, LEVELS, generator=generators(1, BATCH)
     )
     return posterior.variances, float(out.var())
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dmap_core.posterior import vjp
+from dmap_core.gradient import vjp
 
 
 def network(dtype):

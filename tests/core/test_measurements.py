@@ -22,9 +22,8 @@ from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
 from dmap_core.restore import restore
 from dmap_core.schedule import generators
-from dmap_core.solvers import SOLVERS
+from dmap_core.solvers import SOLVERS, Unguided
 from dmap_core.solvers.psld import squared_norm, transposed
-from dmap_core.solvers.unguided import sample_unguided
 
 LATENT, IMAGE = (2, 16, 24), (32, 48)
 SIGMAS = [9.0, 3.0, 1.0, 0.3, 0.0]
@@ -68,7 +67,7 @@ def solve(case, prior, f, y, batch=1):
     residuals = []
     z = SIGMAS[0] * randn(batch, *LATENT, seed=2)
     noise = generators(3, batch)
-    out = SOLVERS[name](posterior, z, SIGMAS, **settings, generator=noise, callback=lambda i, d, z, r: residuals.append(r))
+    out = SOLVERS[name](**settings)(posterior, z, SIGMAS, generator=noise, callback=lambda i, d, z, r: residuals.append(r))
     return out, torch.stack(residuals), posterior
 
 
@@ -100,14 +99,14 @@ def test_a_measurement_of_the_wrong_shape_is_refused(prior, case, name):
 def test_unguided_sampling_too(prior):
     posterior = Posterior(prior, SuperResolution(2), randn(2, 3, 16, 24))
     with pytest.raises(ValueError, match="2 measurements for a batch of 1"):
-        sample_unguided(posterior, randn(1, *LATENT), SIGMAS)
+        Unguided()(posterior, randn(1, *LATENT), SIGMAS)
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_whole_restoration_finds_out_before_any_work(prior, name):
     f, shape, batch, _ = WRONG[name]
     with pytest.raises(ValueError, match="measurement|measurements|too small|SuperResolution"):
-        restore(prior, f, randn(*shape), LATENT, torch.tensor(SIGMAS), SOLVERS["DPS"], {"zeta": 0.5}, seeds=range(batch))
+        restore(prior, f, randn(*shape), LATENT, torch.tensor(SIGMAS), SOLVERS["DPS"](zeta=0.5), seeds=range(batch))
     assert not prior.denoised_at and not prior.decoded
 
 

@@ -5,9 +5,12 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from dmap_core.memory import BLOCKS, PLANS, SHARE, Budget, ShortOfMemory, checkpointed
+from dmap_core.gradient import STRATEGIES
+from dmap_core.memory import SHARE, Budget, ShortOfMemory, checkpointed
 from dmap_core.operators import SuperResolution
 from dmap_core.posterior import Posterior
+
+PLANS = tuple(STRATEGIES)
 
 
 def randn(*shape, seed=0):
@@ -96,6 +99,9 @@ class Sines:
         return z0
 
     def networks(self):
+        return ()
+
+    def blocks(self):
         return ()
 
     def free_memory(self):
@@ -245,10 +251,6 @@ def test_activations_are_gone_after_the_device_ran_out_of_memory(conv_prior):
     assert all(storage.expired() for storage in seen)
 
 
-def blocks_of(prior):
-    return [m for network in prior.networks() for m in network.modules() if type(m).__name__ in BLOCKS]
-
-
 def overridden(prior):
     return [type(m).__name__ for network in prior.networks() for m in network.modules() if "forward" in vars(m)]
 
@@ -256,8 +258,8 @@ def overridden(prior):
 def test_checkpointed_covers_the_blocks_and_gives_them_back(conv_prior):
     prior = conv_prior(denoiser_depth=2, decoder_depth=1)
     assert not overridden(prior)
-    with checkpointed(prior.networks()) as n:
-        assert n == len(blocks_of(prior)) == 4
+    with checkpointed(prior.blocks()) as n:
+        assert n == len(prior.blocks()) == 4
         assert sorted(overridden(prior)) == ["ResBlock", "ResBlock", "ResBlock", "Upsample"]
     assert not overridden(prior)
 
@@ -265,13 +267,13 @@ def test_checkpointed_covers_the_blocks_and_gives_them_back(conv_prior):
 def test_checkpointed_blocks_run_again_in_the_backward_pass(conv_prior):
     prior = conv_prior(denoiser_depth=3)
     runs = []
-    for block in blocks_of(prior):
+    for block in prior.blocks():
         block.conv.register_forward_pre_hook(lambda module, args: runs.append(module))
     for plan, times in (("fast", 1), ("checkpoint", 2)):
         runs.clear()
         posterior, z = problem(prior, plan)
         posterior.gradient(z, 0.7)
-        assert [runs.count(block.conv) for block in blocks_of(prior)] == [times] * 5
+        assert [runs.count(block.conv) for block in prior.blocks()] == [times] * 5
 
 
 class Broken(Exception):
@@ -280,7 +282,7 @@ class Broken(Exception):
 
 def test_checkpointed_gives_back_after_an_exception(conv_prior):
     prior = conv_prior()
-    with pytest.raises(Broken), checkpointed(prior.networks()):
+    with pytest.raises(Broken), checkpointed(prior.blocks()):
         raise Broken
     assert not overridden(prior)
 
@@ -304,7 +306,7 @@ def test_a_gradient_that_fails_gives_back_too(conv_prior, network):
 def test_a_forward_that_somebody_else_had_replaced_comes_back(conv_prior):
     """Offloading libraries hook a module by an attribute of the instance."""
     prior = conv_prior()
-    block = blocks_of(prior)[0]
+    block = prior.blocks()[0]
     original, calls = block.forward, []
 
     def hooked(*args, **kwargs):
@@ -312,20 +314,20 @@ def test_a_forward_that_somebody_else_had_replaced_comes_back(conv_prior):
         return original(*args, **kwargs)
 
     block.forward = hooked
-    with checkpointed(prior.networks()):
+    with checkpointed(prior.blocks()):
         prior.denoise(randn(1, 2, 4, 4), 0.7)
     assert calls
     assert vars(block).get("forward") is hooked
 
 
-def test_a_network_that_is_listed_twice(conv_prior):
+def test_a_block_that_is_listed_twice(conv_prior):
     prior = conv_prior()
-    with checkpointed([prior.denoiser, prior.denoiser]) as n:
+    with checkpointed([*prior.blocks()[:2], *prior.blocks()[:2]]) as n:
         assert n == 2
     assert not overridden(prior)
 
 
-def test_no_networks_no_blocks():
+def test_no_blocks():
     with checkpointed(()) as n:
         assert n == 0
 
@@ -410,6 +412,6 @@ def test_blocks_recompute_what_they_were_told_at_first(named):
         return torch.autograd.grad(h.sum(), x)[0]
 
     plain = gradient()
-    with checkpointed([blocks]) as count:
+    with checkpointed(blocks) as count:
         assert count == 2
         assert torch.equal(gradient(), plain)

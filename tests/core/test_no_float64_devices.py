@@ -18,8 +18,7 @@ from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, Jp
 from dmap_core.posterior import Posterior
 from dmap_core.restore import initial_latent
 from dmap_core.schedule import SPACINGS, generators, randn_like
-from dmap_core.solvers import SOLVERS
-from dmap_core.solvers.unguided import sample_unguided
+from dmap_core.solvers import SOLVERS, Unguided
 from dmap_core.studies import score
 from dmap_core.studies.diversity import diversity
 
@@ -135,9 +134,9 @@ def test_solvers(device, case, f):
     y = torch.zeros(2, 3, *f.measurement_size(IMAGE), device=device)
     posterior = Posterior(TinyPrior(device), f, y, "fast")
     z = initial_latent(LATENT, SIGMAS[0], [0, 1], device)
-    out = SOLVERS[case](posterior, z, SIGMAS, **CASES[case], generator=generators(0, 2), callback=lambda *_: None)
+    out = SOLVERS[case](**CASES[case])(posterior, z, SIGMAS, generator=generators(0, 2), callback=lambda *_: None)
     assert out.is_meta and out.shape == (2, *LATENT)
-    assert sample_unguided(posterior, z, SIGMAS, callback=lambda *_: None).is_meta
+    assert Unguided()(posterior, z, SIGMAS, callback=lambda *_: None).is_meta
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)

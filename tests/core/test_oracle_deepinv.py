@@ -17,7 +17,7 @@ from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, Ke
 from dmap_core.operators.colour import LUMA  # noqa: E402
 from dmap_core.posterior import Posterior  # noqa: E402
 from dmap_core.schedule import ancestral_step, randn_like  # noqa: E402
-from dmap_core.solvers import guided_denoised, sample_dps, sample_dsg  # noqa: E402
+from dmap_core.solvers import DPS, DSG, guided_denoised  # noqa: E402
 from dmap_core.solvers.psld import squared_norm  # noqa: E402
 
 SIZE = (16, 24)
@@ -279,12 +279,10 @@ def test_one_dps_update(kind, eta, t):
     theirs, _ = solver.step(diffusion.posterior, times[0], times[1], scale * z, y=Y, physics=their_blur(F.kernel_tensor()))
 
     latents = []
-    sample_dps(
+    DPS(zeta=zeta, eta=eta)(
         Posterior(MIXTURE, F, Y),
         z,
         [sigma, sigma_next, 0.0],
-        zeta=zeta,
-        eta=eta,
         generator=torch.Generator().manual_seed(8),
         callback=lambda i, denoised, z, residual: latents.append(z),
     )
@@ -304,7 +302,7 @@ def test_a_whole_run_of_dps(eta):
         fidelity.weight = zeta / (sigmas[i] ** 2 * (1 - (sigmas[i + 1] / sigmas[i]) ** (1 + eta)))
         theirs, _ = solver.step(diffusion.posterior, times[i], times[i + 1], theirs, y=Y, physics=their_blur(F.kernel_tensor()))
 
-    ours = sample_dps(Posterior(MIXTURE, F, Y), z, sigmas, zeta=zeta, eta=eta, generator=torch.Generator().manual_seed(8))
+    ours = DPS(zeta=zeta, eta=eta)(Posterior(MIXTURE, F, Y), z, sigmas, generator=torch.Generator().manual_seed(8))
     unguided = MIXTURE.denoise(z, sigmas[0])
     assert (ours - unguided).abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
@@ -370,5 +368,5 @@ def test_a_dsg_run_by_its_equations(zeta, eta):
 
     prior = GaussianMixture(torch.from_numpy(mean)[None], std)
     posterior = Posterior(prior, matrix, torch.from_numpy(y))
-    ours = sample_dsg(posterior, torch.from_numpy(start), sigmas, zeta=zeta, eta=eta, generator=torch.Generator().manual_seed(4))
+    ours = DSG(zeta=zeta, eta=eta)(posterior, torch.from_numpy(start), sigmas, generator=torch.Generator().manual_seed(4))
     np.testing.assert_allclose(ours.numpy(), z, rtol=0, atol=2e-6)

@@ -15,7 +15,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, SuperResolution, centred_box
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import ancestral_step, randn_like
-from dmap_core.solvers import guided_denoised, sample_dps
+from dmap_core.solvers import DPS, guided_denoised
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 
@@ -158,12 +158,10 @@ def test_a_guided_run(name, operator):
     theirs, f = SCHEDULERS[name](), OPERATORS[operator]
     z, y = theirs.sigmas[0] * normal(1, *SHAPE), f(normal(3, *SHAPE))
     latents = []
-    sample_dps(
+    DPS(zeta=ZETA, eta=theirs.eta)(
         Posterior(PRIOR, f, y),
         z,
         theirs.sigmas,
-        zeta=ZETA,
-        eta=theirs.eta,
         generator=torch.Generator().manual_seed(2),
         callback=lambda i, denoised, z, residual: latents.append(z),
     )
@@ -178,7 +176,7 @@ def test_a_scheduler_that_knows_of_no_guidance_walks_dps_from_guided_denoised(na
     """Prop. 1: DPS is an unguided ancestral sampler under another score."""
     theirs, f = SCHEDULERS[name](), OPERATORS["super-resolution"]
     z, y = theirs.sigmas[0] * normal(1, *SHAPE), f(normal(3, *SHAPE))
-    ours = sample_dps(Posterior(PRIOR, f, y), z, theirs.sigmas, zeta=ZETA, generator=torch.Generator().manual_seed(2))
+    ours = DPS(zeta=ZETA)(Posterior(PRIOR, f, y), z, theirs.sigmas, generator=torch.Generator().manual_seed(2))
 
     x, draws = theirs.scales[0] * z, torch.Generator().manual_seed(2)
     for i in range(STEPS):
@@ -192,7 +190,5 @@ def test_guidance_is_seen():
     """The tolerances above are far below what guidance changes."""
     theirs, f = ddpm(), OPERATORS["super-resolution"]
     z, y = theirs.sigmas[0] * normal(1, *SHAPE), f(normal(3, *SHAPE))
-    runs = [
-        sample_dps(Posterior(PRIOR, f, y), z, theirs.sigmas, zeta=zeta, generator=torch.Generator().manual_seed(2)) for zeta in (ZETA, 1e-9)
-    ]
+    runs = [DPS(zeta=zeta)(Posterior(PRIOR, f, y), z, theirs.sigmas, generator=torch.Generator().manual_seed(2)) for zeta in (ZETA, 1e-9)]
     assert (runs[0] - runs[1]).abs().mean() > 0.05

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from dmap_core.backends.mixture import GaussianMixture
-from dmap_core.memory import PLANS
+from dmap_core.gradient import STRATEGIES
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, SuperResolution, centred_box
 from dmap_core.posterior import Posterior
 
 LATENT, IMAGE = (4, 6), (8, 12)
 OPERATORS = [SuperResolution(2), Inpainting(centred_box(IMAGE, (4, 5))), Compose([Grayscale(), GaussianBlur(5, 1.0)])]
 every_operator = pytest.mark.parametrize("f", OPERATORS, ids=lambda f: f.name)
-every_plan = pytest.mark.parametrize("plan", PLANS)
+every_plan = pytest.mark.parametrize("plan", STRATEGIES)
 
 
 def randn(*shape, seed=0):
@@ -65,7 +65,7 @@ def test_gradient_equals_finite_differences(conv_prior, f, plan):
 @every_operator
 def test_all_plans_agree(conv_prior, f):
     results = []
-    for plan in PLANS:
+    for plan in STRATEGIES:
         posterior, z = problem(conv_prior(), f, memory=plan)
         results.append(posterior.gradient(z, 0.7))
         assert posterior.plan == plan
@@ -220,6 +220,9 @@ class Spy:
 
     def networks(self):
         return self.prior.networks()
+
+    def blocks(self):
+        return self.prior.blocks()
 
 
 @every_plan

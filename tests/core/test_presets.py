@@ -1,7 +1,5 @@
 """Presets: the paper's numbers, settings that the solvers take, and what changes with the number of steps."""
 
-import inspect
-
 import pytest
 import torch
 
@@ -17,6 +15,7 @@ from dmap_core.operators import (
     MotionBlur,
     Noisy,
     NonlinearBlur,
+    Operator,
     Segmentation,
     SuperResolution,
     centred_box,
@@ -24,12 +23,12 @@ from dmap_core.operators import (
 from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
-from dmap_core.presets import DEMO, LIKE, MODELS, PAPER_ZETA, SOLVERS, kind, preset
+from dmap_core.presets import DEMO, LIKE, MODELS, NAMES, PAPER_ZETA, kind, preset
 from dmap_core.schedule import SPACINGS, check_sigmas
-from dmap_core.solvers import SOLVERS as FUNCTIONS
+from dmap_core.solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample
 
 SD, DEMO_PRIOR = MODELS
-every_solver = pytest.mark.parametrize("solver", SOLVERS)
+every_solver = pytest.mark.parametrize("solver", NAMES)
 every_model = pytest.mark.parametrize("model", MODELS)
 BOX = Inpainting(centred_box((16, 16), (8, 8)))
 EXAMPLES = [
@@ -51,16 +50,9 @@ every_operator = pytest.mark.parametrize("f", EXAMPLES, ids=lambda f: f.describe
 
 def test_there_is_an_example_of_every_operator_and_a_preset_of_every_solver():
     assert {f.name for f in EXAMPLES} == set(OPERATORS)
-    assert {name.removesuffix(" full") for name in SOLVERS} == set(FUNCTIONS)
+    assert {name.removesuffix(" full") for name in NAMES} == set(SOLVERS)
     assert set(LIKE.values()) <= DEMO.keys()
     assert PAPER_ZETA.keys() <= DEMO.keys()
-
-
-def takes(solver, settings):
-    """The solver's signature has every setting as a keyword, and nothing that it requires is missing."""
-    parameters = inspect.signature(FUNCTIONS[solver]).parameters
-    required = {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY and p.default is p.empty}
-    return required <= settings.keys() and all(parameters[n].kind is inspect.Parameter.KEYWORD_ONLY for n in settings)
 
 
 @every_operator
@@ -72,8 +64,7 @@ def test_every_preset_fits_its_solver(f, solver, model):
             preset(f, solver, model)
         return
     found = preset(f, solver, model)
-    assert found.solver == solver.removesuffix(" full")
-    assert takes(found.solver, found.settings)
+    assert type(found.solver) is SOLVERS[solver.removesuffix(" full")]
     assert found.spacing in SPACINGS
     assert found.source
     assert str(found.steps) in found.text()
@@ -83,18 +74,13 @@ def test_every_preset_fits_its_solver(f, solver, model):
 
 
 def assert_is_valid(found, steps):
-    settings = found.settings
+    settings = found.solver.settings()
     assert found.steps == steps
     assert settings["zeta"] > 0
     assert settings.get("gamma", 1) > 0
-    if found.solver == "DSG":
-        assert settings["zeta"] <= 1
-    assert {"first", "last"} <= settings.keys() or found.solver not in ("FreeDoM", "ReSample")
-    if "first" in settings:
-        assert 0 <= settings["first"] <= settings["last"] < steps
-    for name in ("K", "every", "iterations"):
+    found.solver.check(SuperResolution(4), steps)
+    for name in ("K", "every", "iterations", "first", "last"):
         assert isinstance(settings.get(name, 1), int)
-        assert settings.get(name, 1) >= 1
 
 
 @every_solver
@@ -103,43 +89,46 @@ def assert_is_valid(found, steps):
 def test_the_solvers_take_them(solver, model, steps):
     """A whole run on a Gaussian prior, whatever comes out: nothing is refused."""
     found = preset(BOX, solver, model).with_steps(steps)
-    settings = {**found.settings, "iterations": 2} if "iterations" in found.settings else found.settings
+    found = found.with_settings(iterations=2) if "iterations" in found.solver.settings() else found
     y = BOX(torch.ones(1, 3, 16, 16))
     posterior = Posterior(GaussianMixture(torch.zeros(1, 3, 16, 16), 0.5), BOX, y)
     sigmas = SPACINGS[found.spacing](torch.linspace(0.03, 14.6, 1000), found.steps)
     assert len(check_sigmas(sigmas)) == steps + 1
     z = 14.6 * torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    out = FUNCTIONS[found.solver](posterior, z, sigmas, **settings, generator=torch.Generator().manual_seed(1))
+    out = found.solver(posterior, z, sigmas, generator=torch.Generator().manual_seed(1))
     assert torch.isfinite(out).all()
 
 
 # The numbers of the paper and its authors at 512 pixels and 500 steps.
 SR, BLUR = SuperResolution(8), GaussianBlur()
 PAPER = [
-    (SR, "DPS", {"zeta": 4.8}, 500),
-    (SR, "DMAP", {"zeta": 9.6, "K": 2}, 250),  # "same": K 2, half the steps, twice the zeta
-    (SR, "DMAP full", {"zeta": 4.8, "K": 3}, 500),
-    (SR, "DSG", {"zeta": 0.08}, 500),
-    (SR, "PSLD", {"zeta": 4.8, "gamma": 0.0096}, 500),
-    (SR, "FreeDoM", {"zeta": 4.8, "K": 2, "first": 25, "last": 50}, 500),
+    (SR, "DPS", DPS(zeta=4.8), 500),
+    (SR, "DMAP", DMAP(zeta=9.6, K=2), 250),  # "same": K 2, half the steps, twice the zeta
+    (SR, "DMAP full", DMAP(zeta=4.8, K=3), 500),
+    (SR, "DSG", DSG(zeta=0.08), 500),
+    (SR, "PSLD", PSLD(zeta=4.8, gamma=0.0096), 500),
+    (SR, "FreeDoM", FreeDoM(zeta=4.8, K=2, first=25, last=50), 500),
     (
         SR,
         "ReSample",
-        {"zeta": 4.8, "first": 50, "last": 100, "every": 50, "iterations": 200, "learning_rate": 0.005, "factor": 40.0},
+        ReSample(zeta=4.8, first=50, last=100, every=50, iterations=200, learning_rate=0.005, factor=40.0),
         500,
     ),
-    (BLUR, "DPS", {"zeta": 0.6}, 500),
-    (BLUR, "DMAP", {"zeta": 1.2, "K": 2}, 250),
-    (BLUR, "DMAP full", {"zeta": 0.6, "K": 3}, 500),
-    (BLUR, "DSG", {"zeta": 0.08}, 500),
-    (BLUR, "PSLD", {"zeta": 0.6, "gamma": 0.0012}, 500),
+    (BLUR, "DPS", DPS(zeta=0.6), 500),
+    (BLUR, "DMAP", DMAP(zeta=1.2, K=2), 250),
+    (BLUR, "DMAP full", DMAP(zeta=0.6, K=3), 500),
+    (BLUR, "DSG", DSG(zeta=0.08), 500),
+    (BLUR, "PSLD", PSLD(zeta=0.6, gamma=0.0012), 500),
 ]
 
 
-@pytest.mark.parametrize("f, solver, settings, steps", PAPER, ids=lambda v: getattr(v, "name", v if isinstance(v, str) else ""))
-def test_the_papers_numbers(f, solver, settings, steps):
+@pytest.mark.parametrize(
+    "f, solver, expected, steps", PAPER, ids=lambda v: v if isinstance(v, str) else v.name if isinstance(v, Operator) else ""
+)
+def test_the_papers_numbers(f, solver, expected, steps):
     found = preset(f, solver, SD)
-    assert found.settings == pytest.approx(settings)
+    assert type(found.solver) is type(expected)
+    assert found.solver.settings() == pytest.approx(expected.settings())
     assert (found.steps, found.spacing) == (steps, "paper")
     assert "paper" in found.source
     assert "carried over" not in found.source
@@ -155,13 +144,13 @@ def test_numbers_that_are_not_the_papers_say_so(solver):
 
 @pytest.mark.parametrize("f", [BOX, MotionBlur(), SuperResolution(4), Grayscale()], ids=lambda f: f.name)
 def test_others_are_carried_over_by_the_demos_ratio(f):
-    dps = {model: {g: preset(g, "DPS", model).settings["zeta"] for g in (f, SR)} for model in MODELS}
+    dps = {model: {g: preset(g, "DPS", model).solver.zeta for g in (f, SR)} for model in MODELS}
     assert dps[SD][f] == pytest.approx(4.8 * dps[DEMO_PRIOR][f] / dps[DEMO_PRIOR][SR], abs=0.005)
     assert dps[SD][f] < 4.8
 
 
 def test_the_demos_spacing_is_for_few_steps():
-    for solver in SOLVERS:
+    for solver in NAMES:
         assert preset(SR, solver, DEMO_PRIOR).spacing == "exponential"
         assert preset(SR, solver, DEMO_PRIOR).steps <= 20
 
@@ -170,27 +159,26 @@ def test_the_demos_spacing_is_for_few_steps():
 
 
 def test_the_same_number_of_steps_is_the_same_preset():
-    for solver in SOLVERS:
+    for solver in NAMES:
         found = preset(SR, solver, SD)
         assert found.with_steps(found.steps) is found
 
 
 def test_half_the_steps_double_zeta_and_halve_windows():
     found = preset(SR, "FreeDoM", SD).with_steps(250)
-    assert found.settings == {"zeta": 9.6, "K": 2, "first": 12, "last": 25}
+    assert found.solver == FreeDoM(zeta=9.6, K=2, first=12, last=25)
     found = preset(SR, "ReSample", SD).with_steps(250)
-    expected = {"zeta": 9.6, "first": 25, "last": 50, "every": 25, "iterations": 200, "learning_rate": 0.005, "factor": 40.0}
-    assert found.settings == expected
-    assert preset(SR, "PSLD", SD).with_steps(250).settings == pytest.approx({"zeta": 9.6, "gamma": 0.0192})
-    assert preset(SR, "DMAP", SD).with_steps(500).settings == {"zeta": 4.8, "K": 2}
+    assert found.solver == ReSample(zeta=9.6, first=25, last=50, every=25, iterations=200, learning_rate=0.005, factor=40.0)
+    assert preset(SR, "PSLD", SD).with_steps(250).solver == PSLD(zeta=9.6, gamma=0.0192)
+    assert preset(SR, "DMAP", SD).with_steps(500).solver == DMAP(zeta=4.8, K=2)
 
 
 def test_the_preset_itself_does_not_change():
     found = preset(SR, "FreeDoM", SD)
-    before = dict(found.settings)
+    before = found.solver.settings()
     found.with_steps(20)
-    assert found.settings == before
-    assert preset(SR, "FreeDoM", SD).settings == before
+    assert found.solver.settings() == before
+    assert preset(SR, "FreeDoM", SD).solver.settings() == before
 
 
 @pytest.mark.parametrize("steps", [1, 12, 20, 250, 1000])
@@ -198,7 +186,7 @@ def test_the_preset_itself_does_not_change():
 def test_dsgs_rate_has_no_unit_and_is_not_scaled(model, steps):
     """Scaled like a step size, 0.6 at 20 steps became 1 at 12, and 32 pictures lost 4.4 dB."""
     found = preset(SR, "DSG", model)
-    assert found.with_steps(steps).settings == found.settings
+    assert found.with_steps(steps).solver == found.solver
 
 
 @every_solver
@@ -239,7 +227,7 @@ def test_segmentation_is_found_within_others():
 
 
 def test_noise_and_company_do_not_change_the_settings():
-    for solver in SOLVERS:
+    for solver in NAMES:
         for model in MODELS:
             alone = preset(SR, solver, model)
             assert preset(Noisy(SR, 0.1), solver, model) == alone
@@ -251,3 +239,20 @@ def test_unknown_names_are_refused_with_the_known_ones():
         preset(SR, "Dps", SD)
     with pytest.raises(ValueError, match=f"model is 'SDXL'; it must be one of {SD}, {DEMO_PRIOR}$"):
         preset(SR, "DPS", "SDXL")
+
+
+def test_other_settings():
+    found = preset(SR, "DMAP", SD).with_settings(K=3, eta=0.5)
+    assert found.solver == DMAP(zeta=9.6, K=3, eta=0.5)
+    with pytest.raises(ValueError, match="DMAP has no setting gamma; it has K, zeta, eta, optimizer$"):
+        found.with_settings(gamma=1.0)
+    with pytest.raises(ValueError, match="zeta is -1"):
+        found.with_settings(zeta=-1.0)
+
+
+def test_what_a_preset_says():
+    """What matters of the solver's settings, and what is not at its default."""
+    assert preset(SR, "DMAP", SD).text() == "DMAP: K 2, zeta 9.6, 250 steps, paper spacing (paper and authors)"
+    assert (
+        preset(SR, "FreeDoM", SD).with_settings(eta=0.5).text().startswith("FreeDoM: zeta 4.8, K 2, first 25, last 50, eta 0.5, 500 steps")
+    )

@@ -12,7 +12,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, MotionBlur, SuperResolution, centred_box
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import generators
-from dmap_core.solvers import sample_dps, sample_psld
+from dmap_core.solvers import DPS, PSLD
 from dmap_core.solvers.psld import TRANSPOSES, squared_norm, transposed
 
 LATENT, IMAGE = (2, 4, 6), (8, 12)
@@ -60,7 +60,7 @@ def prior(conv_prior):
 def step(posterior, z, sigma, sigma_next, **settings):
     """What one deterministic step subtracts from the mean."""
     seen = []
-    sample_psld(posterior, z, [sigma, sigma_next, 0.0], eta=0.0, callback=lambda i, d, z, r: seen.append((d, z, r)), **settings)
+    PSLD(eta=0.0, **settings)(posterior, z, [sigma, sigma_next, 0.0], callback=lambda i, d, z, r: seen.append((d, z, r)))
     denoised, latent, residual = seen[0]
     return denoised + sigma_next / sigma * (z - denoised) - latent, residual
 
@@ -120,8 +120,8 @@ def test_without_an_autoencoder_a_mask_adds_gamma_to_zeta(kind):
     f = Inpainting(torch.eye(4))
     posterior = Posterior(GaussianMixture(randn(2, 3, 4, 4), 0.5), f, f(randn(2, 3, 4, 4, seed=1)))
     z, sigmas = 4 * randn(2, 3, 4, 4, seed=2), [4.0, 2.0, 1.0, 0.3, 0.0]
-    out = sample_psld(posterior, z, sigmas, zeta=0.3, gamma=0.2, transpose=kind, generator=generators(0, 2))
-    expected = sample_dps(posterior, z, sigmas, zeta=0.5, generator=generators(0, 2))
+    out = PSLD(zeta=0.3, gamma=0.2, transpose=kind)(posterior, z, sigmas, generator=generators(0, 2))
+    expected = DPS(zeta=0.5)(posterior, z, sigmas, generator=generators(0, 2))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 

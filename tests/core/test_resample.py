@@ -11,7 +11,7 @@ from torch import nn
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import generators
-from dmap_core.solvers import sample_resample
+from dmap_core.solvers import ReSample
 from dmap_core.solvers.resample import TWEEDIES, consistent_latent, consistent_picture, resampling
 
 LATENT, IMAGE = (2, 4, 6), (8, 12)
@@ -218,7 +218,7 @@ def consistency_steps(prior, sigmas=SIGMAS, **settings):
             assert calls[2:] == ["decode"] * 3
             kinds[step] = "latent"
 
-    sample_resample(posterior, z, sigmas, **{**SETTINGS, **settings}, callback=callback)
+    ReSample(**{**SETTINGS, **settings})(posterior, z, sigmas, callback=callback)
     return kinds
 
 
@@ -290,15 +290,8 @@ def run_by_hand(posterior, z, tweedie, eta, generator):
 def test_a_whole_run_by_hand(autoencoder, tweedie, eta):
     posterior, z = problem(autoencoder(), 2)
     latents = []
-    sample_resample(
-        posterior,
-        z,
-        SIGMAS,
-        **SETTINGS,
-        tweedie=tweedie,
-        eta=eta,
-        generator=torch.Generator().manual_seed(3),
-        callback=lambda i, d, z, r: latents.append(z),
+    ReSample(**SETTINGS, tweedie=tweedie, eta=eta)(
+        posterior, z, SIGMAS, generator=torch.Generator().manual_seed(3), callback=lambda i, d, z, r: latents.append(z)
     )
     expected = run_by_hand(posterior, z, tweedie, eta, torch.Generator().manual_seed(3))
     for ours, theirs in zip(latents, expected, strict=True):
@@ -317,8 +310,8 @@ def test_the_whole_runs_tell_the_variants_apart(autoencoder):
 def test_a_window_that_ends_the_schedule_returns_the_consistent_latent(autoencoder):
     posterior, z = problem(autoencoder())
     latents = []
-    settings = {**SETTINGS, "first": 5, "last": 5, "generator": generators(1, 1)}
-    out = sample_resample(posterior, z, SIGMAS, **settings, callback=lambda i, d, z, r: latents.append(z))
+    settings = {**SETTINGS, "first": 5, "last": 5}
+    out = ReSample(**settings)(posterior, z, SIGMAS, generator=generators(1, 1), callback=lambda i, d, z, r: latents.append(z))
     denoised = posterior.denoise(latents[-2], SIGMAS[-2])
     torch.testing.assert_close(out, consistent_latent(posterior, denoised, 3, 0.05), rtol=0, atol=1e-12)
 

@@ -10,7 +10,7 @@ from dmap_core.operators import SuperResolution
 from dmap_core.posterior import Posterior
 from dmap_core.restore import initial_latent, restore
 from dmap_core.schedule import generators
-from dmap_core.solvers import sample_dmap, sample_dps
+from dmap_core.solvers import DMAP, DPS
 
 SHAPE = (2, 4, 4)
 T = 4
@@ -28,9 +28,9 @@ def sigmas(karras):
 
 @pytest.fixture
 def run(prior, sigmas):
-    def run(seeds, y=None, solver=sample_dps, settings=None, **more):
+    def run(seeds, y=None, solver=DPS, settings=None, **more):
         y = torch.linspace(-1, 1, 3 * 16).view(1, 3, 4, 4) if y is None else y
-        return restore(prior, SuperResolution(2), y, SHAPE, sigmas, solver, {"zeta": 0.3} | (settings or {}), seeds, **more)
+        return restore(prior, SuperResolution(2), y, SHAPE, sigmas, solver(**{"zeta": 0.3} | (settings or {})), seeds, **more)
 
     return run
 
@@ -55,7 +55,7 @@ def test_the_same_seed_makes_the_same_picture_and_another_another(run):
     assert not torch.allclose(run([5]).image, run([6]).image, atol=0.01)
 
 
-@pytest.mark.parametrize("solver", [sample_dps, sample_dmap])
+@pytest.mark.parametrize("solver", [DPS, DMAP])
 def test_no_sample_depends_on_the_others(run, solver):
     together = run([3, 9, 4], solver=solver)
     for i, seed in enumerate([3, 9, 4]):
@@ -74,14 +74,14 @@ def test_the_steps_have_the_noise_of_the_next_seed(prior, sigmas, run):
     """As in ComfyUI, where a sampler's noise is seeded with seed + 1."""
     y = torch.zeros(1, 3, 4, 4)
     z = math.sqrt(1 + float(sigmas[0]) ** 2) * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(11))
-    z0 = sample_dps(Posterior(prior, SuperResolution(2), y), z, sigmas, zeta=0.3, generator=generators(12, 1))
+    z0 = DPS(zeta=0.3)(Posterior(prior, SuperResolution(2), y), z, sigmas, generator=generators(12, 1))
     with torch.no_grad():
         assert torch.equal(run([11], y).image, prior.decode(z0))
 
 
 @pytest.mark.parametrize("K", [1, 2, 3])
 def test_dmaps_calls(run, K):
-    done = run([1], solver=sample_dmap, settings={"K": K})
+    done = run([1], solver=DMAP, settings={"K": K})
     assert done.denoiser_calls == T + (T - 1) * K and done.decoder_calls == (T - 1) * K + 1
 
 

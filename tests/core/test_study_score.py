@@ -10,7 +10,7 @@ from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import SuperResolution
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import ancestral_step, generators, randn_like
-from dmap_core.solvers import sample_dps
+from dmap_core.solvers import DPS
 from dmap_core.studies import score as study
 from dmap_core.studies.score import (
     UNCONDITIONAL,
@@ -84,13 +84,8 @@ def test_an_ancestral_step_along_dps_score_is_a_step_of_dps():
     expected = mu + sigma_up * randn_like(z, generators(0, 2))
 
     after = {}
-    sample_dps(
-        posterior,
-        z,
-        [sigma, sigma_next, 0.0],
-        zeta=zeta,
-        generator=generators(0, 2),
-        callback=lambda step, d, z, r: after.setdefault(step, z),
+    DPS(zeta=zeta)(
+        posterior, z, [sigma, sigma_next, 0.0], generator=generators(0, 2), callback=lambda step, d, z, r: after.setdefault(step, z)
     )
     torch.testing.assert_close(after[0], expected, rtol=1e-12, atol=1e-12)
 

@@ -8,7 +8,7 @@ import torch
 from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.errors import Diverged
 from dmap_core.posterior import Posterior
-from dmap_core.solvers.unguided import sample_unguided
+from dmap_core.solvers import Unguided
 
 N = 4000
 SIGMA = 20.0
@@ -33,7 +33,7 @@ def start(n=N):
 def test_samples_are_the_priors(first_coordinate, karras, eta):
     """3/4 of them in the upper mode; mean 0.5, variance 0.3^2 + 0.75 and covariance 0.75."""
     generator = torch.Generator().manual_seed(1)
-    x = sample_unguided(posterior(TWO, first_coordinate), start(), karras(150, 0.01, SIGMA), eta=eta, generator=generator)
+    x = Unguided(eta=eta)(posterior(TWO, first_coordinate), start(), karras(150, 0.01, SIGMA), generator=generator)
     upper = (x.sum(1) > 0).double().mean()
     assert float(upper) == pytest.approx(0.75, abs=0.025)
     assert x.mean(0).tolist() == pytest.approx([0.5, 0.5], abs=0.06)
@@ -46,7 +46,7 @@ def test_samples_are_the_priors(first_coordinate, karras, eta):
 def test_the_probability_flow_of_one_gaussian(first_coordinate, karras):
     """z - mean shrinks by sqrt(std^2 + sigma^2) / std: the solution of the ODE."""
     z = start(5)
-    x = sample_unguided(posterior(ONE, first_coordinate, 5), z, karras(1000, 0.001, SIGMA), eta=0.0)
+    x = Unguided(eta=0.0)(posterior(ONE, first_coordinate, 5), z, karras(1000, 0.001, SIGMA))
     wanted = ONE.means + (z - ONE.means) * ONE.std / math.sqrt(ONE.std**2 + SIGMA**2)
     assert torch.allclose(x, wanted, atol=0.003)
 
@@ -54,19 +54,19 @@ def test_the_probability_flow_of_one_gaussian(first_coordinate, karras):
 def test_without_eta_nothing_is_drawn(first_coordinate, karras):
     levels, generator = karras(10, 0.01, SIGMA), torch.Generator().manual_seed(3)
     before = generator.get_state()
-    x = sample_unguided(posterior(TWO, first_coordinate, 5), start(5), levels, eta=0.0, generator=generator)
+    x = Unguided(eta=0.0)(posterior(TWO, first_coordinate, 5), start(5), levels, generator=generator)
     assert torch.equal(generator.get_state(), before)
-    assert torch.equal(x, sample_unguided(posterior(TWO, first_coordinate, 5), start(5), levels, eta=0.0))
-    drawn = sample_unguided(posterior(TWO, first_coordinate, 5), start(5), levels, eta=1.0, generator=generator)
+    assert torch.equal(x, Unguided(eta=0.0)(posterior(TWO, first_coordinate, 5), start(5), levels))
+    drawn = Unguided(eta=1.0)(posterior(TWO, first_coordinate, 5), start(5), levels, generator=generator)
     assert not torch.equal(drawn, x) and not torch.equal(generator.get_state(), before)
 
 
 def test_calls_and_the_callback(first_coordinate, karras):
     levels, seen = karras(10, 0.01, SIGMA), []
     quiet, told = posterior(TWO, first_coordinate, 5), posterior(TWO, first_coordinate, 5)
-    x = sample_unguided(quiet, start(5), levels, eta=0.0)
+    x = Unguided(eta=0.0)(quiet, start(5), levels)
     assert (quiet.denoiser_calls, quiet.decoder_calls) == (10, 0)
-    y = sample_unguided(told, start(5), levels, eta=0.0, callback=lambda *given: seen.append(given))
+    y = Unguided(eta=0.0)(told, start(5), levels, callback=lambda *given: seen.append(given))
     assert (told.denoiser_calls, told.decoder_calls) == (10, 10) and torch.equal(x, y)
     assert [step for step, *_ in seen] == list(range(10)) and torch.equal(seen[-1][2], x)
     assert torch.allclose(seen[3][3], seen[3][1][:, 0].abs().float())  # the residual of the denoised point: y is 0
@@ -74,10 +74,10 @@ def test_calls_and_the_callback(first_coordinate, karras):
 
 def test_what_is_refused(first_coordinate, karras):
     with pytest.raises(ValueError, match="eta is 2"):
-        sample_unguided(posterior(TWO, first_coordinate, 5), start(5), karras(10, 0.01, SIGMA), eta=2)
+        Unguided(eta=2)(posterior(TWO, first_coordinate, 5), start(5), karras(10, 0.01, SIGMA))
     with pytest.raises(ValueError, match="sigmas must end at 0"):
-        sample_unguided(posterior(TWO, first_coordinate, 5), start(5), karras(10, 0.01, SIGMA)[:-1])
+        Unguided()(posterior(TWO, first_coordinate, 5), start(5), karras(10, 0.01, SIGMA)[:-1])
     broken = start(5)
     broken[3, 0] = math.nan
     with pytest.raises(Diverged, match="step 1 of 10: .*sample 3"):
-        sample_unguided(posterior(TWO, first_coordinate, 5), broken, karras(10, 0.01, SIGMA), eta=0.0)
+        Unguided(eta=0.0)(posterior(TWO, first_coordinate, 5), broken, karras(10, 0.01, SIGMA))

@@ -1,4 +1,4 @@
-"""DPS and DMAP against loops written from the paper's algorithms, and what both promise about batches, seeds and calls."""
+"""DPS and DMAP against loops written from the paper's algorithms, and where they call the networks."""
 
 import math
 from itertools import pairwise
@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dmap_core.backends.mixture import GaussianMixture
-from dmap_core.operators import Grayscale, Inpainting, SuperResolution
+from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import ancestral_step, generators, randn_like
-from dmap_core.solvers import guided_denoised, sample_dmap, sample_dps
+from dmap_core.solvers import DMAP, DPS, guided_denoised
 
 LATENT = (2, 4, 6)
 SIGMAS = [9.0, 4.0, 2.0, 1.2, 0.6, 0.2, 0.0]
@@ -18,10 +18,6 @@ SIGMAS = [9.0, 4.0, 2.0, 1.2, 0.6, 0.2, 0.0]
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def masks(batch):
-    return (torch.rand(batch, 1, 8, 12, generator=torch.Generator().manual_seed(4)) < 0.3).float()
 
 
 def conv_problem(prior, batch, f=None, plan="fast"):
@@ -113,7 +109,7 @@ ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
 def test_dps_is_the_papers_loop(problem, eta, zeta, batch):
     posterior, z = problem(batch)
     trace = Trace()
-    out = sample_dps(posterior, z, SIGMAS, zeta=zeta, eta=eta, generator=torch.Generator().manual_seed(3), callback=trace)
+    out = DPS(zeta=zeta, eta=eta)(posterior, z, SIGMAS, generator=torch.Generator().manual_seed(3), callback=trace)
     expected = dps_loop(posterior, z, SIGMAS, zeta, eta, torch.Generator().manual_seed(3))
     for ours, theirs in zip(trace.latents, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **ROUNDING)
@@ -126,7 +122,7 @@ def test_dps_is_the_papers_loop(problem, eta, zeta, batch):
 def test_dmap_is_the_papers_loop(problem, eta, zeta, K, batch):
     posterior, z = problem(batch)
     trace = Trace()
-    out = sample_dmap(posterior, z, SIGMAS, zeta=zeta, K=K, eta=eta, generator=torch.Generator().manual_seed(3), callback=trace)
+    out = DMAP(zeta=zeta, K=K, eta=eta)(posterior, z, SIGMAS, generator=torch.Generator().manual_seed(3), callback=trace)
     expected = dmap_loop(posterior, z, SIGMAS, zeta, K, eta, torch.Generator().manual_seed(3))
     for ours, theirs in zip(trace.latents, expected, strict=True):
         torch.testing.assert_close(ours, theirs, **ROUNDING)
@@ -153,7 +149,7 @@ def test_the_loops_tell_the_algorithms_apart(problem):
 def test_dps_through_the_guided_denoiser(problem, zeta):
     """An ancestral sampler that is given the guided denoised latent (Prop. 1) is DPS."""
     posterior, z = problem(2)
-    expected = sample_dps(posterior, z, SIGMAS, zeta=zeta, generator=generators(5, 2))
+    expected = DPS(zeta=zeta)(posterior, z, SIGMAS, generator=generators(5, 2))
     noises = generators(5, 2)
     for sigma, sigma_next in pairwise(SIGMAS):
         grad, denoised, _ = posterior.gradient(z, sigma)
@@ -181,7 +177,7 @@ def test_guided_denoised_is_the_conditional_tweedie():
 def test_dmap_stays_on_every_samples_sphere(problem, batch, eta, zeta, K):
     posterior, z = problem(batch)
     trace = Trace()
-    sample_dmap(posterior, z, SIGMAS, zeta=zeta, K=K, eta=eta, generator=generators(1, batch), callback=trace)
+    DMAP(zeta=zeta, K=K, eta=eta)(posterior, z, SIGMAS, generator=generators(1, batch), callback=trace)
     before = [z, *trace.latents]
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS[:-1])):
         mu, up = kernel(posterior, before[i], sigma, sigma_next, eta)
@@ -192,7 +188,7 @@ def test_dmap_stays_on_every_samples_sphere(problem, batch, eta, zeta, K):
 def test_dmaps_last_step_is_the_denoised_latent(problem):
     posterior, z = problem(2)
     trace = Trace()
-    out = sample_dmap(posterior, z, SIGMAS, zeta=0.5, generator=generators(1, 2), callback=trace)
+    out = DMAP(zeta=0.5)(posterior, z, SIGMAS, generator=generators(1, 2), callback=trace)
     torch.testing.assert_close(out, posterior.prior.denoise(trace.latents[-2], SIGMAS[-2]).detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(trace.denoised[-1], out, rtol=0, atol=0)
     y_hat = posterior.operator(posterior.prior.decode(out)).detach()
@@ -204,7 +200,7 @@ def test_dmaps_last_step_is_the_denoised_latent(problem):
 def test_calls_of_dmap(conv_prior, plan, steps, K):
     prior = conv_prior()
     posterior, z = conv_problem(prior, 1, plan=plan)
-    sample_dmap(posterior, z, SIGMAS[-steps - 1 :], zeta=0.3, K=K)
+    DMAP(zeta=0.3, K=K)(posterior, z, SIGMAS[-steps - 1 :])
     gradients = (steps - 1) * K
     assert posterior.denoiser_calls == steps + gradients
     assert posterior.decoder_calls == gradients + 1
@@ -216,7 +212,7 @@ def test_calls_of_dmap(conv_prior, plan, steps, K):
 def test_dmap_differentiates_at_the_next_noise_level(conv_prior):
     prior = conv_prior()
     posterior, z = conv_problem(prior, 1)
-    sample_dmap(posterior, z, SIGMAS, zeta=0.3, K=2)
+    DMAP(zeta=0.3, K=2)(posterior, z, SIGMAS)
     expected = []
     for sigma, sigma_next in pairwise(SIGMAS):
         expected += [(sigma, False), *([(sigma_next, True)] * 2 if sigma_next else [])]
@@ -228,78 +224,12 @@ def test_calls_of_dps(conv_prior, steps):
     prior = conv_prior()
     posterior, z = conv_problem(prior, 1)
     sigmas = SIGMAS[-steps - 1 :]
-    sample_dps(posterior, z, sigmas, zeta=0.3)
+    DPS(zeta=0.3)(posterior, z, sigmas)
     assert prior.denoised_at == [(sigma, True) for sigma in sigmas[:-1]]
     assert (posterior.denoiser_calls, posterior.decoder_calls) == (steps, steps)
 
 
-SOLVERS = {
-    "dps": lambda posterior, z, **more: sample_dps(posterior, z, SIGMAS, zeta=0.5, **more),
-    "dmap": lambda posterior, z, **more: sample_dmap(posterior, z, SIGMAS, zeta=0.5, **more),
-}
-every_solver = pytest.mark.parametrize("solve", SOLVERS.values(), ids=SOLVERS)
-
-
-@every_solver
-@pytest.mark.parametrize("f", [SuperResolution(2), Inpainting(masks(3)), Grayscale()], ids=lambda f: f.name)
-def test_a_batch_is_as_many_single_runs(conv_prior, solve, f):
-    posterior, z = conv_problem(conv_prior(), 3, f)
-    whole = solve(posterior, z, generator=generators(11, 3))
-    for i in range(3):
-        f_i = Inpainting(f.mask[i : i + 1]) if isinstance(f, Inpainting) else f
-        alone = Posterior(posterior.prior, f_i, posterior.y[i : i + 1], "fast")
-        torch.testing.assert_close(
-            solve(alone, z[i : i + 1], generator=generators(11, 3)[i : i + 1]), whole[i : i + 1], rtol=1e-5, atol=1e-6
-        )
-
-
-@every_solver
-def test_same_seed_same_latent(problem, solve):
-    posterior, z = problem(2)
-    before, state = z.clone(), torch.get_rng_state()
-    first, second = solve(posterior, z, generator=generators(1, 2)), solve(posterior, z, generator=generators(1, 2))
-    assert torch.equal(first, second)
-    assert torch.equal(z, before)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert (solve(posterior, z, generator=generators(2, 2)) - first).abs().max() > 1e-3
-
-
-@every_solver
-def test_sigmas_may_be_a_tensor(problem, solve):
-    posterior, z = problem(1)
-    sampler = sample_dps if solve is SOLVERS["dps"] else sample_dmap
-    out = sampler(posterior, z, torch.tensor(SIGMAS, dtype=torch.float64), zeta=0.5, generator=generators(1, 1))
-    assert torch.equal(out, solve(posterior, z, generator=generators(1, 1)))
-
-
-@every_solver
-def test_the_callback_sees_every_step(problem, solve):
-    posterior, z = problem(2)
-    trace = Trace()
-    out = solve(posterior, z, callback=trace)
-    assert trace.steps == list(range(len(SIGMAS) - 1))
-    assert all(t.shape == z.shape for t in trace.denoised + trace.latents)
-    assert all(r.shape == (2,) for r in trace.residuals)
-    assert not any(t.requires_grad for t in [out, *trace.denoised, *trace.latents, *trace.residuals])
-
-
-@every_solver
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_latents_dtype_is_kept(conv_prior, solve, dtype):
-    posterior, z = conv_problem(conv_prior(dtype=dtype), 1)
-    posterior.y = posterior.y.to(dtype)
-    assert solve(posterior, z.to(dtype)).dtype == dtype
-
-
-@every_solver
-def test_gradients_may_be_switched_off_outside(problem, solve):
-    posterior, z = problem(1)
-    expected = solve(posterior, z, generator=generators(1, 1))
-    with torch.no_grad():
-        assert torch.equal(solve(posterior, z, generator=generators(1, 1)), expected)
-
-
 def test_dmap_with_a_k_written_with_a_point(problem):
     posterior, z = problem(1)
-    expected = sample_dmap(posterior, z, SIGMAS, zeta=0.5, K=2, generator=generators(1, 1))
-    assert torch.equal(sample_dmap(posterior, z, SIGMAS, zeta=0.5, K=2.0, generator=generators(1, 1)), expected)
+    expected = DMAP(zeta=0.5, K=2)(posterior, z, SIGMAS, generator=generators(1, 1))
+    assert torch.equal(DMAP(zeta=0.5, K=2.0)(posterior, z, SIGMAS, generator=generators(1, 1)), expected)
