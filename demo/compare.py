@@ -15,7 +15,6 @@ import importlib.util
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +100,6 @@ class Bench:
         """(restored picture (1, H, W, 3) in [0, 1], report) of a picture that is damaged first; without a preset by the CSE alone, no report."""
         import comfy.samplers
         from comfy_extras.nodes_custom_sampler import Noise_RandomNoise
-        from dmap_pack.dmap_core.solvers import SOLVERS
         from dmap_pack.nodes.host.guider import SolverSampler
 
         measurement = self.call("Degrade", image=image, operator=operator, noise_sigma=0.0, seed=seed)[0]
@@ -120,7 +118,7 @@ class Bench:
             return self.vae.decode(samples), None
         problem = {"positive": positive, "vae": self.vae, "operator": operator, "measurement": measurement, "zeta": 1.0}
         guider = self.call("DPSGuider", model=self.model, **problem)[0]
-        sampler = SolverSampler(preset.solver, SOLVERS[preset.solver], **preset.settings)
+        sampler = SolverSampler(preset.solver)
         samples = guider.sample(noise, latent["samples"], sampler, sigmas, seed=seed)
         return self.vae.decode(samples), guider.report
 
@@ -191,9 +189,10 @@ def variants(preset, sweep: str | None) -> list:
     if not sweep:
         return [preset]
     key, _, factors = sweep.partition("=")
-    if key not in preset.settings:
-        raise SystemExit(f"--sweep: {preset.solver} has no setting {key!r}; it has {', '.join(preset.settings)}")
-    return [replace(preset, settings=preset.settings | {key: preset.settings[key] * float(f)}) for f in factors.split(",")]
+    settings = preset.solver.settings()
+    if key not in settings:
+        raise SystemExit(f"--sweep: {preset.solver.name()} has no setting {key!r}; it has {', '.join(settings)}")
+    return [preset.with_settings(**{key: settings[key] * float(f)}) for f in factors.split(",")]
 
 
 def presets_of(operator, solver: str, steps: int | None, sweep: str | None) -> list:
@@ -244,7 +243,7 @@ def main() -> None:
             psnrs = []
             for p in presets_of(operator, solver, args.steps, args.sweep):
                 entry = {"operator": operator_name, "damage": operator.describe(), "solver": solver, "set": which, "prior": prior}
-                entry |= {"settings": p.settings if p else {}, "steps": p.steps if p else 0, "spacing": p.spacing if p else ""}
+                entry |= {"settings": p.solver.notable() if p else {}, "steps": p.steps if p else 0, "spacing": p.spacing if p else ""}
                 entry |= {"seed": args.seed if p or solver == CSE_ALONE else 0}
                 if args.cse:
                     entry |= {"cse": args.cse.stem, "cse_sha256": fingerprint(args.cse)}

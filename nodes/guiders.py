@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from comfy_api.latest import io, ui
 
-from ..dmap_core.memory import PLANS
-from ..dmap_core.solvers import check_settings
+from ..dmap_core.gradient import STRATEGIES
+from ..dmap_core.solvers.base import check_zeta
 from .host.controlnet import check_controls
 from .host.guider import PosteriorGuider
 from .host.prior import check_conditioning
@@ -84,7 +84,7 @@ class DPSGuider(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "memory",
-                    options=["auto", *PLANS],
+                    options=["auto", *STRATEGIES],
                     default="auto",
                     optional=True,
                     tooltip="fast keeps all activations; lean runs the denoiser twice so that its activations and the decoder's are never alive together; checkpoint recomputes "
@@ -99,7 +99,7 @@ class DPSGuider(io.ComfyNode):
     def execute(
         cls, model, positive, vae, operator, measurement, zeta=4.8, negative=None, cfg=1.0, memory="auto", max_megapixels=MAX_MEGAPIXELS
     ) -> io.NodeOutput:
-        check_settings(zeta)
+        check_zeta(zeta)
         if negative is None and cfg != 1:
             raise ValueError(f"DPSGuider: cfg is {cfg} but negative is not connected; connect the negative conditioning, or set cfg to 1")
         y = measurement_to_core(measurement, operator, "DPSGuider: measurement")

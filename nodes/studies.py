@@ -16,7 +16,7 @@ from ..dmap_core.metrics import PICTURE_METRICS, mean_interval
 from ..dmap_core.metrics.backbones import needed
 from ..dmap_core.plots import render, steps_plot
 from ..dmap_core.schedule import SPACINGS, check_sigmas, generators
-from ..dmap_core.solvers import sample_dmap, sample_dps, sample_dsg
+from ..dmap_core.solvers import DMAP, DPS, DSG, Solver
 from ..dmap_core.studies import (
     Diversity,
     ScoreMean,
@@ -33,7 +33,7 @@ from ..dmap_core.studies.diversity import deviation_maps, diversity, diversity_r
 from ..dmap_core.studies.score import PAPER_ZETAS, score_mean_rows
 from .host.compute import Bar, measuring, residuals
 from .host.gradients import normal
-from .host.guider import PosteriorGuider, SolverSampler
+from .host.guider import PosteriorGuider
 from .host.run import (
     Problem,
     check_conditional,
@@ -399,8 +399,7 @@ class Plan:
 
     label: str
     guider: PosteriorGuider
-    solver: Callable[..., Tensor]
-    settings: dict[str, Any]
+    solver: Solver
     sigmas: Tensor
     about: dict[str, Any]
 
@@ -414,8 +413,7 @@ def compare(plans: Sequence[Plan], reference: Tensor, seed: int, node: str, titl
     bar = Bar(sum(len(plan.sigmas) - 1 for plan in plans))
     warm, pictures, outcomes = None, [], []
     for plan in plans:
-        sampler = SolverSampler(plan.label, plan.solver, **plan.settings)
-        run = restore(Problem(plan.guider), sampler, plan.sigmas, seed, bar.move, warm_up=warm is not plan.guider)
+        run = restore(Problem(plan.guider), plan.solver, plan.sigmas, seed, bar.move, warm_up=warm is not plan.guider)
         warm = plan.guider
         pictures.append((run.images.cpu().float().clamp(0, 1) * 255).round() / 255)  # as if they had been saved
         x = pictures[-1].movedim(-1, 1)
@@ -482,13 +480,14 @@ class StepsStudy(io.ComfyNode):
         check_step_size(dsg_zeta, f"{name}: dsg_zeta", 1.0)
         table = noise_levels(guider)
 
-        def plan(method: str, solver: Callable[..., Tensor], T: int, k: int | None, **settings) -> Plan:
-            label = f"{method}, T = {T}" if k is None else f"{method}, K = {k}, T = {T}"
-            about = {"method": method, "K": k or "", "T": T, "zeta": settings["zeta"]}
-            return Plan(label, guider, solver, settings if k is None else settings | {"K": k}, SPACINGS[spacing](table, T), about)
+        def plan(solver: Solver, T: int) -> Plan:
+            k = solver.settings().get("K")
+            label = f"{solver.name()}, T = {T}" if k is None else f"{solver.name()}, K = {k}, T = {T}"
+            about = {"method": solver.name(), "K": k or "", "T": T, "zeta": solver.settings()["zeta"]}
+            return Plan(label, guider, solver, SPACINGS[spacing](table, T), about)
 
-        plans = [plan("DPS", sample_dps, budget, None, zeta=zeta), plan("DSG", sample_dsg, budget, None, zeta=dsg_zeta)]
-        plans += [plan("DMAP", sample_dmap, T, k, zeta=zeta * k) for k, T in divided(budget, K, name)]
+        plans = [plan(DPS(zeta=zeta), budget), plan(DSG(zeta=dsg_zeta), budget)]
+        plans += [plan(DMAP(zeta=zeta * k, K=k), T) for k, T in divided(budget, K, name)]
         return compare(plans, reference, noise_seed, name, f"{budget} gradient steps, {guider.operator.describe()}")
 
 
@@ -559,7 +558,7 @@ class SolverStudy(io.ComfyNode):
             sigmas = SPACINGS[spacing](noise_levels(guider), steps)
             for sampler, eta in (("ancestral", 1.0), ("PF-ODE", 0.0)):
                 about = {"model": model, "sampler": sampler, "eta": eta, "steps": steps, "zeta": zeta}
-                plans.append(Plan(f"{model}, {sampler}", guider, sample_dps, {"zeta": zeta, "eta": eta}, sigmas, about))
+                plans.append(Plan(f"{model}, {sampler}", guider, DPS(zeta=zeta, eta=eta), sigmas, about))
         return compare(plans, reference, noise_seed, node, f"DPS, {steps} steps, {guider_1.operator.describe()}")
 
 

@@ -101,10 +101,11 @@ class Solver(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def notable(self) -> dict[str, Any]:
-        """Its settings without the optional ones that are at their default."""
-        return {
+        """Its settings without the optional ones that are at their default; zeta comes first."""
+        told = {
             name: getattr(self, name) for name, (f, s) in self.described().items() if not s.optional or getattr(self, name) != f.default
         }
+        return dict(sorted(told.items(), key=lambda item: item[0] != "zeta"))
 
     def describe(self) -> str:
         """Its name and what matters most about it, for people: what a report says."""

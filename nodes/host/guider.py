@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 import comfy.model_management
 import comfy.model_patcher
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
-from ...dmap_core.solvers import check_finite, guided_denoised
+from ...dmap_core.solvers import Solver, check_finite, guided_denoised
 from ..messages import node_of, speaking_of_nodes
 from .controlnet import controls_of
 from .gradients import (
@@ -265,14 +264,13 @@ class PosteriorSampler(comfy.samplers.Sampler):
 
 
 class SolverSampler(PosteriorSampler):
-    """SAMPLER that owns the algorithm: a solver of dmap_core and its settings."""
+    """SAMPLER that owns the algorithm: a solver of dmap_core."""
 
-    def __init__(self, name: str, solver: Callable[..., Tensor], check: Callable[[Operator, int], None] | None = None, **settings):
-        self.name, self.solver, self._check, self.settings = name, solver, check, settings
+    def __init__(self, solver: Solver):
+        self.solver, self.name = solver, solver.describe()
 
     def check(self, operator: Operator, steps: int) -> None:
-        if self._check:
-            self._check(operator, steps)
+        self.solver.check(operator, steps)
 
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
-        return self.solver(posterior, z, sigmas, **self.settings, generator=generator, callback=callback)
+        return self.solver(posterior, z, sigmas, generator=generator, callback=callback)

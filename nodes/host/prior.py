@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...dmap_core.backends.fingerprint import fingerprint
+from .gradients import blocks_of
 
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
@@ -48,6 +49,9 @@ class HostPrior:
 
     def networks(self) -> list[nn.Module]:
         return self._networks
+
+    def blocks(self) -> list[nn.Module]:
+        return blocks_of(self._networks)
 
     def free_memory(self) -> float:
         return comfy.model_management.get_free_memory(self.vae.device)

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
+from ...dmap_core.solvers import Solver
 from ..messages import node_of
 from .controlnet import check_controls
-from .guider import PosteriorGuider, PosteriorSampler
+from .guider import PosteriorGuider, PosteriorSampler, SolverSampler
 from .prior import check_conditioning, check_model, latent_size, model_sigmas
 from .report import Report
 
@@ -194,7 +195,7 @@ class _Timed(PosteriorSampler):
 
 def restore(
     problem: Problem,
-    solver: PosteriorSampler,
+    solver: Solver,
     sigmas: Tensor,
     seed: int,
     on_step: Callable[[], None] | None = None,
@@ -210,7 +211,7 @@ def restore(
     Raises what the solver raises, before models are loaded where that can be known; errors.Diverged for NaN.
     """
     guider, latent = problem.guider, problem.latent()
-    sampler = _Timed(solver, warm_up)
+    sampler = _Timed(SolverSampler(solver), warm_up)
     noise = comfy.sample.prepare_noise(latent, seed)
     callback = (lambda *_: on_step()) if on_step else None
     with _own_report(guider):

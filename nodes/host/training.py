@@ -31,6 +31,7 @@ from ...dmap_core.pictures import to_picture
 from .folders import checked_name
 from .gradients import (
     add_own_skip,
+    blocks_of,
     check_quantised,
     check_whole,
     differentiable_attention,
@@ -107,7 +108,7 @@ class HostBase:
         network.load_state_dict(initial_controlnet(self.unet.state_dict(), seed))
         self._contexts.enter_context(differentiable_attention([network]))
         if self._recompute:
-            self._contexts.enter_context(checkpointed([self.unet, network]))
+            self._contexts.enter_context(checkpointed(blocks_of([self.unet, network])))
         return network.requires_grad_(True)
 
 

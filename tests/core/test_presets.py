@@ -252,7 +252,7 @@ def test_other_settings():
 
 def test_what_a_preset_says():
     """What matters of the solver's settings, and what is not at its default."""
-    assert preset(SR, "DMAP", SD).text() == "DMAP: K 2, zeta 9.6, 250 steps, paper spacing (paper and authors)"
+    assert preset(SR, "DMAP", SD).text() == "DMAP: zeta 9.6, K 2, 250 steps, paper spacing (paper and authors)"
     assert (
         preset(SR, "FreeDoM", SD).with_settings(eta=0.5).text().startswith("FreeDoM: zeta 4.8, K 2, first 25, last 50, eta 0.5, 500 steps")
     )

@@ -36,7 +36,7 @@ def test_vertex_finds_the_top_of_a_parabola_in_the_logarithm():
 def test_sweeps_multiply_the_presets_setting():
     assert variants(DPS, None) == [DPS]
     half, same = variants(DPS, "zeta=0.5,1")
-    assert half.settings["zeta"] == DPS.settings["zeta"] / 2 and same.settings == DPS.settings
+    assert half.solver.zeta == DPS.solver.zeta / 2 and same == DPS
     with pytest.raises(SystemExit, match="no setting 'K'.*zeta"):
         variants(DPS, "K=1,2")
 

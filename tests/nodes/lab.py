@@ -49,6 +49,7 @@ def import_pack():
 pack = import_pack()
 core = SimpleNamespace(
     errors=importlib.import_module("dmap_pack.dmap_core.errors"),
+    gradient=importlib.import_module("dmap_pack.dmap_core.gradient"),
     memory=importlib.import_module("dmap_pack.dmap_core.memory"),
     operators=importlib.import_module("dmap_pack.dmap_core.operators"),
     posterior=importlib.import_module("dmap_pack.dmap_core.posterior"),

@@ -36,8 +36,8 @@ def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11)
             hint = core["use"].hint_for(operator.hint(y), metadata)
         prior = core["diffusers"].DiffusersPrior(base, size, controlnet, hint)
         sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS)
-        solve = core["solvers"].SOLVERS[solver]
-        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, settings, [seed])
+        solve = core["solvers"].SOLVERS[solver](**settings)
+        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, [seed])
         return ((done.image + 1) / 2).movedim(1, -1).clamp(0, 1), done.denoiser_calls
 
 
@@ -56,7 +56,7 @@ def in_comfyui(lab, operator, solver, settings, cse=None, seed=11):
             end_percent=1.0,
         )
     guider = lab.call("DMAP_DPSGuider", **problem)
-    sampler = importlib.import_module("dmap_pack.nodes.samplers").sampler_of(solver, settings)
+    sampler = lab.call(f"DMAP_{solver}Sampler", **settings)
     latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(STEPS, spacing="exponential"))
     return lab.call("VAEDecode", samples={"samples": latents}, vae=problem["vae"]).clamp(0, 1), guider.report.denoiser_calls
 

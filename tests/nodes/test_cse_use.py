@@ -589,7 +589,7 @@ def test_memory_plans_agree(lab, cses, cse, sr8, measurement, solver):
     positive = cses.apply(cse, measurement, sr8)
     sampler = {"dps": lab.dps, "dmap": lab.dmap}[solver](zeta=5.0)
     latents = {}
-    for plan in lab.core.memory.PLANS:
+    for plan in lab.core.gradient.STRATEGIES:
         guider = lab.guider(positive=positive, memory=plan)
         latents[plan] = lab.sample(guider, sampler, steps=2)
         assert guider.report.memory == plan

@@ -34,7 +34,7 @@ def saved_bytes(lab):
 def test_plans_agree(lab, solver):
     sampler = {"dps": lab.dps, "dmap": lab.dmap}[solver](zeta=5.0)
     latents = {}
-    for plan in lab.core.memory.PLANS:
+    for plan in lab.core.gradient.STRATEGIES:
         guider = lab.guider(memory=plan)
         latents[plan] = lab.sample(guider, sampler, steps=2)
         assert guider.report.memory == plan
@@ -63,6 +63,6 @@ def test_a_plan_that_was_asked_for_is_kept(lab, free_memory):
 
 def test_no_weight_gets_a_gradient(lab):
     model, vae = lab.shared()
-    for plan in lab.core.memory.PLANS:
+    for plan in lab.core.gradient.STRATEGIES:
         lab.sample(lab.guider(memory=plan), lab.dps(), steps=1)
         assert all(p.grad is None for network in (model.model, vae.first_stage_model) for p in network.parameters())

@@ -31,7 +31,7 @@ def by_hand(lab, sampler, batch=None, seed=None, warm_up=False, on_step=None, **
     y = module("pictures").measurement_to_core(problem["measurement"], problem["operator"], "a test")
     run = module("host.run")
     made = run.Problem.of(problem["model"], problem["positive"], problem["vae"], problem["operator"], y, batch=batch)
-    return run.restore(made, sampler, lab.sigmas(STEPS), lab.SEED if seed is None else seed, on_step=on_step, warm_up=warm_up)
+    return run.restore(made, sampler.solver, lab.sigmas(STEPS), lab.SEED if seed is None else seed, on_step=on_step, warm_up=warm_up)
 
 
 def odd(lab):

@@ -89,13 +89,16 @@ def test_it_is_the_solver_with_these_settings(lab, name):
     guiders = importlib.import_module(f"{lab.pack.__name__}.nodes.host.guider")
     given = []
 
-    def by_hand(posterior, z, sigmas, *, generator, callback):
-        given.append(float(z.std()))
-        seeds = core(lab, "schedule").generators(lab.SEED + 1, 1)  # ComfyUI's samplers begin one seed after RandomNoise
-        return core(lab, "solvers").SOLVERS[name](posterior, z, sigmas, **SETTINGS[name], generator=seeds, callback=callback)
+    class ByHand(guiders.PosteriorSampler):
+        name = "by hand"
+
+        def run(self, posterior, z, sigmas, generator, callback):
+            given.append(float(z.std()))
+            seeds = core(lab, "schedule").generators(lab.SEED + 1, 1)  # ComfyUI's samplers begin one seed after RandomNoise
+            return core(lab, "solvers").SOLVERS[name](**SETTINGS[name])(posterior, z, sigmas, generator=seeds, callback=callback)
 
     result = run(lab, make(lab, name))
-    assert torch.equal(run(lab, guiders.SolverSampler("by hand", by_hand)), result)
+    assert torch.equal(run(lab, ByHand()), result)
     assert given == [pytest.approx(float(lab.sigmas(STEPS)[0]), rel=0.3)]
     for setting, value in OTHERS[name].items():
         assert SETTINGS[name][setting] != value
@@ -239,7 +242,7 @@ def test_the_second_term_of_psld_is_the_slope_of_what_the_encoder_says(lab, heig
 def test_plans_agree_and_leave_the_encoder_alone(lab, name):
     model, vae = lab.shared()
     weights = {k: v.clone() for k, v in vae.first_stage_model.state_dict().items()}
-    results = {plan: run(lab, make(lab, name), memory=plan) for plan in lab.core.memory.PLANS}
+    results = {plan: run(lab, make(lab, name), memory=plan) for plan in lab.core.gradient.STRATEGIES}
     for plan in ("lean", "checkpoint"):
         torch.testing.assert_close(results[plan], results["fast"], rtol=0, atol=1e-3 * float(results["fast"].std()))
     assert all(torch.equal(v, weights[k]) for k, v in vae.first_stage_model.state_dict().items())
@@ -321,7 +324,7 @@ def test_there_is_a_preset_for_every_operator_and_solver(lab):
     assert {type(operator) for operator in made} == set(lab.core.operators.OPERATORS.values())
     for operator in made:
         for model in presets.MODELS:
-            for solver in presets.SOLVERS:
+            for solver in presets.NAMES:
                 if operator.name == "Segmentation" and solver != "DSG":  # zeta has other units there
                     with pytest.raises(ValueError, match="(?s)solver: .*Segmentation.*DSG"):
                         preset(lab, solver, operator, model)
@@ -333,7 +336,7 @@ def test_there_is_a_preset_for_every_operator_and_solver(lab):
                     assert float(sigmas[-1]) == 0 and (sigmas[1:] < sigmas[:-1]).all()
                     assert any(source in text for source in ("paper", "demo prior")), text
                     assert ("scaled from" in text) == bool(more)
-                    if sampler.check and not (solver == "PSLD" and not operator.linear):
+                    if not (solver == "PSLD" and not operator.linear):
                         sampler.check(operator, steps)
 
 
@@ -371,24 +374,24 @@ def test_a_preset_makes_what_the_solvers_own_node_makes(lab, solver):
     presets = core(lab, "presets")
     whole = presets.preset(lab.core.operators.SuperResolution(8), solver, presets.MODELS[1])
     for steps in (0, STEPS):
-        settings, ratio = dict(whole.settings), (steps or whole.steps) / whole.steps
+        settings, ratio = whole.solver.settings(), (steps or whole.steps) / whole.steps
         for name in settings:
             if name in ("first", "last", "every"):
                 settings[name] = min(max(1, round(settings[name] * ratio)), STEPS - 1 if steps else 9999)
             elif name in ("zeta", "gamma") and solver != "DSG":  # whose zeta is a rate without unit
                 settings[name] = pytest.approx(settings[name] / ratio, rel=1e-3)
         sampler, sigmas, _ = preset(lab, solver, steps=steps)
-        assert {name: sampler.settings[name] for name in settings} == settings
+        assert sampler.solver.settings() == settings
         assert torch.equal(sigmas, lab.sigmas(steps or whole.steps, spacing="exponential"))
-        by_hand = lab.call(f"DMAP_{solver.split()[0]}Sampler", **{name: sampler.settings[name] for name in settings})
-        assert (by_hand.name, by_hand.solver, by_hand.settings) == (sampler.name, sampler.solver, sampler.settings)
+        by_hand = lab.call(f"DMAP_{solver.split()[0]}Sampler", **sampler.solver.settings())
+        assert (by_hand.name, by_hand.solver) == (sampler.name, sampler.solver)
 
 
 def test_a_preset_runs_as_its_settings_by_hand(lab):
     for solver in ("DMAP", "FreeDoM"):
         sampler, sigmas, _ = preset(lab, solver, steps=STEPS)
         names = {"DMAP": ("K", "zeta"), "FreeDoM": ("zeta", "K", "first", "last")}[solver]
-        by_hand = lab.call(f"DMAP_{solver}Sampler", **{name: sampler.settings[name] for name in names})
+        by_hand = lab.call(f"DMAP_{solver}Sampler", **{name: sampler.solver.settings()[name] for name in names})
         assert torch.equal(*(lab.sample(lab.guider(), s, schedule=sigmas) for s in (sampler, by_hand)))
 
 
