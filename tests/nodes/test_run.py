@@ -96,7 +96,7 @@ def test_the_guiders_report_is_that_of_its_own_run(lab):
     run, guider = module("host.run"), lab.guider()
     lab.sample(guider, lab.dps())
     report = guider.report
-    other = run.restore(run.Problem(guider), lab.dmap(), lab.sigmas(2), 0).report
+    other = run.restore(run.Problem(guider), lab.dmap().solver, lab.sigmas(2), 0).report
     assert guider.report is report and other is not report and len(other.residuals) == 2
 
 
