@@ -377,7 +377,7 @@ MISSING = {
             "operators": {"sr8": {"operator": "Jpeg", "quality": 10}},
             "rows": [{**DPS, "solver": "PSLD", "settings": {"zeta": 1, "gamma": 1}}],
         },
-        "row 'PSLD' (jpeg): operator: Jpeg(quality 10, 4:2:0, straight-through) is not linear, and PSLD needs its transpose",
+        r"row 'PSLD' \(sr8\): operator: .* is not linear, and PSLD needs its transpose",
     ),
     "miou": ({"metrics": ["miou"]}, "metrics: miou is of segmentations, and row 'as given' has SuperResolution"),
     "weights of a metric": ({"metrics": ["lpips-vgg"], "weights": "nowhere"}, "the weights file vgg16-397923af.pth is missing"),
