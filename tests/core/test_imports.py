@@ -93,6 +93,7 @@ ORDER = (
     "solvers",
     "backends",
     "posterior",
+    "gradient",
     "memory",
     "prior",
     "metrics",
