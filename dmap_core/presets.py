@@ -13,7 +13,7 @@ from typing import Any
 
 from .operators import Compose, Noisy, Operator, SuperResolution
 from .operators.base import whole
-from .solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
+from .solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample, Solver
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
 
@@ -96,6 +96,8 @@ def _kind(operator: Operator) -> str:
 
 def preset(operator: Operator, solver: str, model: str) -> Preset:
     """The settings of `solver` for an operator on a model. Raises ValueError for unknown names, and where no settings are known."""
+    if solver in SOLVERS and solver not in NAMES:
+        raise ValueError(f"solver: no settings of {solver} are known for {model}; give its zeta, steps and spacing")
     if solver not in NAMES:
         raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(NAMES)}")
     if model not in MODELS:

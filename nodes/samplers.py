@@ -51,7 +51,7 @@ def setting_input(field: Field, about: Setting) -> io.Input:
         told["optional"] = True
     if about.choices:
         return io.Combo.Input(field.name, options=list(about.choices), **told)
-    if field.type == "int":
+    if field.type in (int, "int"):  # as a name where annotations are texts
         return io.Int.Input(field.name, min=about.least, max=about.most, **told)
     return io.Float.Input(field.name, min=about.least, max=about.most, step=about.step, round=about.digits, **told)
 
