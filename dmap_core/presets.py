@@ -17,17 +17,17 @@ from .solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample, Solver
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
 
-PAPER_ZETA = {"SuperResolution x8": 4.8, "GaussianBlur": 0.6}
+PAPER_ZETA = {"Super-Resolution x8": 4.8, "Gaussian Blur": 0.6}
 
 # Found on the demo prior: zeta of DPS at 20 steps, of DMAP at 10 steps with K 2, the mix rate of DSG at 20 steps, and gamma / zeta of PSLD.
 DEMO = {
-    "SuperResolution x8": (15.0, 38.0, 0.45, 0.02),
-    "SuperResolution x4": (7.5, 20.0, 0.6, 0.02),
-    "GaussianBlur": (2.0, 5.4, 0.5, 0.2),
-    "MotionBlur": (2.0, 6.0, 0.5, 0.2),
+    "Super-Resolution x8": (15.0, 38.0, 0.45, 0.02),
+    "Super-Resolution x4": (7.5, 20.0, 0.6, 0.02),
+    "Gaussian Blur": (2.0, 5.4, 0.5, 0.2),
+    "Motion Blur": (2.0, 6.0, 0.5, 0.2),
     "Inpainting": (2.1, 10.0, 0.5, 0.02),
-    "Jpeg": (1.75, 5.5, 0.5, 0.2),  # mix rate: that of GaussianBlur
-    "NonlinearBlur": (2.1, 5.4, 0.5, 0.2),  # of DPS; the others are those of GaussianBlur
+    "JPEG": (1.75, 5.5, 0.5, 0.2),  # mix rate: that of Gaussian blur
+    "Nonlinear Blur": (2.1, 5.4, 0.5, 0.2),  # of DPS; the others are those of Gaussian blur
 }
 # What was searched: the rest follows the paper's rules (same zeta as DPS) or a choice that fits the few steps.
 SEARCHED = {
@@ -41,7 +41,7 @@ SEARCHED = {
 }
 NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the paper has
 # Operators that nobody searched for, and what they are treated as.
-LIKE = {"KernelBlur": "MotionBlur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
+LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def kind(operator: Operator) -> str:
 
 def _kind(operator: Operator) -> str:
     if isinstance(operator, SuperResolution):
-        return "SuperResolution x4" if math.log2(operator.scale) < 2.5 else "SuperResolution x8"
-    return LIKE.get(operator.name, operator.name)
+        return "Super-Resolution x4" if math.log2(operator.scale) < 2.5 else "Super-Resolution x8"
+    return LIKE.get(operator.title, operator.title)
 
 
 def preset(operator: Operator, solver: str, model: str) -> Preset:
@@ -112,7 +112,7 @@ def preset(operator: Operator, solver: str, model: str) -> Preset:
 
 def _paper(key: str, solver: str) -> Preset:
     known = key in PAPER_ZETA
-    zeta = PAPER_ZETA[key] if known else round(PAPER_ZETA["SuperResolution x8"] * DEMO[key][0] / DEMO["SuperResolution x8"][0], 2)
+    zeta = PAPER_ZETA[key] if known else round(PAPER_ZETA["Super-Resolution x8"] * DEMO[key][0] / DEMO["Super-Resolution x8"][0], 2)
     source = "paper and authors" if known else f"carried over from the demo prior (treated as {key})"
     found, steps = {
         "DPS": (DPS(zeta=zeta), 500),
@@ -125,7 +125,7 @@ def _paper(key: str, solver: str) -> Preset:
     }[solver]
     if solver == "DSG" and not known:
         source = "paper's mix rate for super-resolution and Gaussian blur"
-    if solver in ("PSLD", "FreeDoM", "ReSample") and key == "GaussianBlur":
+    if solver in ("PSLD", "FreeDoM", "ReSample") and key == "Gaussian Blur":
         source = "paper and authors for zeta; the rest is theirs for super-resolution x8"
     return Preset(found, steps, "paper", source)
 

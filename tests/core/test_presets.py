@@ -205,14 +205,14 @@ def test_few_steps_are_spaced_exponentially_and_the_source_says_how_it_came_abou
 @pytest.mark.parametrize(
     "f, expected",
     [
-        *((SuperResolution(scale), "SuperResolution x4") for scale in (2, 4, 5)),
-        *((SuperResolution(scale), "SuperResolution x8") for scale in (6, 8, 16)),
-        *((f, f.name) for f in (GaussianBlur(), MotionBlur(), BOX, EXAMPLES[5])),
-        *((f, LIKE[f.name]) for f in (KernelBlur(((1.0,),)), Grayscale(), EXAMPLES[9])),
-        (Noisy(SuperResolution(4), 0.1), "SuperResolution x4"),
-        (Compose([Grayscale(), GaussianBlur(), SuperResolution(8)]), "SuperResolution x8"),
-        (Compose([SuperResolution(2), Compose([GaussianBlur(), SuperResolution(2)])]), "SuperResolution x4"),
-        (Noisy(Compose([SuperResolution(8), GaussianBlur()]), 0.1), "SuperResolution x8"),
+        *((SuperResolution(scale), "Super-Resolution x4") for scale in (2, 4, 5)),
+        *((SuperResolution(scale), "Super-Resolution x8") for scale in (6, 8, 16)),
+        *((f, f.title) for f in (GaussianBlur(), MotionBlur(), BOX, EXAMPLES[5])),
+        *((f, LIKE[f.title]) for f in (KernelBlur(((1.0,),)), Grayscale(), EXAMPLES[9])),
+        (Noisy(SuperResolution(4), 0.1), "Super-Resolution x4"),
+        (Compose([Grayscale(), GaussianBlur(), SuperResolution(8)]), "Super-Resolution x8"),
+        (Compose([SuperResolution(2), Compose([GaussianBlur(), SuperResolution(2)])]), "Super-Resolution x4"),
+        (Noisy(Compose([SuperResolution(8), GaussianBlur()]), 0.1), "Super-Resolution x8"),
     ],
     ids=lambda v: v if isinstance(v, str) else v.name,
 )
