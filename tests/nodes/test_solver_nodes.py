@@ -364,7 +364,7 @@ def test_a_preset_says_where_it_comes_from(lab):
     motion = lab.call("DMAP_OperatorMotionBlur", length=9.0, angle=0.0)
     assert "carried over from the demo prior (treated as Motion Blur)" in preset(lab, "DPS", motion, "Stable Diffusion, 512 pixels")[2]
     whole = preset(lab, "DMAP", motion)[2]
-    assert "searched on the demo prior" in whole and "MotionBlur" in whole and "scaled" not in whole
+    assert "searched on the demo prior" in whole and "Motion Blur" in whole and "scaled" not in whole
     assert preset(lab, "DMAP", motion, steps=5)[2].endswith("; scaled from 10 to 5 steps)")
 
 
