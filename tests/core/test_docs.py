@@ -1,5 +1,6 @@
 """What the documents name is there: links, paths, commands, targets of make, and nodes by the names that users see."""
 
+import ast
 import contextlib
 import functools
 import importlib.util
@@ -49,8 +50,9 @@ def blocks(page):
 
 
 def commands(page):
-    yield from filter(None, blocks(page))
-    yield from (code.strip() for code in re.findall(r"`([^`\n]+)`", prose(page)) if re.match(r"(make|python|dmap|accelerate) ", code))
+    """The commands of a page, in blocks and in backquotes, of programs that this repository has a say in."""
+    candidates = [*blocks(page), *re.findall(r"`([^`\n]+)`", prose(page))]
+    return [code.strip() for code in candidates if re.match(r"(\w+=\S+ )*(make|python|dmap|accelerate) ", code)]
 
 
 def anchors(page):
@@ -147,3 +149,12 @@ def test_every_node_is_listed_with_its_help_page():
     listed = re.findall(r"\[([^\]]*)\]\(\.\./web/docs/(\w+)\.md\)", text(ROOT / "docs" / "nodes.md"))
     assert {page: name for name, page in listed} == display_names()
     assert len(listed) == len(display_names())
+
+
+def test_rooms_are_drawn_in_their_order():
+    tree = ast.parse(text(ROOT / "tests" / "core" / "test_imports.py"))
+    (order,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "ORDER")
+    drawn = re.findall(
+        r"^    (\w+)", next(block for _, block in FENCE.findall(text(ROOT / "ARCHITECTURE.md")) if "dmap_core/" in block), re.M
+    )
+    assert tuple(drawn) == ast.literal_eval(order)
