@@ -8,13 +8,12 @@ import signal
 import sys
 from collections.abc import Sequence
 
-MISSING = (
-    "this needs {0}, which is not installed: pip install accelerate diffusers transformers torchmetrics matplotlib scipy pyyaml tqdm psutil"
-)
+MISSING = "this needs {0}, which is not installed: pip install accelerate diffusers transformers tensorboard torchmetrics matplotlib scipy pyyaml tqdm psutil"
 
 
 def parser() -> argparse.ArgumentParser:
     # here, so that Ctrl-C during the seconds that these take ends the program as it does later
+    from .cse import generate, train
     from .evaluate import command as evaluate
     from .studies import commands as studies
 
@@ -27,6 +26,13 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_arguments(table)
     table.set_defaults(function=evaluate.evaluate_table)
     studies.add_parsers(commands, raw)
+    for name, module, function, text in (
+        ("train-cse", train, train.train_with_options, "train a conditional score estimator"),
+        ("generate-cse", generate, generate.generate_cse, "make training pictures for one with the model itself"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__, formatter_class=raw)
+        module.add_arguments(command)
+        command.set_defaults(function=function)
     return p
 
 
@@ -40,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _main(argv: Sequence[str] | None) -> None:
     import torch
 
+    from .errors import Diverged
+
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -48,7 +56,7 @@ def _main(argv: Sequence[str] | None) -> None:
         given.pop("function")(**given)
     except ModuleNotFoundError as error:
         sys.exit(f"error: {MISSING.format(error.name)}")
-    except (ValueError, OSError) as error:
+    except (ValueError, Diverged, OSError) as error:
         sys.exit(f"error: {' '.join(map(str.strip, str(error).splitlines()))}")  # those of other packages may have several lines
     except torch.OutOfMemoryError as error:
         sys.exit(f"error: the GPU has too little memory; lower --batch or --size, or set memory to checkpoint in a config ({error})")

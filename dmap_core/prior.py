@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class Prior(Protocol):
     """A denoiser and an autoencoder, all differentiable. Latents are (B, C, h, w) in VE space, scaled as the denoiser wants them."""
 
-    def denoise(self, z: Tensor, sigma: float) -> Tensor:
-        """E[z0 | z] at noise level sigma (Tweedie, Eq. 4), float32, never clamped."""
+    def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
+        """E[z0 | z] at noise level sigma, or at levels (B,) (Tweedie, Eq. 4), float32, never clamped."""
 
     def decode(self, z0: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1], float32, not clamped."""
@@ -28,3 +28,26 @@ class Prior(Protocol):
 
     def free_memory(self) -> float:
         """Bytes that activations may take now; infinite where memory does not matter."""
+
+
+class NetworkPrior(Prior, Protocol):
+    """A prior that was trained at timesteps, and for which ControlNets can be.
+
+    sigmas: (N,) rising VE noise levels of the timesteps. prediction: what its network predicts, "eps" or "v". fingerprint: tells networks apart.
+    """
+
+    sigmas: Tensor
+    prediction: str
+    fingerprint: str
+
+    def controlled(self, controlnet: nn.Module | None, hint: Tensor | None) -> NetworkPrior:
+        """The prior that sees a hint (B, 3, H, W), in the ControlNet's own range, through a ControlNet; None: the prior without one."""
+
+    def original_weights(self) -> Mapping[str, Tensor]:
+        """The denoiser's weights under the names that they have in the original code."""
+
+    def new_controlnet(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """A ControlNet of this prior's kind with these weights (original names), float32."""
+
+    def conditioning(self) -> Sequence[Tensor]:
+        """What the networks read of the prompt."""

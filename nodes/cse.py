@@ -13,8 +13,10 @@ from PIL import Image
 
 from ..dmap_core.cse.checkpoint import training_files
 from ..dmap_core.cse.data import Examples
+from ..dmap_core.cse.identity import digest, identity
 from ..dmap_core.cse.metadata import CSEMetadata
-from ..dmap_core.cse.session import Session, identity
+from ..dmap_core.cse.network import initial_controlnet
+from ..dmap_core.cse.session import Session
 from ..dmap_core.cse.settings import HINT_RANGES, PRECISIONS, TrainingSettings
 from ..dmap_core.cse.trainer import Trainer
 from ..dmap_core.operators import from_spec
@@ -34,7 +36,7 @@ from .charts import loss_curve
 from .host.controlnet import FROM_FILE, attach, blocked, check_base, load_cse
 from .host.folders import cse_files, cse_path, find_weights, folder_name, new_cse_path, picture_folder
 from .host.prior import base_name, check_model, check_vae, model_sigmas
-from .host.training import Progress, digest, prompt_digest, self_generate, training
+from .host.training import Progress, self_generate, training
 from .messages import of_nodes, speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core, to_core
@@ -444,16 +446,15 @@ class TrainCSE(io.ComfyNode):
         CSEMetadata(operator=operator.spec(), licence=licence).write()  # one that no file can hold should be known before the training
         with (
             training_files(path),
-            training(model, vae, conditioning, settings.precision, size, part, gradient_checkpointing) as base,
+            training(model, vae, conditioning, settings.precision, size, part) as prior,
         ):
             try:
-                trainer = Trainer(base, base.new_controlnet(settings.seed), operator.to(base.device), examples, settings)
-                described = cls._metadata(base, model, settings, operator, chosen, source, licence)
-                prompt = prompt_digest(conditioning)
+                controlnet = prior.new_controlnet(initial_controlnet(prior.original_weights(), settings.seed))
+                trainer = Trainer(prior, controlnet, operator.to(prior.device), examples, settings, gradient_checkpointing)
+                described = CSEMetadata.of_training(prior, settings, operator, base_name(model), len(chosen), source, licence)
                 files = [file_identity(p) if isinstance(p, Path) else digest(to_tensor(p)) for p in chosen]
-                same = identity(settings, operator, described.fingerprint, described.prediction, prompt, files)
-                session = Session(trainer, path, same, described, looked_at)
-                session.train(save_every, cls._progress(session))
+                session = Session(trainer, path, identity(prior, settings, operator, files), described, looked_at)
+                session.train(save_every, on_step=cls._progress(session))
                 validated = session.sheet()
             finally:
                 operator.to("cpu")
@@ -490,23 +491,6 @@ class TrainCSE(io.ComfyNode):
         if ignored := ignored_files(path):
             log.info("TrainCSE: %s", ignored)
         return files, folder
-
-    @staticmethod
-    def _metadata(base, model, settings, operator, pictures, source, licence) -> CSEMetadata:
-        return CSEMetadata(
-            operator=operator.spec(),
-            base=base_name(model),
-            fingerprint=base.fingerprint,
-            prediction=base.prediction,
-            hint_range=settings.hint_range,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            size=settings.size,
-            seed=settings.seed,
-            pictures=len(pictures),
-            source=source,
-            licence=licence,
-        )
 
 
 def _image(picture: Image.Image) -> torch.Tensor:

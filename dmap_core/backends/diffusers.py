@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..schedule import double_on_cpu
-from .keys import to_diffusers
+from .keys import to_diffusers, to_ldm
 
 FACTOR = 8  # pixels per latent, of all autoencoders that `open_base` reads
 
@@ -20,9 +20,14 @@ FACTOR = 8  # pixels per latent, of all autoencoders that `open_base` reads
 BLOCKS = frozenset(["ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsample2D"])
 
 
-@dataclass
-class BaseModel:
-    """A frozen UNet and autoencoder. sigmas: (1000,) VE noise levels of the timesteps; context: (1, L, D) of the prompt."""
+@dataclass(eq=False)
+class DiffusersPrior:
+    """prior.NetworkPrior of a frozen UNet and autoencoder, and of a ControlNet that takes part in every call of the denoiser (Sec. 4.2).
+
+    context: (1, L, D) of the prompt. sigmas: (N,) VE noise levels of the timesteps. prediction: "eps" or "v". name, fingerprint: of the
+    checkpoint. size: (H, W) of the picture, to which a wider decoded one is cropped; None: as wide as its latents. hint: (1 or B, 3, H, W).
+    Between the noise levels of the timesteps the nearest timestep, by log sigma, stands for a level, as in ComfyUI.
+    """
 
     unet: UNet2DConditionModel
     vae: nn.Module
@@ -31,6 +36,29 @@ class BaseModel:
     prediction: str
     name: str
     fingerprint: str
+    size: tuple[int, int] | None = None
+    controlnet: nn.Module | None = None
+    hint: Tensor | None = None
+    _log_sigmas: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        self._log_sigmas = double_on_cpu(self.sigmas).log()
+
+    def sized(self, size: tuple[int, int]) -> DiffusersPrior:
+        """The same networks for pictures of that size (H, W)."""
+        found = copy.copy(self)
+        found.size = size
+        return found
+
+    def controlled(self, controlnet: nn.Module | None, hint: Tensor | None) -> DiffusersPrior:
+        """The same networks with a ControlNet that sees the hint, which is in the ControlNet's own range; its edges are repeated up to whole latents."""
+        found = copy.copy(self)
+        found.controlnet = controlnet
+        found.hint = None if hint is None else F.pad(hint, _surplus(hint.shape[-2:]), mode="replicate").to(self.context.device)
+        return found
+
+    def original_weights(self) -> dict[str, Tensor]:
+        return to_ldm(self.unet.state_dict())
 
     def new_controlnet(self, weights: Mapping[str, Tensor]) -> ControlNetModel:
         """diffusers' ControlNet of this base with the given weights (original names)."""
@@ -38,7 +66,7 @@ class BaseModel:
         controlnet.load_state_dict(to_diffusers(weights))
         return controlnet
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    def to(self, device: torch.device, dtype: torch.dtype) -> DiffusersPrior:
         self.unet.to(device)
         if dtype != torch.float32:  # diffusers warns about every cast, also about one that changes nothing
             self.unet.to(dtype)
@@ -46,75 +74,53 @@ class BaseModel:
         self.context, self.sigmas = self.context.to(device, dtype), self.sigmas.to(device)
         return self
 
-    @torch.no_grad()
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w): the size divided by the autoencoder's factor, rounded up."""
+        return (self.unet.config.in_channels, *(-(-n // FACTOR) for n in self.size))
+
+    def conditioning(self) -> list[Tensor]:
+        return [self.context]
+
+    def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
+        levels = sigma.to(z) if isinstance(sigma, Tensor) else z.new_full((len(z),), sigma)
+        timestep = self._timesteps(sigma).to(z.device).expand(len(z))
+        levels = levels.view(-1, 1, 1, 1)
+        x = (z / (1 + levels**2).sqrt()).to(self.context.dtype)
+        context = self.context.expand(len(z), -1, -1)
+        control = {}
+        if self.controlnet is not None:
+            hint = self.hint.expand(len(z), -1, -1, -1).to(x.dtype)
+            down, mid = self.controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
+            control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
+        out = self.unet(x, timestep, encoder_hidden_states=context, return_dict=False, **control)[0].float()
+        if self.prediction == "v":
+            return z / (1 + levels**2) - out * levels / (1 + levels**2).sqrt()
+        return z - levels * out
+
+    def _timesteps(self, sigma: float | Tensor) -> Tensor:
+        """The nearest ones, (B,), or (1,) for a single level."""
+        levels = double_on_cpu(sigma if isinstance(sigma, Tensor) else [sigma])
+        return (self._log_sigmas - levels.log().unsqueeze(1)).abs().argmin(1)
+
+    def decode(self, z0: Tensor) -> Tensor:
+        image = self.vae.decode(z0.float() / self.vae.config.scaling_factor).sample
+        return image if self.size is None else image[..., : self.size[0], : self.size[1]]
+
     def encode(self, image: Tensor) -> Tensor:
-        """VE latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]; the mean of the encoder, where it gives a distribution."""
+        """Latents of images; the mean of the encoder, where it gives a distribution."""
+        image = F.pad(image, _surplus(image.shape[-2:]), mode="replicate")
         encoded = self.vae.encode(image.to(self.context.device, torch.float32))
         z0 = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return z0 * self.vae.config.scaling_factor
 
-    @torch.no_grad()
-    def decode(self, z0: Tensor) -> Tensor:
-        return self.vae.decode(z0.float() / self.vae.config.scaling_factor).sample
-
-    def denoise(self, controlnet: nn.Module | None, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
-        """E[z0 | z, hint] of VE latents (B, C, h, w) at timesteps (B,), float32."""
-        return self.denoise_at(controlnet, z, self.sigmas[timestep], timestep, hint)
-
-    def denoise_at(self, controlnet: nn.Module | None, z: Tensor, sigma: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
-        """The same at noise levels sigma (B,) that may lie between those of the timesteps."""
-        sigma = sigma.view(-1, 1, 1, 1)
-        x = (z / (1 + sigma**2).sqrt()).to(self.context.dtype)
-        context = self.context.expand(len(z), -1, -1)
-        control = {}
-        if controlnet is not None:
-            down, mid = controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint.to(x.dtype), return_dict=False)
-            control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
-        out = self.unet(x, timestep, encoder_hidden_states=context, return_dict=False, **control)[0].float()
-        if self.prediction == "v":
-            return z / (1 + sigma**2) - out * sigma / (1 + sigma**2).sqrt()
-        return z - sigma * out
-
-
-class DiffusersPrior:
-    """prior.Prior of a base model. `size` (H, W) is the picture's; a wider decoded picture is cropped to it.
-
-    controlnet and hint (1 or B, 3, H, W), in the ControlNet's own range: a CSE that takes part in every call of the denoiser (Sec. 4.2).
-    Between the noise levels of the model's timesteps the nearest timestep, by log sigma, stands for a level, as in ComfyUI.
-    """
-
-    def __init__(self, base: BaseModel, size: tuple[int, int], controlnet: nn.Module | None = None, hint: Tensor | None = None):
-        self.base, self.size, self.controlnet = base, size, controlnet
-        self.hint = None if hint is None else F.pad(hint, _surplus(size), mode="replicate").to(base.context.device)
-        self._log_sigmas = double_on_cpu(base.sigmas).log()
-
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, h, w): the size divided by the autoencoder's factor, rounded up."""
-        return (self.base.unet.config.in_channels, *(-(-n // FACTOR) for n in self.size))
-
-    def denoise(self, z: Tensor, sigma: float) -> Tensor:
-        level = z.new_full((len(z),), sigma)
-        timestep = (self._log_sigmas - math.log(sigma)).abs().argmin().to(z.device).expand(len(z))
-        hint = None if self.hint is None else self.hint.expand(len(z), -1, -1, -1)
-        return self.base.denoise_at(self.controlnet, z, level, timestep, hint)
-
-    def decode(self, z0: Tensor) -> Tensor:
-        image = self.base.vae.decode(z0.float() / self.base.vae.config.scaling_factor).sample
-        return image[..., : self.size[0], : self.size[1]]
-
-    def encode(self, image: Tensor) -> Tensor:
-        encoded = self.base.vae.encode(F.pad(image, _surplus(image.shape[-2:]), mode="replicate"))
-        z0 = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return z0 * self.base.vae.config.scaling_factor
-
     def networks(self) -> list[nn.Module]:
-        return [self.base.unet, self.base.vae, *([self.controlnet] if self.controlnet else [])]
+        return [self.unet, self.vae, *([self.controlnet] if self.controlnet else [])]
 
     def blocks(self) -> list[nn.Module]:
         return [m for network in self.networks() for m in network.modules() if type(m).__name__ in BLOCKS]
 
     def free_memory(self) -> float:
-        device = self.base.context.device
+        device = self.context.device
         if device.type == "cuda":
             kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             return float(torch.cuda.mem_get_info(device)[0] + kept)

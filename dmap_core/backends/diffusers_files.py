@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..weights import first, load_into, read_tensors
-from .diffusers import BaseModel
+from .diffusers import DiffusersPrior
 from .fingerprint import fingerprint
 from .keys import resnets_per_level, to_diffusers, to_ldm
 
@@ -85,7 +85,7 @@ def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
 
 
-def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> BaseModel:
+def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> DiffusersPrior:
     """The base model in a checkpoint file (.safetensors, .ckpt) or a diffusers folder. Raises ValueError that says what is wrong with it.
 
     prediction: "eps", "v", or "auto": what a folder's scheduler says; a file is taken for eps unless it looks like the published SD 2 v-model.
@@ -124,7 +124,7 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> BaseMod
         context = _context(state, config["cross_attention_dim"], prompt, path)
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path}: its text encoder is incomplete or damaged ({type(error).__name__}: {error})") from error
-    return BaseModel(network, vae, context, sigmas_of(torch.cumprod(1 - betas, 0)), prediction, path.name, fingerprint(unet))
+    return DiffusersPrior(network, vae, context, sigmas_of(torch.cumprod(1 - betas, 0)), prediction, path.name, fingerprint(unet))
 
 
 def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -187,7 +187,7 @@ def _context(state: Mapping[str, Tensor], width: int, prompt: str, path: Path) -
         return encoder(tokens).last_hidden_state
 
 
-def _open_folder(folder: Path, prompt: str, prediction: str) -> BaseModel:
+def _open_folder(folder: Path, prompt: str, prediction: str) -> DiffusersPrior:
     for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is no diffusers folder of a Stable Diffusion model: it has no {part}/ in it")
@@ -212,6 +212,6 @@ def _open_folder(folder: Path, prompt: str, prediction: str) -> BaseModel:
         prediction = kinds[kind]
     for network in (unet, vae):
         network.requires_grad_(False).eval()
-    return BaseModel(
+    return DiffusersPrior(
         unet, vae, context, sigmas_of(scheduler.alphas_cumprod), prediction, folder.name, fingerprint(to_ldm(unet.state_dict()))
     )

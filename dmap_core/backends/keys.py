@@ -113,3 +113,9 @@ def to_diffusers(state: Mapping[str, T]) -> dict[str, T]:
 def to_ldm(state: Mapping[str, T]) -> dict[str, T]:
     """A UNet's or ControlNet's tensors under the original names. Raises ValueError for a name that neither has in diffusers."""
     return _renamed(state, {b: a for a, b in prefixes(state).items()})
+
+
+def original_names(names: Iterable[str]) -> dict[str, str]:
+    """The name in the original code of every tensor of a ControlNet, for its names of either kind."""
+    names = list(names)
+    return {own: original for original, own in to_ldm({n: n for n in names}).items()} if DIFFUSERS_MARK in names else {n: n for n in names}

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def _level(sigma: float | Tensor, ndim: int) -> float | Tensor:
+    """Levels (B,) as they go with a tensor of that many dimensions."""
+    return sigma.view(-1, *[1] * (ndim - 1)) if isinstance(sigma, Tensor) and sigma.ndim else sigma
+
+
 @dataclass(frozen=True)
 class GaussianMixture:
     """p(z0) = sum_k w_k N(mean_k, std^2 I), with the identity as decoder.
@@ -24,14 +29,16 @@ class GaussianMixture:
         weights = torch.ones(len(self.means)) if self.weights is None else self.weights
         return (weights / weights.sum()).log().to(self.means)
 
-    def responsibilities(self, z: Tensor, sigma: float) -> Tensor:
-        """p(k | z), (B, K), of z = z0 + sigma * eps."""
+    def responsibilities(self, z: Tensor, sigma: float | Tensor) -> Tensor:
+        """p(k | z), (B, K), of z = z0 + sigma * eps; sigma: a number, or (B,)."""
+        sigma = _level(sigma, 2)
         distance = (z.unsqueeze(1) - self.means.unsqueeze(0)).flatten(2).square().sum(2)
         return torch.softmax(self._log_weights() - distance / (2 * (self.std**2 + sigma**2)), dim=1)
 
-    def denoise(self, z: Tensor, sigma: float) -> Tensor:
+    def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
+        weights, sigma = self.responsibilities(z, sigma), _level(sigma, z.ndim)
         shrink = self.std**2 / (self.std**2 + sigma**2)
-        mean = torch.einsum("bk,kd->bd", self.responsibilities(z, sigma), self.means.flatten(1)).view_as(z)
+        mean = torch.einsum("bk,kd->bd", weights, self.means.flatten(1)).view_as(z)
         return mean + shrink * (z - mean)
 
     def decode(self, z0: Tensor) -> Tensor:

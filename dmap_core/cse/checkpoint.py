@@ -14,10 +14,12 @@ from torch import Tensor
 from ..backends.keys import DIFFUSERS_MARK, LDM_MARK, to_ldm
 from ..files import locked, write_whole
 from ..weights import read_tensors
+from .identity import check_same
 from .metadata import CSEMetadata, read_metadata
 from .network import COPIED, check_controlnet
 
 STATE_SUFFIX = ".training"  # no suffix that hosts list among models
+FORMAT = 2  # of states: 1, without this mark, had the weights' names of whoever trained
 PREFIX = "control_model."
 PARTS = (
     *COPIED,
@@ -130,6 +132,11 @@ def state_of(path: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     state = read_state(path)
     if not isinstance(state.get("identity"), dict):
         raise ValueError(f"{path} is not a training state: it holds something else; remove it to start again")
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} was written by another version of this pack, and this one cannot go on from it; end that training with the version "
+            "that began it, choose another name, or remove it to start again"
+        )
     check_same(state["identity"], identity, path)
     return state
 
@@ -142,16 +149,3 @@ def resuming(path: Path) -> Iterator[None]:
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(f"{path} does not fit this training ({reason}); remove it to start again") from error
-
-
-def check_same(found: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Raises ValueError, naming what differs, if what is at `path` was begun with other settings than are wanted now."""
-    different = [name for name in wanted if found.get(name) != wanted[name]]
-    if different:
-        listed = "; ".join(f"{name} was {_short(found.get(name))} and is {_short(wanted[name])}" for name in different)
-        raise ValueError(f"{path} has other settings: {listed}. Choose another name, or remove it to start again")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..operators import Operator
+from ..prior import NetworkPrior
 from .settings import TrainingSettings
 
 PREDICTIONS = ("eps", "v")
-
-
-class Base(Protocol):
-    """The frozen model that a CSE is trained for. sigmas: (N,) VE noise levels of its timesteps; prediction: "eps" or "v"."""
-
-    sigmas: Tensor
-    prediction: str
-
-    def encode(self, image: Tensor) -> Tensor:
-        """VE latents (B, C, h, w), float32, of images (B, 3, H, W) in [-1, 1]."""
-
-    def decode(self, z0: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1], float32."""
-
-    def denoise(self, controlnet: Any, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
-        """E[z0 | z, hint] at timesteps (B,), float32; without a hint where `controlnet` is None."""
 
 
 def noised(z0: Tensor, sigma: Tensor, seeds: Sequence[int]) -> Tensor:
@@ -62,12 +46,12 @@ def denoising_loss(denoised: Tensor, z0: Tensor, sigma: Tensor, prediction: str,
     return weight * (denoised - z0).float().square().flatten(1).mean(1)
 
 
-def batch_loss(base: Base, controlnet: Any, operator: Operator, batch: dict, settings: TrainingSettings) -> Tensor:
+def batch_loss(prior: NetworkPrior, controlnet: nn.Module | None, operator: Operator, batch: dict, settings: TrainingSettings) -> Tensor:
     """Mean loss of a batch (see data.collate), with a graph to the ControlNet's weights."""
     hint = make_hint(operator, batch["image"], batch["measurement_seeds"], settings.hint_range)
-    z0 = base.encode(batch["image"])
-    timestep = batch["timestep"]
-    sigma = base.sigmas[timestep]
+    with torch.no_grad():
+        z0 = prior.encode(batch["image"])
+    sigma = prior.sigmas[batch["timestep"]]
     z = noised(z0, sigma, batch["noise_seeds"])
-    denoised = base.denoise(controlnet, z, timestep, hint)
-    return denoising_loss(denoised, z0, sigma, base.prediction, settings.snr_gamma).mean()
+    denoised = prior.controlled(controlnet, hint).denoise(z, sigma)
+    return denoising_loss(denoised, z0, sigma, prior.prediction, settings.snr_gamma).mean()

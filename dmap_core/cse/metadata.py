@@ -9,8 +9,9 @@ from typing import Any
 
 from ..operators import OPERATORS, Operator
 from ..operators.base import in_words
+from ..prior import NetworkPrior
 from .loss import PREDICTIONS
-from .settings import HINT_RANGES
+from .settings import HINT_RANGES, TrainingSettings
 
 KEY = "dmap_cse"
 LONGEST = 1_000_000  # characters; an inpainting mask is the longest thing in it
@@ -42,6 +43,26 @@ class CSEMetadata:
     pictures: int = 0
     source: str = ""
     licence: str = ""
+
+    @classmethod
+    def of_training(
+        cls, prior: NetworkPrior, settings: TrainingSettings, operator: Operator, base: str, pictures: int, source: str, licence: str
+    ) -> CSEMetadata:
+        """Of a training that has not begun."""
+        return cls(
+            operator=operator.spec(),
+            base=base,
+            fingerprint=prior.fingerprint,
+            prediction=prior.prediction,
+            hint_range=settings.hint_range,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            size=settings.size,
+            seed=settings.seed,
+            pictures=pictures,
+            source=source,
+            licence=licence,
+        )
 
     def write(self) -> dict[str, str]:
         """The metadata of a safetensors file. Raises ValueError for what `read_metadata` would not take, such as too many masks."""

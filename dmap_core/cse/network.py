@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ..backends.fingerprint import fingerprint as fingerprint
 from ..backends.keys import HINT_CONVOLUTIONS, resnets_per_level
 from ..weights import first
 

@@ -20,7 +20,8 @@ class TrainingSettings:
     arithmetic; weights are kept in float32. size: height and width of the crops in pixels. resize: range of the crop's random scale
     (1: the picture's shorter side fills it). flip: probability. jitter: strength of the change of colours, 0 to 0.5. hint_range: values that
     the hint has. max_grad_norm: gradients are scaled down to it. snr_gamma: of min-SNR weights,
-    0 for none (the paper); see loss.denoising_loss. Raises ValueError, naming the setting, for values that make no sense.
+    0 for none (the paper); see loss.denoising_loss. ema: decay of an exponential moving average of the weights, which is what is written;
+    0 for none. adam_8bit: Adam's moments in 8 bits. Raises ValueError, naming the setting, for values that make no sense.
     """
 
     steps: int = 5000
@@ -36,6 +37,8 @@ class TrainingSettings:
     hint_range: str = "0..1"
     max_grad_norm: float = 1.0
     snr_gamma: float = 0.0
+    ema: float = 0.0
+    adam_8bit: bool = False
 
     def __post_init__(self):
         for name in ("steps", "batch_size", "accumulation", "size"):
@@ -47,7 +50,7 @@ class TrainingSettings:
                 raise ValueError(f"{name} is too large; it must be at most {most}")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^64 - 1")
-        for name in ("learning_rate", "flip", "jitter", "max_grad_norm", "snr_gamma"):
+        for name in ("learning_rate", "flip", "jitter", "max_grad_norm", "snr_gamma", "ema"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool):
                 raise ValueError(f"{name} is {value!r}; it must be a number")
@@ -61,6 +64,10 @@ class TrainingSettings:
             raise ValueError(f"max_grad_norm is {self.max_grad_norm!r}; it must be above 0")
         if not 0 <= self.snr_gamma < float("inf"):
             raise ValueError(f"snr_gamma is {self.snr_gamma!r}; it must be at least 0, which is none (usual: 5)")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema!r}; it must be at least 0, which is none, and below 1 (usual: 0.999)")
+        if not isinstance(self.adam_8bit, bool):
+            raise ValueError(f"adam_8bit is {self.adam_8bit!r}; it must be true or false")
         try:
             object.__setattr__(self, "resize", tuple(float(s) for s in self.resize))
         except (TypeError, ValueError):

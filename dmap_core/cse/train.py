@@ -1,308 +1,163 @@
 """Train a CSE from the command line, on one machine or many.
 
-    python -m dmap_core.cse.train --checkpoint 512-base-ema.safetensors --pictures photos/ \\
+    dmap train-cse --checkpoint 512-base-ema.safetensors --pictures photos/ \\
         --operator '{"operator": "SuperResolution", "scale": 8}' --out sr8.safetensors
-    accelerate launch --num_processes 4 -m dmap_core.cse.train --config training.yaml
+    accelerate launch --num_processes 4 -m dmap_core.cli train-cse --config training.yaml
 
 The defaults are the paper's (B.2). batch_size counts the pictures of one optimiser step in all processes together, so the result does not
-depend on how many there are. The same command goes on with a training that was cut; a finished one is prolonged by more --steps. Beside
-OUT it writes OUT's name with .training (to go on from), and a folder with .logs (TensorBoard, validation pictures). A config file is YAML
-with the names of the options, without dashes; what is given on the command line comes first. Distribution (processes, GPUs, machines) is
-accelerate's: see `accelerate config`.
+depend on how many there are. The same command goes on with a training that was cut, be it one of the node TrainCSE; a finished one is
+prolonged by more --steps. Beside OUT it writes OUT's name with .training (to go on from), and a folder with .logs (TensorBoard, validation
+pictures). A config file is YAML with the names of the options, without dashes; what is given on the command line comes first. Distribution
+(processes, GPUs, machines) is accelerate's: see `accelerate config`.
 """
 
 from __future__ import annotations
 
-import argparse
 import logging
-import math
-import signal
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import MISSING, VALIDATED, parse, read_operator
+from .options import VALIDATED, add_arguments, merged, read_operator
 from .settings import TrainingSettings
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from torch import Tensor
 
+    from ..operators import Operator
+    from .session import Session
+    from .strategy import Accelerated
+
+__all__ = ["add_arguments", "train_cse", "train_with_options"]
 log = logging.getLogger("dmap.cse")
-PRECISION_OF_ACCELERATE = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    try:
-        _main(argv)
-    except KeyboardInterrupt:  # during the imports, too, which take seconds
-        sys.exit(128 + signal.SIGINT)
+def train_with_options(**given: Any) -> None:
+    """`train_cse` with those options of the command line (see `add_arguments`) that are given, below them those of a config file."""
+    given = merged(given)
+    settings = TrainingSettings(**{name: given.pop(name) for name in TrainingSettings.names()})
+    operator = read_operator(given.pop("operator"), given.pop("weights"))
+    train_cse(operator=operator, settings=settings, **given)
 
 
-def _main(argv: Sequence[str] | None) -> None:
-    args = parse(argv, __doc__)
-    try:
-        import accelerate  # noqa: F401
-        import diffusers  # noqa: F401
-        import tensorboard  # noqa: F401
-        import transformers  # noqa: F401
-    except ModuleNotFoundError as error:
-        sys.exit(MISSING.format(error.name))
-    from ..errors import Diverged
+def train_cse(
+    *,
+    checkpoint: Path,
+    pictures: Path,
+    operator: Operator,
+    out: Path,
+    settings: TrainingSettings,
+    count: int | None = None,
+    prompt: str = "",
+    prediction: str = "auto",
+    validation: Path | None = None,
+    licence: str = "",
+    source: str = "",
+    gradient_checkpointing: bool = False,
+    save_every: int = 500,
+    validate_every: int = 500,
+    unreadable: str = "refuse",
+    workers: int = 4,
+    save_precision: str = "fp16",
+) -> None:
+    """Trains a CSE into the file `out`, in this process or in those that accelerate started; goes on where one was cut.
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        settings = TrainingSettings(**{name: getattr(args, name) for name in TrainingSettings.names()})
-        train(args, settings)
-    except (ValueError, Diverged, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C goes to the processes that read pictures, too; they have to live until the step is done."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _alone(accelerator: Any, out: Path) -> Iterator[None]:
-    """Only the processes of one launch write to `out`. Raises ValueError in all of them if others are at it."""
-    from accelerate.utils import broadcast_object_list
-
-    from .checkpoint import training_files
-
-    with ExitStack() as stack:
-        refused: list[str | None] = [None]
-        if accelerator.is_main_process:
-            try:
-                stack.enter_context(training_files(out))
-            except (ValueError, OSError) as error:
-                refused = [str(error)]
-        if broadcast_object_list(refused)[0]:
-            raise ValueError(refused[0])
-        yield
-
-
-def train(args: argparse.Namespace, settings: TrainingSettings) -> None:
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import ProjectConfiguration
-
-    logs = args.out.with_suffix(".logs")
-    accelerator = Accelerator(
-        gradient_accumulation_steps=settings.accumulation,
-        mixed_precision=PRECISION_OF_ACCELERATE[settings.precision],
-        log_with="tensorboard",
-        project_config=ProjectConfiguration(project_dir=str(logs), logging_dir=str(logs)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    with _alone(accelerator, args.out):
-        _train(args, settings, accelerator)
-
-
-def _train(args: argparse.Namespace, settings: TrainingSettings, accelerator: Accelerator) -> None:
+    pictures: a folder, of which the first `count` are taken. prompt, prediction: see `open_base`. validation: a folder with pictures to look at;
+    without it the first training pictures. unreadable: "refuse" or "skip" files that cannot be read. workers: threads that read pictures.
+    save_precision: of the file, "fp16" or "fp32". Raises ValueError for what makes no sense, errors.Diverged, OSError for a full disk, and
+    KeyboardInterrupt after Ctrl-C, when what was trained is saved.
+    """
+    import tensorboard  # noqa: F401, whose absence should be known now
     import torch
-    from torch.utils.data import DataLoader, Subset
-    from tqdm.auto import tqdm
 
     from ..backends.diffusers_files import open_base
-    from ..backends.keys import to_ldm
-    from ..errors import Diverged
-    from ..pictures import centred, file_identity, folder_files, ignored_files, named, open_rgb, to_tensor
-    from .checkpoint import STATE_SUFFIX, read_cse, resuming, state_of, write_cse, write_state
-    from .data import Examples, collate
-    from .loss import batch_loss
+    from ..pictures import file_identity, folder_files
+    from .checkpoint import STATE_SUFFIX
+    from .data import Examples
+    from .identity import identity
     from .metadata import CSEMetadata
     from .network import initial_controlnet
-    from .validation import sheet, validation_loss
+    from .session import Session, check_path
+    from .strategy import Accelerated
+    from .trainer import Trainer, adam
 
-    logs = args.out.with_suffix(".logs")
-    state_file = args.out.with_suffix(STATE_SUFFIX)
-    is_main = accelerator.is_main_process
-    log.setLevel(logging.INFO if is_main else logging.ERROR)
-    parts = settings.accumulation * accelerator.num_processes
-    if settings.batch_size % parts:
-        raise ValueError(
-            f"batch_size is {settings.batch_size}; it must be divisible by accumulation times the number of processes, "
-            f"{settings.accumulation} x {accelerator.num_processes}"
-        )
-    if settings.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("precision is 'fp16', which needs a GPU; on the CPU choose bf16 or fp32")
-    adam = torch.optim.Adam
-    if args.adam_8bit:
-        try:
-            from bitsandbytes.optim import Adam8bit as adam  # noqa: N813
-        except ModuleNotFoundError:
-            raise ValueError("adam_8bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes") from None
-    if args.out.exists() and not state_file.exists():
-        raise ValueError(f"{args.out} exists and there is no {state_file.name} beside it to go on from; choose another name")
-    operator = read_operator(args.operator, args.weights).to(accelerator.device)
-    operator.check((settings.size, settings.size), settings.batch_size // parts)
-    CSEMetadata(operator=operator.spec(), source=args.source, licence=args.licence).write()  # one that no file can hold should be known now
-    files, bad = folder_files(args.pictures, args.unreadable)
+    strategy = Accelerated(settings, out.with_suffix(".logs"))
+    log.setLevel(logging.INFO if strategy.rank == 0 else logging.ERROR)
+    with strategy.files(out):
+        # what is wrong should be known before the base model is read
+        check_path(out)
+        adam(settings)
+        operator = operator.to(strategy.device)
+        operator.check((settings.size, settings.size), settings.batch_size // (settings.accumulation * strategy.processes))
+        CSEMetadata(operator=operator.spec(), source=source, licence=licence).write()
+        files = _files(pictures, count, unreadable)
+        examples = Examples(files, settings, timesteps=0)
+        looked_at = _looked_at(files if validation is None else folder_files(validation, unreadable)[0], settings.size)
+
+        prior = open_base(checkpoint, prompt, prediction)
+        examples.timesteps = len(prior.sigmas)
+        described = CSEMetadata.of_training(prior, settings, operator, prior.name, len(files), source, licence)
+        same = identity(prior, settings, operator, [file_identity(file) for file in files])
+        controlnet = prior.new_controlnet(initial_controlnet(prior.original_weights(), settings.seed)).to(strategy.device)
+        # autocast does the arithmetic; a frozen network needs no weights in full precision
+        prior.to(strategy.device, getattr(torch, DTYPES[settings.precision]))
+        trainer = Trainer(prior, controlnet, operator, examples, settings, gradient_checkpointing, strategy, workers)
+        session = Session(trainer, out, same, described, looked_at, save_precision)
+        if trainer.step:
+            log.info("going on from step %d of %s", trainer.step, out.with_suffix(STATE_SUFFIX))
+        if trainer.step >= settings.steps:
+            log.info("%s is trained for %d steps already; give more --steps to go on", out, trainer.step)
+        _run(session, strategy, save_every, validate_every)
+
+
+def _files(folder: Path, count: int | None, unreadable: str) -> list[Path]:
+    from ..pictures import folder_files, ignored_files, named
+
+    files, bad = folder_files(folder, unreadable)
     if bad:
         log.warning("%d files cannot be read and are left out: %s", len(bad), named(bad))
-    if ignored := ignored_files(args.pictures):
+    if ignored := ignored_files(folder):
         log.info("%s", ignored)
-    if args.count is not None and not 0 < args.count <= len(files):
-        raise ValueError(f"count is {args.count}, but there are {len(files)} pictures")
-    files = files[: args.count]
-    examples = Examples(files, settings, timesteps=0)
-    seen = folder_files(args.validation, args.unreadable)[0] if args.validation else files
-    looked_at = torch.stack([to_tensor(centred(open_rgb(file), settings.size)) for file in seen[:VALIDATED]])
+    if count is not None and not 0 < count <= len(files):
+        raise ValueError(f"count is {count}, but there are {len(files)} pictures")
+    return files[:count]
 
-    base = open_base(args.checkpoint, args.prompt, args.prediction)
-    examples.timesteps = len(base.sigmas)
-    unet = to_ldm(base.unet.state_dict())
-    identity = settings.identity() | {
-        "operator": operator.spec(),
-        "base": base.fingerprint,
-        "prediction": base.prediction,
-        "prompt": args.prompt,
-    }
-    identity |= {"pictures": [file_identity(file) for file in files], "ema": args.ema, "adam_8bit": args.adam_8bit}
-    controlnet = base.new_controlnet(initial_controlnet(unet, settings.seed))
-    optimizer = adam(controlnet.parameters(), lr=settings.learning_rate)
-    average = None
-    if args.ema:
-        average = torch.optim.swa_utils.AveragedModel(controlnet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(args.ema))
-    step, losses, validations = 0, [], []
-    scaler = None
-    if state_file.exists():
-        state = state_of(state_file, identity)
-        with resuming(state_file):
-            controlnet.load_state_dict(state["weights"])
-            optimizer.load_state_dict(state["optimizer"])
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate  # a training may go on with another
-            step, losses, validations, scaler = state["step"], state["losses"], state["validations"], state["scaler"]
-            if average:
-                average.load_state_dict(state["average"])
-        log.info("going on from step %d of %s", step, state_file)
-    saved = step
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-    def diverged(what: str, at: int) -> Diverged:
-        return Diverged(
-            f"{what} at step {at}: learning_rate {settings.learning_rate:g} is too high, or a precision too low (precision "
-            f"{settings.precision}, save_precision {args.save_precision}). "
-            f"{f'The weights of step {saved} are in {args.out}' if saved else 'Nothing was saved'}"
-        )
+def _looked_at(files: Sequence[Path], size: int) -> Tensor:
+    """(B, 3, S, S)"""
+    import torch
 
-    def result() -> dict[str, torch.Tensor]:
-        """The weights to write, in the dtype of the file. Raises Diverged for what nobody should get."""
-        network = average.module if average else accelerator.unwrap_model(controlnet)
-        found = {name: tensor.to("cpu", dtypes[args.save_precision]) for name, tensor in network.state_dict().items()}
-        if not all(tensor.isfinite().all() for tensor in found.values()):
-            raise diverged("weights are not finite, or too large for the file,", step)
-        return to_ldm(found)
+    from ..pictures import centred, open_rgb, to_tensor
 
-    def write(weights: dict[str, torch.Tensor]) -> None:
-        described = CSEMetadata(
-            operator=operator.spec(),
-            base=base.name,
-            fingerprint=base.fingerprint,
-            prediction=base.prediction,
-            hint_range=settings.hint_range,
-            steps=step,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            size=settings.size,
-            seed=settings.seed,
-            pictures=len(files),
-            source=args.source,
-            licence=args.licence,
-        )
-        write_cse(args.out, weights, described, dtypes[args.save_precision])
+    return torch.stack([to_tensor(centred(open_rgb(file), size)) for file in files[:VALIDATED]])
 
-    def save() -> None:
-        """State first: were there only the other file, a crash between the two would leave nothing to go on from."""
-        weights = result()
-        state = {"identity": identity, "weights": accelerator.unwrap_model(controlnet).state_dict(), "optimizer": optimizer.state_dict()}
-        state |= {"step": step, "losses": losses, "validations": validations, "average": average.state_dict() if average else None}
-        write_state(state_file, state | {"scaler": accelerator.scaler.state_dict() if accelerator.scaler else None})
-        write(weights)
 
-    if step >= settings.steps:
-        if is_main and not (args.out.exists() and (metadata := read_cse(args.out)[1]) and metadata.steps == step):
-            write(result())  # the program ended between its two files
-        log.info("%s is trained for %d steps already; give more --steps to go on", args.out, step)
-        return
-    if args.gradient_checkpointing:
-        controlnet.enable_gradient_checkpointing()
-        base.unet.enable_gradient_checkpointing()
-    # autocast does the arithmetic; a frozen network needs no weights in full precision
-    base.to(accelerator.device, dtypes[settings.precision])
-    if average:
-        average = accelerator.prepare_model(average, evaluation_mode=True)
-    todo = Subset(examples, range(step * settings.batch_size, settings.steps * settings.batch_size))
-    loader = DataLoader(todo, settings.batch_size // parts, collate_fn=collate, num_workers=args.workers, worker_init_fn=_ignore_interrupts)
-    controlnet, optimizer, loader = accelerator.prepare(controlnet, optimizer, loader)
-    if scaler and accelerator.scaler:
-        accelerator.scaler.load_state_dict(scaler)
+def _run(session: Session, strategy: Accelerated, save_every: int, validate_every: int) -> None:
+    """Trains, with a progress bar, TensorBoard and validation pictures in the folder of the logs."""
+    from tqdm.auto import tqdm
+
+    trainer, out, accelerator = session.trainer, session.path, strategy.accelerator
+    logs = out.with_suffix(".logs")
     accelerator.init_trackers("cse")
-    looked_at = looked_at.to(accelerator.device)
 
-    def validate() -> None:
-        network = average or accelerator.unwrap_model(controlnet)
-        value = validation_loss(base, network, operator, looked_at, settings)
-        picture = sheet(base, network, operator, looked_at, settings.hint_range)
-        validations.append([step, value])
+    def on_step(step: int) -> None:
+        bar.update()
+        bar.set_postfix(loss=f"{trainer.losses[-1]:.4f}", refresh=False)
+        accelerator.log({"loss": trainer.losses[-1]}, step=step)
+
+    def on_validation(loss: float) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        picture.save(logs / f"step-{step:06d}.png")
-        accelerator.log({"validation loss": value}, step=step)
-        log.info("step %d: validation loss %.5f, pictures in %s", step, value, logs)
+        session.sheet().save(logs / f"step-{trainer.step:06d}.png")
+        accelerator.log({"validation loss": loss}, step=trainer.step)
+        log.info("step %d: validation loss %.5f, pictures in %s", trainer.step, loss, logs)
 
-    stopping = False
-
-    def stop(*_: Any) -> None:
-        nonlocal stopping
-        stopping = True  # at the end of the step: in the middle of one there is nothing that could be saved
-
-    bar = tqdm(total=settings.steps, initial=step, disable=not is_main, desc="training")
-    total = 0.0
-    default = signal.signal(signal.SIGINT, stop)
     try:
-        for batch in loader:
-            with accelerator.accumulate(controlnet):
-                loss = batch_loss(base, controlnet, operator, batch, settings)
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(controlnet.parameters(), settings.max_grad_norm)
-                    # where there is a scaler, it leaves such a step out by itself
-                    if not accelerator.scaler and not math.isfinite(norm):
-                        raise diverged("the loss or its gradient is not finite", step + 1)
-                optimizer.step()
-                optimizer.zero_grad()
-            # every process has to stop at the same step
-            value, stopped = accelerator.gather(torch.stack((loss.detach(), loss.new_tensor(stopping)))[None]).mean(0).tolist()
-            total += value / settings.accumulation
-            if not accelerator.sync_gradients:
-                continue
-            if not math.isfinite(total):
-                raise diverged("the loss is not finite", step + 1)
-            step += 1
-            losses.append(total)
-            bar.update()
-            bar.set_postfix(loss=f"{total:.4f}", refresh=False)
-            accelerator.log({"loss": total}, step=step)
-            total = 0.0
-            if average:
-                average.update_parameters(accelerator.unwrap_model(controlnet))
-            is_last = step == settings.steps
-            if is_main and args.validate_every and (step % args.validate_every == 0 or is_last):
-                validate()
-            if is_main and (step % args.save_every == 0 or is_last or stopped):
-                save()
-                saved = step
-            if stopped and not is_last:
-                log.info("interrupted: %d steps are saved in %s", step, args.out)
-                raise KeyboardInterrupt
+        with tqdm(total=trainer.settings.steps, initial=trainer.step, disable=strategy.rank > 0, desc="training") as bar:
+            session.train(save_every, validate_every, on_step, on_validation)
+    except KeyboardInterrupt:
+        log.info("interrupted: %d steps are saved in %s", trainer.step, out)
+        raise
     finally:
-        signal.signal(signal.SIGINT, default)
-        bar.close()
         accelerator.end_training()
-    log.info("%s: %d steps", args.out, step)
-
-
-if __name__ == "__main__":
-    main()
+    log.info("%s: %d steps", out, trainer.step)

@@ -13,10 +13,10 @@ from .loss import in_range
 from .metadata import CSEMetadata
 
 if TYPE_CHECKING:
-    from ..backends.diffusers import BaseModel
+    from ..backends.diffusers import DiffusersPrior
 
 
-def open_cse(path: Path, base: BaseModel) -> tuple[nn.Module, CSEMetadata | None]:
+def open_cse(path: Path, base: DiffusersPrior) -> tuple[nn.Module, CSEMetadata | None]:
     """(diffusers' ControlNet without gradients of its weights, what the file says about itself) of a CSE for this base.
 
     Raises ValueError, naming the file, for one that was made for another kind of base model.

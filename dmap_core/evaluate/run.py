@@ -123,7 +123,6 @@ def measurement(operator: Operator, x: Tensor, seeds: Sequence[int]) -> Tensor:
 
 def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """(pictures (B, 3, H, W) in [-1, 1], what each cost) of jobs of one row. Their seconds are shared out evenly."""
-    from ..backends.diffusers import DiffusersPrior
     from ..cse.use import hint_for
 
     row, plan = jobs[0].row, jobs[0].plan
@@ -133,8 +132,9 @@ def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Oper
         image, cost = operator.hint(y), {"seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}
     else:
         base, controlnet, metadata = models.of(row)
-        hint = hint_for(operator.hint(y), metadata) if controlnet else None
-        prior = DiffusersPrior(base, operator.image_size(y), controlnet, hint)
+        prior = base.sized(operator.image_size(y))
+        if controlnet:
+            prior = prior.controlled(controlnet, hint_for(operator.hint(y), metadata))
         sigmas = SPACINGS[plan.spacing](base.sigmas.cpu(), plan.steps)
         done = restore(prior, operator, y, prior.latent_shape(), sigmas, plan.solver, seeds, config.memory)
         image, cost = done.image, {"seconds": done.seconds / len(jobs), "memory": done.memory, "peak_memory": done.peak_memory}

@@ -100,7 +100,6 @@ class Problem:
     def __init__(self, options: Options):
         import torch
 
-        from ..backends.diffusers import DiffusersPrior
         from ..backends.diffusers_files import open_base
         from ..cse.options import read_operator
         from ..cse.use import hint_for, open_cse
@@ -122,13 +121,13 @@ class Problem:
         self.y = measurement(self.operator, self.x, [options.seed])
         self.base = open_base(options.checkpoint, options.prompt).to(device, DTYPES[options.precision])
         size = tuple(self.x.shape[-2:])
-        self.prior = DiffusersPrior(self.base, size)
+        self.prior = self.base.sized(size)
         self.conditional = None
         if options.cse:
             controlnet, metadata = open_cse(options.cse, self.base)
             if metadata and (warning := metadata.other_operator(self.operator, options.cse.name)):
                 log.warning("%s", warning)
-            self.conditional = DiffusersPrior(self.base, size, controlnet, hint_for(self.operator.hint(self.y), metadata))
+            self.conditional = self.prior.controlled(controlnet, hint_for(self.operator.hint(self.y), metadata))
         self.sigmas = SPACINGS[options.spacing](self.base.sigmas.cpu(), options.steps)
 
 

@@ -22,6 +22,11 @@ ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
 
 
+def levels_of(z: Tensor, sigma: float | Tensor) -> Tensor:
+    """(B,) noise levels of the latents z, for one that they share or for those themselves."""
+    return sigma.to(z) if isinstance(sigma, Tensor) else z.new_full((len(z),), sigma)
+
+
 class HostPrior:
     """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it."""
 
@@ -30,9 +35,9 @@ class HostPrior:
         self._networks = [base_model.diffusion_model, autoencoder, *controls]
         self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
 
-    def denoise(self, z: Tensor, sigma: float) -> Tensor:
+    def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return self.denoiser(z, z.new_full((len(z),), sigma)).float()
+        return self.denoiser(z, levels_of(z, sigma)).float()
 
     def decode(self, z0: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
@@ -51,7 +56,7 @@ class HostPrior:
         return self._networks
 
     def blocks(self) -> list[nn.Module]:
-        return blocks_of(self._networks)
+        return blocks_of(self.networks())
 
     def free_memory(self) -> float:
         return comfy.model_management.get_free_memory(self.vae.device)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import copy
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ...dmap_core.cse.checkpoint import check_same
-from ...dmap_core.cse.network import initial_controlnet
+from ...dmap_core.backends.fingerprint import fingerprint
+from ...dmap_core.cse.identity import check_same, digest
 from ...dmap_core.files import write_whole
-from ...dmap_core.memory import checkpointed
 from ...dmap_core.pictures import to_picture
 from .folders import checked_name
 from .gradients import (
     add_own_skip,
-    blocks_of,
     check_quantised,
     check_whole,
     differentiable_attention,
@@ -41,7 +40,7 @@ from .gradients import (
     pytorch_attention,
     without_caches,
 )
-from .prior import HostPrior, base_fingerprint, check_model, check_vae, latent_size, prediction_of
+from .prior import HostPrior, base_fingerprint, check_model, check_vae, latent_size, levels_of, prediction_of
 from .static import static_patchers
 
 log = logging.getLogger(__name__)
@@ -49,45 +48,55 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_MEMORY = 4  # times the host's estimate for inference; only decides what else is moved off the GPU
 
 
-class HostBase:
-    """dmap_core.cse.loss.Base on a loaded ComfyUI model and VAE: computes where and in what precision the model does."""
+class TrainingPrior(HostPrior):
+    """dmap_core.prior.NetworkPrior on a loaded ComfyUI model and VAE: computes where and in what precision the model does."""
 
-    def __init__(self, patcher, vae, autoencoder: nn.Module, cond: dict, size: int, contexts: ExitStack, recompute: bool):
-        self.model, self._cond, self._contexts, self._recompute = patcher.model, cond, contexts, recompute
+    def __init__(self, patcher, vae, autoencoder: nn.Module, cond: dict, size: int, contexts: ExitStack):
+        super().__init__(patcher.model, vae, autoencoder, [], (size, size))
+        self._conds, self._contexts = cond["model_conds"], contexts
         self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)  # the patches and wrappers that nodes put on the model
-        sampling = patcher.get_model_object("model_sampling")
-        self._sampling = sampling
+        self._sampling = patcher.get_model_object("model_sampling")
         self.device = patcher.load_device
-        self.sigmas = sampling.sigmas.float().to(self.device)
+        self.sigmas = self._sampling.sigmas.float().to(self.device)
         self.prediction = prediction_of(patcher)
-        self._autoencoder = HostPrior(self.model, vae, autoencoder, [], (size, size))
-        self.unet = self.model.diffusion_model
+        self._controlnet: nn.Module | None = None
+        self._hint: Tensor | None = None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """That of the loaded model, with its LoRAs."""
-        return base_fingerprint(self)
+        return fingerprint(self.original_weights())
 
-    @torch.no_grad()
+    def original_weights(self) -> dict[str, Tensor]:
+        return self.base_model.diffusion_model.state_dict()
+
+    def conditioning(self) -> list[Tensor]:
+        return [self._conds[name].cond for name in ("c_crossattn", "y") if name in self._conds]
+
+    def controlled(self, controlnet: nn.Module | None, hint: Tensor | None) -> TrainingPrior:
+        found = copy.copy(self)
+        found._controlnet, found._hint = controlnet, hint
+        return found
+
+    def networks(self) -> list[nn.Module]:
+        return [*super().networks(), *([self._controlnet] if self._controlnet else [])]
+
     def encode(self, image: Tensor) -> Tensor:
-        return self._autoencoder.encode(image).to(self.device)
+        return super().encode(image).to(self.device)
 
-    @torch.no_grad()
-    def decode(self, z0: Tensor) -> Tensor:
-        return self._autoencoder.decode(z0)
-
-    def denoise(self, controlnet: nn.Module | None, z: Tensor, timestep: Tensor, hint: Tensor | None) -> Tensor:
+    def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = self.sigmas[timestep]
-        given = {k: c.process_cond(batch_size=len(z), device=self.device, area=None).cond for k, c in self._cond["model_conds"].items()}
+        sigma = levels_of(z, sigma)
+        given = {name: c.process_cond(batch_size=len(z), device=self.device, area=None).cond for name, c in self._conds.items()}
         control = None
-        if controlnet is not None:
-            dtype = self.model.manual_cast_dtype or self.model.get_dtype()
+        if self._controlnet is not None:
+            dtype = self.base_model.manual_cast_dtype or self.base_model.get_dtype()
             x = self._sampling.calculate_input(sigma, z).to(dtype)
             y = given["y"].to(self.device, dtype) if "y" in given else None
             context = given["c_crossattn"].to(self.device, dtype)
-            control = controlnet(x=x, hint=hint.to(dtype), timesteps=self._sampling.timestep(sigma).float(), context=context, y=y)
+            timesteps = self._sampling.timestep(sigma).float()
+            control = self._controlnet(x=x, hint=self._hint.to(dtype), timesteps=timesteps, context=context, y=y)
             control = {"input": [], "middle": control["middle"], "output": control["output"]}
         options = {**self._options["transformer_options"], "optimized_attention_override": pytorch_attention}
         options.update(cond_or_uncond=[0], sigmas=sigma)  # of one prompt, as patches may ask
@@ -95,29 +104,23 @@ class HostBase:
         given.update(control=control, transformer_options=options)
         wrapper = self._options.get("model_function_wrapper")
         if wrapper:
-            return wrapper(self.model.apply_model, {"input": z, "timestep": sigma, "c": given, "cond_or_uncond": [0]})
-        return self.model.apply_model(z, sigma, **given)
+            return wrapper(self.base_model.apply_model, {"input": z, "timestep": sigma, "c": given, "cond_or_uncond": [0]})
+        return self.base_model.apply_model(z, sigma, **given)
 
-    def new_controlnet(self, seed: int) -> nn.Module:
-        """ComfyUI's ControlNet for this base, with trainable float32 weights that leave it as it is (see core's `initial_controlnet`)."""
-        config = {
-            k: v for k, v in self.model.model_config.unet_config.items() if k not in ("out_channels", "dtype", "device", "operations")
-        }
+    def new_controlnet(self, weights: Mapping[str, Tensor]) -> nn.Module:
+        """ComfyUI's ControlNet for this base, trainable."""
+        left_out = ("out_channels", "dtype", "device", "operations")
+        config = {name: value for name, value in self.base_model.model_config.unet_config.items() if name not in left_out}
         operations = comfy.ops.manual_cast  # which casts weights to the precision of what they are applied to
         network = comfy.cldm.cldm.ControlNet(hint_channels=3, **config, dtype=torch.float32, device=self.device, operations=operations)
-        network.load_state_dict(initial_controlnet(self.unet.state_dict(), seed))
+        network.load_state_dict(weights)
         self._contexts.enter_context(differentiable_attention([network]))
-        if self._recompute:
-            self._contexts.enter_context(checkpointed(blocks_of([self.unet, network])))
         return network.requires_grad_(True)
 
 
 @contextmanager
-def training(model: Any, vae: Any, conditioning: list, precision: str, size: int, batch: int, recompute: bool) -> Iterator[HostBase]:
-    """Model and VAE loaded whole, their weights frozen, gradients possible, for training a ControlNet on crops of `size` pixels.
-
-    recompute: blocks keep only their inputs and recompute the rest in the backward pass, while the context lasts.
-    """
+def training(model: Any, vae: Any, conditioning: list, precision: str, size: int, batch: int) -> Iterator[TrainingPrior]:
+    """Model and VAE loaded whole, their weights frozen, gradients possible, for training a ControlNet on crops of `size` pixels."""
     check_model(model)
     check_vae(vae, model)
     channels = model.get_model_object("latent_format").latent_channels
@@ -146,7 +149,7 @@ def training(model: Any, vae: Any, conditioning: list, precision: str, size: int
             stack.enter_context(frozen(networks))
             stack.enter_context(exact_layers(networks))
             check_quantised(networks)
-            yield HostBase(patcher, vae, vae_patcher.model, cond, size, stack, recompute)
+            yield TrainingPrior(patcher, vae, vae_patcher.model, cond, size, stack)
 
 
 def self_generate(
@@ -218,11 +221,6 @@ def prompt_digest(conditioning: list) -> str:
     """Tells prompts apart: by the text encoder's tokens and its pooled output."""
     tensors = [t for tokens, values in conditioning for t in (tokens, values.get("pooled_output")) if t is not None]
     return " ".join(map(digest, tensors))
-
-
-def digest(tensor: Tensor) -> str:
-    """Tells tensors apart: 16 hexadecimal digits."""
-    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy()).hexdigest()[:16]
 
 
 class Progress:

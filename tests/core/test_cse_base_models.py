@@ -18,12 +18,14 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint  # n
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
 
+from dmap_core import cli  # noqa: E402
 from dmap_core.backends import diffusers_files  # noqa: E402
 from dmap_core.backends.diffusers_files import open_base  # noqa: E402
+from dmap_core.backends.fingerprint import fingerprint  # noqa: E402
 from dmap_core.backends.keys import to_ldm  # noqa: E402
 from dmap_core.cse import generate, validation  # noqa: E402
 from dmap_core.cse.loss import batch_loss, make_hint  # noqa: E402
-from dmap_core.cse.network import fingerprint, initial_controlnet  # noqa: E402
+from dmap_core.cse.network import initial_controlnet  # noqa: E402
 from dmap_core.cse.settings import TrainingSettings  # noqa: E402
 from dmap_core.cse.validation import GAP, restore, sheet, validation_loss  # noqa: E402
 from dmap_core.operators import Noisy, SuperResolution  # noqa: E402
@@ -148,7 +150,7 @@ def test_a_checkpoint_file(base, unet, tiny, model_sigmas, checkpoint):
 def test_denoising_is_diffusers_unet(checkpoint, base, unet, model_sigmas, prediction):
     base = open_base(checkpoint, prediction=prediction)
     z = latents(base)
-    found = base.denoise(None, z, TIMESTEPS, None)
+    found = base.denoise(z, base.sigmas[TIMESTEPS])
     assert found.dtype == torch.float32
     wanted = denoised_by_hand(unet, z, TIMESTEPS, torch.zeros(3, 1, CONTEXT), model_sigmas[TIMESTEPS], prediction)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
@@ -165,12 +167,12 @@ def teach(controlnet):
 def test_denoising_with_a_controlnet(base, unet, model_sigmas):
     controlnet = base.new_controlnet(initial_controlnet(to_ldm(unet.state_dict()), 0))
     z, hint = latents(base), torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    plain = base.denoise(None, z, TIMESTEPS, None)
-    assert torch.equal(base.denoise(controlnet, z, TIMESTEPS, hint), plain)  # it begins at zero
+    plain = base.denoise(z, base.sigmas[TIMESTEPS])
+    assert torch.equal(base.controlled(controlnet, hint).denoise(z, base.sigmas[TIMESTEPS]), plain)  # it begins at zero
     teach(controlnet)
-    found = base.denoise(controlnet, z, TIMESTEPS, hint)
+    found = base.controlled(controlnet, hint).denoise(z, base.sigmas[TIMESTEPS])
     assert not torch.allclose(found, plain, atol=1e-2)
-    assert not torch.allclose(base.denoise(controlnet, z, TIMESTEPS, 1 - hint), found, atol=1e-4)
+    assert not torch.allclose(base.controlled(controlnet, 1 - hint).denoise(z, base.sigmas[TIMESTEPS]), found, atol=1e-4)
     context, sigma = torch.zeros(3, 1, CONTEXT), model_sigmas[TIMESTEPS]
     x = (z.double() / (1 + sigma.view(-1, 1, 1, 1) ** 2).sqrt()).float()
     out = controlnet(x, TIMESTEPS, encoder_hidden_states=context, controlnet_cond=hint)
@@ -188,7 +190,7 @@ def test_a_small_sd1(tmp_path, tiny):
     base = open_base(write_checkpoint(tmp_path / "sd1.ckpt.safetensors", unet, taesd(tiny)))
     z = latents(base)
     wanted = unet(z / (1 + base.sigmas[TIMESTEPS].view(-1, 1, 1, 1) ** 2).sqrt(), TIMESTEPS, torch.zeros(3, 1, 768)).sample
-    found = (z - base.denoise(None, z, TIMESTEPS, None)) / base.sigmas[TIMESTEPS].view(-1, 1, 1, 1)
+    found = (z - base.denoise(z, base.sigmas[TIMESTEPS])) / base.sigmas[TIMESTEPS].view(-1, 1, 1, 1)
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=2e-3)
 
 
@@ -269,7 +271,7 @@ def test_the_demo_prior():
     assert (base.decode(z0) - image).abs().mean() < 0.15  # a picture comes back as itself
     eps, t = normal(0, *z0.shape), torch.tensor([300])
     sigma = float(base.sigmas[t])
-    found = base.denoise(None, z0 + sigma * eps, t, None)
+    found = base.denoise(z0 + sigma * eps, sigma)
     assert (found - z0).square().mean() < 0.5 * sigma**2  # and it is a denoiser
 
 
@@ -379,8 +381,8 @@ def test_a_folder(folder, unet, model_sigmas, base):
         torch.testing.assert_close(open_base(folder, prompt).context if prompt else found.context, context)
     z = latents(found)
     wanted = denoised_by_hand(unet, z, TIMESTEPS, found.context.expand(3, -1, -1), model_sigmas[TIMESTEPS], "eps")
-    torch.testing.assert_close(found.denoise(None, z, TIMESTEPS, None).double(), wanted, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(base.denoise(None, z, TIMESTEPS, None).double(), wanted, atol=1e-4)  # whose context is zero
+    torch.testing.assert_close(found.denoise(z, found.sigmas[TIMESTEPS]).double(), wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(base.denoise(z, base.sigmas[TIMESTEPS]).double(), wanted, atol=1e-4)  # whose context is zero
     vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
     image = normal(4, 2, 3, 16, 16).clamp(-1, 1)
     with torch.no_grad():
@@ -397,7 +399,7 @@ def test_what_a_folders_scheduler_predicts(own_folder, unet, model_sigmas):
     assert found.prediction == "v" and open_base(own_folder, prediction="eps").prediction == "eps"
     z = latents(found)
     wanted = denoised_by_hand(unet, z, TIMESTEPS, found.context.expand(3, -1, -1), model_sigmas[TIMESTEPS], "v")
-    torch.testing.assert_close(found.denoise(None, z, TIMESTEPS, None).double(), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.denoise(z, found.sigmas[TIMESTEPS]).double(), wanted, rtol=1e-4, atol=1e-4)
     DDPMScheduler(**SCHEDULE, prediction_type="sample").save_pretrained(own_folder / "scheduler")
     with pytest.raises(ValueError, match=r"copy: its scheduler predicts 'sample'"):
         open_base(own_folder)
@@ -502,9 +504,12 @@ class Oracle:
 
     decode = encode
 
-    def denoise(self, controlnet, z, timestep, hint):
-        assert z.device == self.z0.device and timestep.shape == (len(z),)
-        self.timesteps.append(int(timestep[0])) if z.device.type == "cpu" else None
+    def controlled(self, controlnet, hint):
+        return self
+
+    def denoise(self, z, sigma):
+        assert z.device == self.z0.device
+        self.timesteps.append(int((self.sigmas - torch.as_tensor(sigma).flatten()[0]).abs().argmin()))
         return (1 - self.wrong) * self.z0 + self.wrong * z
 
 
@@ -594,8 +599,11 @@ def test_generation_is_diffusers_euler_ancestral(base):
 
 def test_generation_goes_on_where_it_was_cut(tmp_path, checkpoint):
     out, again = tmp_path / "deep" / "out", tmp_path / "again"
-    arguments = ["--checkpoint", str(checkpoint), "--size", str(SIZE), "--steps", "2"]
-    generate.main([*arguments, "--out", str(out), "--count", "2"])
+
+    def make(out, count, seed=0):
+        generate.generate_cse(checkpoint=checkpoint, size=SIZE, steps=2, out=out, count=count, seed=seed)
+
+    make(out, 2)
     assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png"]
     second = (out / "000001.png").read_bytes()
     with Image.open(out / "000001.png") as picture:
@@ -603,23 +611,22 @@ def test_generation_goes_on_where_it_was_cut(tmp_path, checkpoint):
         pixels = np.array(picture)
     (out / "000000.png").write_bytes(b"kept as it is")
     (out / "000001.png").unlink()
-    generate.main([*arguments, "--out", str(out), "--count", "3"])
+    make(out, 3)
     assert sorted(p.name for p in out.iterdir()) == ["000000.png", "000001.png", "000002.png"]
     assert (out / "000000.png").read_bytes() == b"kept as it is" and (out / "000001.png").read_bytes() == second
-    generate.main([*arguments, "--out", str(again), "--count", "1", "--seed", "1"])
+    make(again, 1, seed=1)
     with Image.open(again / "000000.png") as picture:
         assert np.array_equal(np.array(picture), pixels)
 
 
 @pytest.mark.parametrize("wrong", [["--count", "0"], ["--steps", "1"], ["--size", "30"], ["--size", "0"]])
-def test_generation_refuses_numbers_that_make_no_sense(tmp_path, checkpoint, capsys, wrong):
-    with pytest.raises(SystemExit, match="2"):
-        generate.main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), *wrong])
-    assert "--size a multiple of 8" in capsys.readouterr().err
+def test_generation_refuses_numbers_that_make_no_sense(tmp_path, checkpoint, wrong):
+    with pytest.raises(SystemExit, match="--size a multiple of 8"):
+        cli.main(["generate-cse", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), *wrong])
     assert not (tmp_path / "out").exists()
 
 
 def test_generation_from_what_is_no_base(tmp_path):
     with pytest.raises(SystemExit, match=r"error: there is no .*missing\.safetensors"):
-        generate.main(["--checkpoint", str(tmp_path / "missing.safetensors"), "--out", str(tmp_path / "out")])
+        cli.main(["generate-cse", "--checkpoint", str(tmp_path / "missing.safetensors"), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ import pickle
 import stat
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from dmap_core import files
 from dmap_core.backends.keys import LDM_MARK, to_diffusers
 from dmap_core.cse import checkpoint
-from dmap_core.cse.checkpoint import PREFIX, SaveError, check_same, read_cse, read_state, write_cse, write_state
+from dmap_core.cse.checkpoint import PREFIX, SaveError, read_cse, read_state, write_cse, write_state
+from dmap_core.cse.identity import check_same, identity
 from dmap_core.cse.metadata import KEY, LONGEST, CSEMetadata, read_metadata
 from dmap_core.cse.settings import TrainingSettings
 from dmap_core.operators import Inpainting, SuperResolution, centred_box, from_spec
@@ -374,6 +376,30 @@ def test_what_differs_between_two_trainings_is_named():
         check_same(found, wanted, path)
 
 
+def described(*conditioning):
+    prior = SimpleNamespace(fingerprint="0123", prediction="eps", conditioning=lambda: conditioning)
+    return identity(prior, TrainingSettings(), SuperResolution(4), ["a.png 100"])
+
+
+def test_a_prompt_is_the_same_but_for_rounding(tmp_path):
+    """Text encoders round differently, more so in half precision; other prompts, and those of other lengths, are others."""
+    prompt, pooled = (torch.randn(*shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate([(1, 77, 768), (1, 1280)]))
+    path = tmp_path / "cse.training"
+    write_state(path, {"identity": described(prompt, pooled)})
+    found = read_state(path)["identity"]
+    for same in (prompt, prompt.half(), prompt.bfloat16(), prompt * 1.001):
+        check_same(found, described(same, pooled), path)
+    check_same(described(torch.zeros(1, 1, 16)), described(torch.zeros(1, 1, 16)), path)
+    other = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(9))
+    later = prompt.clone()
+    later[:, 40:] = other[:, 40:]  # the prompts part somewhere
+    for wanted in ((other, pooled), (later, pooled), (prompt, pooled.flip(1)), (prompt[:, :76], pooled), (prompt,), (0 * prompt, pooled)):
+        with pytest.raises(
+            ValueError, match=r"other settings: conditioning was [0-9a-f]{16} [0-9a-f]{16} and is [0-9a-f]{16}[^;]*\. Choose"
+        ):
+            check_same(found, described(*wanted), path)
+
+
 # ---- settings
 
 
@@ -387,7 +413,7 @@ def test_what_makes_a_training_another_one():
     settings = TrainingSettings()
     assert replace(settings, steps=9, accumulation=4, learning_rate=1e-4).identity() == settings.identity()
     others = {"batch_size": 32, "precision": "bf16", "seed": 1, "size": 256, "resize": (1, 2), "flip": 0.1}
-    others |= {"jitter": 0.2, "hint_range": "-1..1", "max_grad_norm": 2.0, "snr_gamma": 5.0}
+    others |= {"jitter": 0.2, "hint_range": "-1..1", "max_grad_norm": 2.0, "snr_gamma": 5.0, "ema": 0.9, "adam_8bit": True}
     for name, value in others.items():
         other = replace(settings, **{name: value}).identity()
         assert {key for key in other if other[key] != settings.identity()[key]} == {name}
@@ -409,6 +435,8 @@ BAD = {
     "hint_range": ["0..255", "", None, 1],
     "max_grad_norm": [0, -1, NAN, "1", None],
     "snr_gamma": [-1, NAN, INF, "5", None],
+    "ema": [-0.1, 1, NAN, "0.9", None, True],
+    "adam_8bit": ["yes", 1, None],
 }
 
 

@@ -8,8 +8,9 @@ import_torchvision()
 
 from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: E402
 
+from dmap_core.backends.fingerprint import fingerprint  # noqa: E402
 from dmap_core.backends.keys import to_diffusers, to_ldm  # noqa: E402
-from dmap_core.cse.network import HINT_CHANNELS, encoder_shapes, fingerprint, initial_controlnet  # noqa: E402
+from dmap_core.cse.network import HINT_CHANNELS, encoder_shapes, initial_controlnet  # noqa: E402
 
 CONTEXT = 16
 SDXL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 6 * 8 + 4}

@@ -1,5 +1,9 @@
-"""Training from the command line, on a base model as small as diffusers' blocks allow, with random weights."""
+"""Training from the command line and as a host does it, on a base model as small as diffusers' blocks allow, with random weights.
 
+One training is killed in a process of its own, and one is shared by two processes; all others run in this one.
+"""
+
+import argparse
 import errno
 import json
 import os
@@ -21,15 +25,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import pictures, tiny_checkpoint
 
-from dmap_core.backends.keys import to_ldm
-from dmap_core.cse import options, train
-from dmap_core.cse.checkpoint import read_cse, read_state
-from dmap_core.operators import Inpainting
+from dmap_core import cli
+from dmap_core.cse import options, trainer
+from dmap_core.cse.checkpoint import FORMAT, read_cse, read_state, training_files
+from dmap_core.operators import Inpainting, from_spec
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
-ROOT = Path(train.__file__).resolve().parents[2]
-LAUNCHER = [str(ROOT / "tests" / "launch.py"), "dmap_core.cse.train"]
+ROOT = Path(cli.__file__).resolve().parents[1]
+LAUNCHER = [str(ROOT / "tests" / "launch.py"), "dmap_core.cli", "train-cse"]
 OPERATOR = {"operator": "SuperResolution", "scale": 8}
 STEPS, HALF, SAVED = 12, 6, 3
 SECONDS = 300  # until a process is taken for hung
@@ -60,7 +64,7 @@ def given(on_the_cpu, tmp_path_factory):
         where = ["--checkpoint", base, "--pictures", photos, "--validation", looked_at, "--out", out, "--operator", json.dumps(OPERATOR)]
         return [*map(str, where), *common.split(), *map(str, more)]
 
-    return SimpleNamespace(base=base, photos=photos, options=options)
+    return SimpleNamespace(base=base, photos=photos, looked_at=looked_at, options=options)
 
 
 def run(argv):
@@ -68,7 +72,7 @@ def run(argv):
 
     AcceleratorState._reset_state(True)  # what a new process has
     GradientState._reset_state()
-    train.main(argv)
+    cli.main(["train-cse", *argv])
 
 
 def refusal(argv, capsys):
@@ -134,8 +138,8 @@ def different(out, wanted):
 def distance(a, b):
     """Of two states: the norm of the difference of their weights, and of what was kept of their averages."""
     return sum(
-        float(sum((a[part][name] - b[part][name]).double().square().sum() for name in a[part] if name != "n_averaged")) ** 0.5
-        for part in ("weights", "average")
+        float(sum((x[name] - y[name]).double().square().sum() for name in x)) ** 0.5
+        for x, y in ((a["weights"], b["weights"]), (a["average"]["weights"], b["average"]["weights"]))
     )
 
 
@@ -148,27 +152,18 @@ def finite(out):
 
 @pytest.fixture(scope="module")
 def killed(given, tmp_path_factory):
-    """Two trainings, each in a process, that are killed after their first save: of each its file, command line and exit status."""
-    folder = tmp_path_factory.mktemp("killed")
+    """A training with an average, in a process that is killed after its first save: its file, command line and exit status."""
+    out = tmp_path_factory.mktemp("killed") / "cse.safetensors"
+    argv, log = given.options(out, "--licence", "CC0-1.0", "--source", "made up", "--ema", 0.5), out.with_suffix(".log")
 
-    def train_and_kill(name, *more):
-        out, log = folder / f"{name}.safetensors", folder / f"{name}.log"
-        argv = given.options(out, "--licence", "CC0-1.0", "--source", "made up", *more)
+    def train_and_kill():
         process = start(argv, log)
         wait(process, log, out.with_suffix(".training").exists)
         os.killpg(process.pid, signal.SIGKILL)
         return out, argv, wait(process, log)
 
     with ThreadPoolExecutor() as pool:  # while others train in this process
-        yield {"plain": pool.submit(train_and_kill, "plain"), "average": pool.submit(train_and_kill, "average", "--ema", 0.5)}
-
-
-@pytest.fixture(scope="module")
-def plain(killed, given, tmp_path_factory):
-    """A whole training."""
-    out = tmp_path_factory.mktemp("plain") / "cse.safetensors"
-    run(given.options(out))
-    return out
+        yield pool.submit(train_and_kill)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +185,7 @@ def prolonged(half, given, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def with_average(killed, given, tmp_path_factory):
+def whole(killed, given, tmp_path_factory):
     """A whole training with an average."""
     out = tmp_path_factory.mktemp("average") / "cse.safetensors"
     run(given.options(out, "--ema", 0.5))
@@ -206,13 +201,16 @@ def copy(half, tmp_path):
     return out
 
 
-def test_killed_and_started_again_in_processes(killed, plain):
-    out, argv, status = killed["plain"].result()
+def test_killed_and_started_again_in_processes(killed, whole):
+    out, argv, status = killed.result()
     assert status == -signal.SIGKILL and SAVED <= state_of(out)["step"] < STEPS
+    for left in ("cse.safetensors.77.part", "cse.training.77.part", "cse.safetensors.part"):
+        (out.parent / left).touch()
     log = out.with_suffix(".log")
     assert wait(start(argv, log), log) == 0, log.read_text()
-    assert not different(out, state_of(plain))
-    assert equal(read_cse(out)[0], read_cse(plain)[0])
+    assert not [file for file in out.parent.iterdir() if file.suffix in (".part", ".lock")]
+    assert not different(out, state_of(whole))
+    assert equal(read_cse(out)[0], read_cse(whole)[0])
     assert [step for step, _ in state_of(out)["validations"]] == [HALF, STEPS]
 
     metadata = read_cse(out)[1]
@@ -238,20 +236,50 @@ def test_killed_and_started_again_in_processes(killed, plain):
     assert sorted(validations) == [HALF, STEPS]
 
 
-def test_killed_with_an_average(killed, with_average):
-    out, argv, status = killed["average"].result()
-    assert status == -signal.SIGKILL and SAVED <= state_of(out)["step"] < STEPS
-    run(argv)
-    assert not different(out, state_of(with_average))
-    assert equal(read_cse(out)[0], read_cse(with_average)[0])
-
-
-def test_the_average_is_what_is_written(with_average, plain):
-    assert equal(state_of(with_average)["weights"], state_of(plain)["weights"])
-    state, written = state_of(with_average), read_cse(with_average)[0]
-    average = {name.removeprefix("module."): tensor.half() for name, tensor in state["average"].items() if name != "n_averaged"}
-    assert equal(written, to_ldm(average))
+def test_the_average_is_what_is_written(half, given, tmp_path):
+    plain = tmp_path / "plain.safetensors"
+    run(given.options(plain, "--steps", HALF, "--validate-every", 0))
+    assert equal(state_of(half)["weights"], state_of(plain)["weights"])
+    written = read_cse(half)[0]
+    assert equal(written, {name: tensor.half() for name, tensor in state_of(half)["average"]["weights"].items()})
     assert not equal(written, read_cse(plain)[0])
+
+
+def in_a_host(given, out, steps):
+    """The training of `given.options(out, "--ema", 0.5)` as TrainCSE does it: one process, with nothing but torch."""
+    from dmap_core.backends.diffusers_files import open_base
+    from dmap_core.cse.data import Examples
+    from dmap_core.cse.identity import identity
+    from dmap_core.cse.metadata import CSEMetadata
+    from dmap_core.cse.network import initial_controlnet
+    from dmap_core.cse.session import Session
+    from dmap_core.cse.settings import TrainingSettings
+    from dmap_core.pictures import centred, file_identity, open_rgb, picture_files, to_tensor
+
+    settings = TrainingSettings(steps=steps, batch_size=4, size=32, learning_rate=1e-3, ema=0.5)
+    prior, operator, files = open_base(given.base), from_spec(OPERATOR), picture_files(given.photos)
+    examples = Examples(files, settings, len(prior.sigmas))
+    controlnet = prior.new_controlnet(initial_controlnet(prior.original_weights(), settings.seed))
+    looked_at = torch.stack([to_tensor(centred(open_rgb(file), 32)) for file in picture_files(given.looked_at)])
+    same = identity(prior, settings, operator, [file_identity(file) for file in files])
+    described = CSEMetadata.of_training(prior, settings, operator, prior.name, len(files), "", "")
+    made = Session(trainer.Trainer(prior, controlnet, operator, examples, settings), out, same, described, looked_at)
+    made.train(SAVED, HALF)
+
+
+@pytest.mark.parametrize("first", ["a host", "the command line"])
+def test_a_training_crosses_over(given, half, whole, copy, tmp_path, first):
+    """Begun by a host and ended at the command line, or the other way; and with one implementation of the networks it is equal to the bit."""
+    if first == "a host":
+        out = tmp_path / "cse.safetensors"
+        in_a_host(given, out, HALF)
+        assert not different(out, state_of(half))
+        run(given.options(out, "--ema", 0.5))
+    else:
+        out = copy
+        in_a_host(given, out, STEPS)
+    assert not different(out, state_of(whole))
+    assert equal(read_cse(out)[0], read_cse(whole)[0]) and read_cse(out)[1] == read_cse(whole)[1]
 
 
 def test_ctrl_c_while_weights_change(given, half, tmp_path):
@@ -277,8 +305,8 @@ def test_ctrl_c_while_weights_change(given, half, tmp_path):
     assert not different(out, state_of(half))
 
 
-def test_prolonged(prolonged, with_average):
-    assert not different(prolonged, state_of(with_average))
+def test_prolonged(prolonged, whole):
+    assert not different(prolonged, state_of(whole))
 
 
 def test_a_finished_training_is_left_alone(given, half, caplog):
@@ -300,13 +328,13 @@ def test_a_finished_training_whose_file_was_not_written(given, half, copy, found
     assert equal(read_cse(copy), read_cse(half))
 
 
-def test_the_loss_goes_down(given, plain, tmp_path):
+def test_the_loss_goes_down(given, whole, tmp_path):
     """By a fifth at least: of the steps' mean, and of validation, whose noise is always the same, against that after a few small steps."""
     out = tmp_path / "cse.safetensors"
     run(given.options(out, "--steps", 30, "--learning-rate", 2e-3, "--save-every", 30, "--validate-every", 30))
     losses = state_of(out)["losses"]
     assert len(losses) == 30 and sum(losses[-10:]) < 0.8 * sum(losses[:10])
-    assert state_of(out)["validations"][-1][1] < 0.8 * state_of(plain)["validations"][0][1]
+    assert state_of(out)["validations"][-1][1] < 0.8 * state_of(whole)["validations"][0][1]
 
 
 @pytest.fixture(scope="module")
@@ -315,8 +343,8 @@ def start_weights(given):
     from dmap_core.cse.network import initial_controlnet
 
     base = open_base(given.base)
-    weights = base.new_controlnet(initial_controlnet(to_ldm(base.unet.state_dict()), 0)).state_dict()
-    return {"weights": weights, "average": {f"module.{name}": tensor for name, tensor in weights.items()}}
+    weights = initial_controlnet(base.original_weights(), 0)
+    return {"weights": weights, "average": {"weights": weights}}
 
 
 def near(found, wanted, start):
@@ -335,18 +363,10 @@ def start_two(argv, folder):
     return [start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)], logs
 
 
-def test_two_processes(given, half, start_weights, tmp_path):
-    out = tmp_path / "cse.safetensors"
-    both, logs = start_two(given.options(out, "--ema", 0.5, "--steps", HALF), tmp_path)
-    assert [wait(process, log) for process, log in zip(both, logs, strict=True)] == [0, 0], logs[0].read_text() + logs[1].read_text()
-    assert near(state_of(out), state_of(half), start_weights)
-    assert not equal(state_of(out)["losses"], state_of(half)["losses"])  # the sum of two halves, and no training by itself
-
-
-def test_ctrl_c_that_one_of_two_processes_sees(given, tmp_path):
-    """And the process that reads pictures for it."""
-    out = tmp_path / "cse.safetensors"
-    both, logs = start_two(given.options(out, "--steps", 400, "--validate-every", 0, "--workers", 1), tmp_path)
+def test_two_processes_and_ctrl_c_that_one_of_them_sees(given, start_weights, tmp_path):
+    """They stop at the end of the same step, with what one process makes in as many."""
+    out, alone = tmp_path / "cse.safetensors", tmp_path / "alone.safetensors"
+    both, logs = start_two(given.options(out, "--steps", 400, "--validate-every", 0, "--workers", 1, "--ema", 0.5), tmp_path)
     wait(both[0], logs[0], out.with_suffix(".training").exists)
     os.killpg(both[1].pid, signal.SIGINT)
     assert [wait(process, log) for process, log in zip(both, logs, strict=True)] == [130, 130], logs[0].read_text() + logs[1].read_text()
@@ -354,18 +374,19 @@ def test_ctrl_c_that_one_of_two_processes_sees(given, tmp_path):
     state = state_of(out)
     assert f"interrupted: {state['step']} steps are saved" in logs[0].read_text()
     assert SAVED <= state["step"] < 400 and len(state["losses"]) == state["step"] == read_cse(out)[1].steps
+    run(given.options(alone, "--steps", state["step"], "--validate-every", 0, "--ema", 0.5))
+    assert near(state, state_of(alone), start_weights)
+    assert not equal(state["losses"], state_of(alone)["losses"])  # the sum of two halves, and no training by itself
 
 
 @pytest.mark.parametrize("more", [["--accumulation", 2], ["--gradient-checkpointing"]], ids=["accumulation", "checkpointing"])
 def test_to_need_less_memory_changes_nothing_but_rounding(given, half, start_weights, tmp_path, monkeypatch, more):
-    import torch.utils.checkpoint
-
-    from dmap_core.cse import loss
+    from dmap_core import memory
 
     batches, recomputed = [], []
-    batch_loss, checkpoint = loss.batch_loss, torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(loss, "batch_loss", lambda *given: batches.append(len(given[3]["image"])) or batch_loss(*given))
-    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **kw: recomputed.append(a) or checkpoint(*a, **kw))
+    batch_loss, checkpoint = trainer.batch_loss, memory.checkpoint
+    monkeypatch.setattr(trainer, "batch_loss", lambda *given: batches.append(len(given[3]["image"])) or batch_loss(*given))
+    monkeypatch.setattr(memory, "checkpoint", lambda *a, **kw: recomputed.append(a) or checkpoint(*a, **kw))
     out = tmp_path / "cse.safetensors"
     run(given.options(out, "--ema", 0.5, "--steps", HALF, "--validate-every", 0, *more))
     assert near(state_of(out), state_of(half), start_weights)
@@ -380,9 +401,9 @@ def test_workers_change_nothing(given, half, tmp_path):
 
 
 def test_bf16_leaves_the_autoencoder_in_full_precision(given, half, tmp_path, monkeypatch):
-    from dmap_core.backends.diffusers import BaseModel
+    from dmap_core.backends.diffusers import DiffusersPrior
 
-    seen, encode, decode = [], BaseModel.encode, BaseModel.decode
+    seen, encode, decode = [], DiffusersPrior.encode, DiffusersPrior.decode
 
     def spy(original):
         def call(self, x):
@@ -391,8 +412,8 @@ def test_bf16_leaves_the_autoencoder_in_full_precision(given, half, tmp_path, mo
 
         return call
 
-    monkeypatch.setattr(BaseModel, "encode", spy(encode))
-    monkeypatch.setattr(BaseModel, "decode", spy(decode))
+    monkeypatch.setattr(DiffusersPrior, "encode", spy(encode))
+    monkeypatch.setattr(DiffusersPrior, "decode", spy(decode))
     for ema in (0, 0.5):
         out = tmp_path / f"{ema}.safetensors"
         run(given.options(out, "--precision", "bf16", "--steps", 2, "--ema", ema))
@@ -443,25 +464,29 @@ def test_a_learning_rate_that_is_too_high(given, tmp_path, capsys):
     argv = given.options(out, "--learning-rate", 0.9, "--steps", 200, "--save-every", 1, "--validate-every", 0)
     message = refusal(argv, capsys)
     step = state_of(out)["step"]
-    assert "learning_rate 0.9 is too high" in message and f"not finite at step {step + 1}" in message
+    assert "learning_rate 0.9 is too high" in message and re.search(
+        rf"the loss or its gradient is (nan|-?inf) at step {step + 1}:", message
+    )
     assert f"The weights of step {step} are in {out}" in message
     assert finite(out)
 
 
 def test_a_gradient_that_is_not_finite_though_the_loss_is(given, tmp_path, capsys, monkeypatch):
-    from dmap_core.cse import loss
+    out, calls, original = tmp_path / "cse.safetensors", [], trainer.batch_loss
 
-    out, calls, original = tmp_path / "cse.safetensors", [], loss.batch_loss
-
-    def batch_loss(base, controlnet, *rest):
-        calls.append(original(base, controlnet, *rest))
+    def batch_loss(prior, controlnet, *rest):
+        calls.append(original(prior, controlnet, *rest))
         weight = next(iter(controlnet.parameters()))
         return calls[-1] + ((weight - weight.detach()).sum().sqrt() if len(calls) == 3 else 0)  # the slope of a root at 0
 
-    monkeypatch.setattr(loss, "batch_loss", batch_loss)
+    monkeypatch.setattr(trainer, "batch_loss", batch_loss)
     message = refusal(given.options(out, "--save-every", 1, "--validate-every", 0), capsys)
     assert all(map(torch.isfinite, calls)) and len(calls) == 3
-    assert "learning_rate 0.001" in message and "gradient is not finite at step 3" in message and "The weights of step 2 are in" in message
+    assert (
+        "learning_rate 0.001" in message
+        and re.search("gradient is (nan|inf) at step 3", message)
+        and "The weights of step 2 are in" in message
+    )
     assert state_of(out)["step"] == 2 and finite(out)
 
 
@@ -472,7 +497,7 @@ def test_weights_that_half_precision_cannot_hold(given, tmp_path, capsys):
     out = tmp_path / "cse.safetensors"
     argv = given.options(out, "--checkpoint", tmp_path / "base.safetensors", "--steps", 1, "--validate-every", 0)
     message = refusal(argv, capsys)
-    assert "too large for the file" in message and "save_precision fp16" in message and "Nothing was saved" in message
+    assert "too large for the file" in message and "of the file: fp16" in message and "Nothing was saved" in message
     assert not out.exists() and not out.with_suffix(".training").exists()
     run([*argv, "--save-precision", "fp32"])
     assert finite(out)
@@ -554,7 +579,7 @@ BAD = {
     "adam_8bit": (lambda d: ["--adam-8bit"], "adam_8bit needs the package bitsandbytes"),
     "learning rate": (lambda d: ["--learning-rate", 2], "learning_rate is 2.0"),
     "size of nothing": (lambda d: ["--size", 0], "size is 0"),
-    "ema": (lambda d: ["--ema", 1], "--ema lie in"),
+    "ema": (lambda d: ["--ema", 1], "ema is 1.0; it must be at least 0"),
     "save_every": (lambda d: ["--save-every", 0], "--save-every must be at least 1"),
     "too many steps": (lambda d: ["--steps", 10**12], "steps is too large; it must be at most 1000000"),
     "name that is too long": (
@@ -646,8 +671,11 @@ def test_config(given, tmp_path):
         licence: MIT
         """,
     )
-    args = options.parse(["--config", str(path), "--seed", "7", "--precision", "fp32"], "")
-    assert args.gradient_checkpointing is True and args.adam_8bit is False and args.count is None and args.save_every == 500
+    parser = argparse.ArgumentParser()
+    options.add_arguments(parser)
+    args = options.merged(vars(parser.parse_args(["--config", str(path), "--seed", "7", "--precision", "fp32"])))
+    assert args["gradient_checkpointing"] is True and args["adam_8bit"] is False and args["count"] is None and args["save_every"] == 500
+    assert (args["seed"], args["precision"], args["learning_rate"]) == (7, "fp32", 2e-3)
     run(["--config", str(path), "--seed", "7", "--precision", "fp32", "--workers", "0"])
     metadata = read_cse(tmp_path / "cse.safetensors")[1]
     assert metadata.operator == {"operator": "Grayscale"} and metadata.seed == 7 and metadata.licence == "MIT"
@@ -695,68 +723,51 @@ def test_config_that_is_absent(tmp_path, capsys):
     assert "nowhere.yaml cannot be read" in refusal(["--config", str(tmp_path / "nowhere.yaml")], capsys)
 
 
-def test_help_needs_nothing_and_names_every_option():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "dmap_core.cse.train", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+def test_help_names_every_option(capsys):
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    printed, parser = capsys.readouterr().out, argparse.ArgumentParser()
+    options.add_arguments(parser)
+    known = [option for action in parser._actions for option in action.option_strings]
+    assert len(known) > 25 and all(option in printed for option in known)
+
+
+def test_the_command_is_known_before_torch_is_there():
+    code = "import dmap_core.cse.train, dmap_core.cse.generate, sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.split()}
     assert "argparse" in imported and not imported & {"torch", "accelerate", "diffusers", "transformers", "numpy", "PIL", "yaml"}
-    known = [option for action in options.parser("")._actions for option in action.option_strings]
-    assert len(known) > 25 and all(option in done.stdout for option in known)
 
 
-WITHOUT = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == {missing!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-sys.meta_path.insert(0, Absent())
-from dmap_core.cse.train import main
-main(sys.argv[1:])
-"""
-
-
-def test_without_accelerate(given, tmp_path):
-    argv = given.options(tmp_path / "cse.safetensors")
-    code = WITHOUT.format(missing="accelerate")
-    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr and not done.stdout
-    assert done.stderr.startswith("training needs accelerate, which is not installed: pip install")
-
-
-@pytest.mark.parametrize("package", ["diffusers", "transformers", "tensorboard", "yaml"])
-def test_without_another_package(given, tmp_path, capsys, monkeypatch, package):
+@pytest.mark.parametrize("package", ["accelerate", "diffusers", "transformers", "tensorboard", "yaml"])
+def test_without_a_package(given, tmp_path, monkeypatch, package):
+    for module in ("diffusers", "diffusers_files"):
+        monkeypatch.delitem(sys.modules, f"dmap_core.backends.{module}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     argv = given.options(tmp_path / "cse.safetensors", "--config", config(tmp_path, "steps: 5"))
-    assert f"training needs {package}, which is not installed: pip install" in refusal(argv, capsys)
+    with pytest.raises(SystemExit, match=f"this needs {package}, which is not installed: pip install"):
+        cli.main(["train-cse", *argv])
 
 
 # ---- one training, one file
 
 
-def test_a_second_training_of_one_file_is_refused(given, tmp_path, capsys):
-    """While the first one lives, and no longer; what a killed one had half written is gone then."""
-    out, log = tmp_path / "cse.safetensors", tmp_path / "log"
-    argv = given.options(out, "--steps", 400, "--validate-every", 0)
-    first = start(argv, log)
-    wait(first, log, out.with_suffix(".training").exists)
-    message = refusal(argv, capsys)
-    assert re.search(rf"error: CSE: {out} is being written by another training \(process {first.pid}\)", message)
-    os.killpg(first.pid, signal.SIGKILL)
-    wait(first, log)
-    for left in ("cse.safetensors.77.part", "cse.training.77.part", "cse.safetensors.part"):
-        (tmp_path / left).touch()
-    run(given.options(out, "--steps", state_of(out)["step"] + 1, "--validate-every", 0))
-    assert not [file for file in tmp_path.iterdir() if file.suffix in (".part", ".lock")]
+def test_a_second_training_of_one_file_is_refused(given, half, copy, capsys):
+    argv = given.options(copy, "--ema", 0.5, "--steps", HALF + 1, "--validate-every", 0)
+    with training_files(copy):
+        message = refusal(argv, capsys)
+    assert re.search(rf"error: CSE: {copy} is being written by another training \(process {os.getpid()}\)", message)
+    assert equal(state_of(copy), state_of(half))
+    run(argv)
+    assert state_of(copy)["step"] == HALF + 1
 
 
 FOREIGN = {
     "weights of something": (lambda state: {"a": torch.ones(2)}, "is not a training state: it holds something else"),
     "a tensor": (lambda state: torch.ones(2), "is not a training state: it holds something else"),
     "an identity of nothing": (lambda state: {"identity": 3}, "is not a training state: it holds something else"),
+    "an earlier version": (lambda state: {n: v for n, v in state.items() if n != "format"}, "was written by another version of this pack"),
+    "a later version": (lambda state: state | {"format": FORMAT + 1}, "was written by another version of this pack"),
     "no weights": (lambda state: {n: v for n, v in state.items() if n != "weights"}, "does not fit this training .KeyError: 'weights'"),
     "other weights": (lambda state: state | {"weights": {"a": torch.ones(2)}}, "does not fit this training .RuntimeError"),
     "another optimiser": (lambda state: state | {"optimizer": {}}, "does not fit this training"),

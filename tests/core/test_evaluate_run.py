@@ -158,7 +158,6 @@ def test_a_whole_run(finished, given):
 
 def test_the_picture_is_that_of_its_seed(finished, given, table):
     """The second picture's is the seed after the first one's; restored here by hand."""
-    from dmap_core.backends.diffusers import DiffusersPrior
     from dmap_core.backends.diffusers_files import open_base
     from dmap_core.restore import restore
     from dmap_core.schedule import exponential_sigmas
@@ -167,7 +166,7 @@ def test_the_picture_is_that_of_its_seed(finished, given, table):
     base, f = open_base(given.base, prediction="v"), SuperResolution(8)
     y = f(run.Picture(given.photos / "1.png", 1).open(32))
     sigmas = exponential_sigmas(base.sigmas, 2)
-    done = restore(DiffusersPrior(base, (32, 32)), f, y, (4, 4, 4), sigmas, DPS(zeta=5.0), [3])
+    done = restore(base.sized((32, 32)), f, y, (4, 4, 4), sigmas, DPS(zeta=5.0), [3])
     wanted = ((done.image[0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.abs(pixels(finished / "sr8-dps" / "1.png") - wanted).max() <= 1
     entry = json.loads((finished / "sr8-dps" / "1.json").read_text())

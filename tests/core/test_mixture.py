@@ -157,3 +157,13 @@ def test_posterior_of_pictures_agrees_with_the_denoiser():
     weights, means, _ = PICTURES.posterior(torch.eye(40, dtype=torch.float64), z.flatten(), 0.9)
     torch.testing.assert_close((weights @ means).view_as(z), PICTURES.denoise(z, 0.9), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(weights[None], PICTURES.responsibilities(z, 0.9), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prior", [LOPSIDED, PICTURES], ids=["points", "pictures"])
+def test_a_level_for_each_sample(prior):
+    sigmas = torch.tensor([0.2, 1.0, 5.0], dtype=torch.float64)
+    z = torch.randn(3, *prior.means.shape[1:], generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    together, parts = prior.denoise(z, sigmas), prior.responsibilities(z, sigmas)
+    for i, sigma in enumerate(sigmas.tolist()):
+        torch.testing.assert_close(together[i : i + 1], prior.denoise(z[i : i + 1], sigma), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(parts[i : i + 1], prior.responsibilities(z[i : i + 1], sigma), rtol=1e-12, atol=1e-12)

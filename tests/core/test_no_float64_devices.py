@@ -4,8 +4,6 @@ No such device is here. The stand-in is torch's "meta" device under a dispatch m
 and what comes from there to the CPU is filled with ones. So it shows what is asked of a device, not values.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from host import import_torchvision
@@ -172,19 +170,15 @@ def test_pictures_of_the_studies_and_metrics(device):
 def test_the_prior_without_comfyui(device):
     called = []
 
-    def denoise_at(controlnet, z, level, timestep, hint):
+    def unet(x, timestep, **_):
         called.append(timestep)
-        return z
+        return (x,)
 
     with _disable_current_modes():
         from dmap_core.backends.diffusers import DiffusersPrior
 
-    base = SimpleNamespace(
-        sigmas=torch.linspace(0.03, 14.6, 1000).to(device),
-        context=torch.zeros(1, 1, 1, device=device),
-        denoise_at=denoise_at,
-        unet=SimpleNamespace(config=SimpleNamespace(in_channels=4)),
-    )
-    prior = DiffusersPrior(base, IMAGE)
+    prior = DiffusersPrior(
+        unet, None, torch.zeros(1, 1, 1, device=device), torch.linspace(0.03, 14.6, 1000).to(device), "eps", "name", "fingerprint"
+    ).sized(IMAGE)
     prior.denoise(randn_like(torch.zeros(2, *LATENT, device=device), generators(0, 2)), 1.0)
     assert called[0].shape == (2,) and called[0].is_meta

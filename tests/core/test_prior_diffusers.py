@@ -44,9 +44,16 @@ def cse(base, checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prior_of(base):
-    from dmap_core.backends.diffusers import DiffusersPrior
+    def prior_of(size=SIZE, *control):
+        return base.sized(size).controlled(*control) if control else base.sized(size)
 
-    return lambda size=SIZE, *more: DiffusersPrior(base, size, *more)
+    return prior_of
+
+
+def denoised_by_hand(base, z, sigma, t):
+    """z0 = z - sigma eps(z / sqrt(1 + sigma^2), t)"""
+    eps = base.unet(z / (1 + torch.tensor(sigma) ** 2).sqrt(), t, encoder_hidden_states=base.context.expand(len(z), -1, -1)).sample
+    return z - sigma * eps
 
 
 def noise(*shape, seed=0):
@@ -58,7 +65,7 @@ def test_at_timesteps_it_is_the_base_model(base, prior_of, t):
     sigma = float(base.sigmas[t])
     z = sigma * noise(2, 4, 4, 4)
     with torch.no_grad():
-        wanted = base.denoise(None, z, torch.full((2,), t), None)
+        wanted = denoised_by_hand(base, z, sigma, t)
         assert torch.allclose(prior_of().denoise(z, sigma), wanted, rtol=1e-6, atol=1e-6)
         assert not torch.allclose(wanted, z, atol=1e-3 * sigma)
 
@@ -76,27 +83,34 @@ def test_the_denoised_latent_of_eps(base, prior_of):
 def test_between_timesteps_the_nearest_by_log_sigma_stands_in(base, prior_of, part, nearest):
     low, high = float(base.sigmas[400]), float(base.sigmas[401])
     sigma = low * (high / low) ** part
-    seen, unet = [], base.unet
+    seen, prior = [], prior_of()
     z = sigma * noise(1, 4, 4, 4)
-    prior = prior_of()
-    try:
-        base.unet = lambda x, timestep, **more: seen.append(timestep.tolist()) or unet(x, timestep, **more)
-        base.unet.config = unet.config
-        with torch.no_grad():
-            found = prior.denoise(z, sigma)
-    finally:
-        base.unet = unet
-    assert seen == [[nearest]]
+    prior.unet = lambda x, timestep, **more: seen.append(timestep.tolist()) or base.unet(x, timestep, **more)
     with torch.no_grad():
-        assert torch.equal(found, base.denoise_at(None, z, torch.tensor([sigma]), torch.tensor([nearest]), None))
+        found = prior.denoise(z, sigma)
+        assert seen == [[nearest]]
+        assert torch.allclose(found, denoised_by_hand(base, z, sigma, nearest), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("sigma", "nearest"), [(1e-4, 0), (1e4, 999)])
 def test_beyond_the_timesteps_the_last_one_stands_in(base, prior_of, sigma, nearest):
     z = sigma * noise(1, 4, 4, 4)
     with torch.no_grad():
-        wanted = base.denoise_at(None, z, torch.tensor([sigma]), torch.tensor([nearest]), None)
-        assert torch.equal(prior_of().denoise(z, sigma), wanted)
+        wanted = denoised_by_hand(base, z, sigma, nearest)
+        assert torch.allclose(prior_of().denoise(z, sigma), wanted, rtol=1e-6, atol=1e-6 * sigma)
+
+
+def test_a_level_for_each_sample(base, prior_of, cse):
+    """Timesteps and levels between them, with a CSE and without: as for each alone, and equal to the bit where the levels are."""
+    sigmas = torch.tensor([float(base.sigmas[300]), float(base.sigmas[700]), 3.21])
+    z = sigmas.view(-1, 1, 1, 1) * noise(3, 4, 4, 4)
+    hint = noise(3, 3, *SIZE)
+    for prior, alone in ((prior_of(), lambda i: prior_of()), (prior_of(SIZE, cse, hint), lambda i: prior_of(SIZE, cse, hint[i : i + 1]))):
+        with torch.no_grad():
+            together = prior.denoise(z, sigmas)
+            for i in range(3):
+                assert torch.allclose(together[i : i + 1], alone(i).denoise(z[i : i + 1], float(sigmas[i])), rtol=1e-4, atol=1e-4)
+            assert torch.equal(prior.denoise(z, sigmas[1].expand(3)), prior.denoise(z, float(sigmas[1])))
 
 
 def test_samples_do_not_depend_on_each_other(prior_of):
@@ -174,8 +188,12 @@ def test_a_cse_changes_what_is_denoised(prior_of, cse):
 
 
 def test_networks_and_memory(base, prior_of, cse):
+    from dmap_core.backends.diffusers import BLOCKS
+
     assert prior_of().networks() == [base.unet, base.vae]
     assert prior_of(SIZE, cse, noise(1, 3, *SIZE)).networks() == [base.unet, base.vae, cse]
+    assert prior_of().blocks() == [m for m in base.unet.modules() if type(m).__name__ in BLOCKS] != []
+    assert len(prior_of(SIZE, cse, noise(1, 3, *SIZE)).blocks()) > len(prior_of().blocks())
     assert 1e6 < prior_of().free_memory() < 1e15
 
 
@@ -206,7 +224,6 @@ def test_a_cse_of_the_base(base, checkpoint, tmp_path):
 
 
 def test_half_precision(checkpoint, tmp_path):
-    from dmap_core.backends.diffusers import DiffusersPrior
     from dmap_core.backends.diffusers_files import open_base
     from dmap_core.cse.use import open_cse
 
@@ -216,7 +233,7 @@ def test_half_precision(checkpoint, tmp_path):
     for base in (half, full):
         controlnet = open_cse(path, base)[0]
         assert {p.dtype for p in controlnet.parameters()} == {base.context.dtype}
-        prior = DiffusersPrior(base, SIZE, controlnet, hint)
+        prior = base.sized(SIZE).controlled(controlnet, hint)
         with torch.no_grad():
             found[base.context.dtype] = prior.denoise(z, 2.0)
             assert prior.decode(z).dtype == torch.float32

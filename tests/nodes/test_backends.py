@@ -13,7 +13,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def core(lab):
-    names = ("backends.diffusers", "backends.diffusers_files", "cse.use", "restore", "solvers", "schedule", "presets", "operators")
+    names = ("backends.diffusers_files", "cse.use", "restore", "solvers", "schedule", "presets", "operators")
     return {name.split(".")[-1]: importlib.import_module(f"dmap_pack.dmap_core.{name}") for name in names}
 
 
@@ -30,11 +30,10 @@ def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11)
     with torch.inference_mode(False), torch.no_grad():
         y = operator.measure(lab.as_core(lab.picture().clone()))
         size = operator.image_size(y)
-        controlnet, hint = None, None
+        prior = base.sized(size)
         if cse:
             controlnet, metadata = core["use"].open_cse(cse, base)
-            hint = core["use"].hint_for(operator.hint(y), metadata)
-        prior = core["diffusers"].DiffusersPrior(base, size, controlnet, hint)
+            prior = prior.controlled(controlnet, core["use"].hint_for(operator.hint(y), metadata))
         sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS)
         solve = core["solvers"].SOLVERS[solver](**settings)
         done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, [seed])

@@ -42,7 +42,7 @@ def ours(lab, cses):
     model, vae = lab.shared()
     with torch.inference_mode():
         conditioning = lab.call("DMAP_DMAPUnconditional", model=model)
-        with cses.training.training(model, vae, conditioning, "fp32", 32, 2, False) as base:
+        with cses.training.training(model, vae, conditioning, "fp32", 32, 2) as base:
             yield base
 
 
@@ -51,9 +51,7 @@ def networks(lab, cses, ours, theirs):
     """(ComfyUI's ControlNet, diffusers') with the same random weights."""
     with torch.inference_mode(False), torch.no_grad():
         weights = {name: tensor.float() for name, tensor in cses.weights(lab.shared()[0]).items()}
-        network = ours.new_controlnet(0)
-        network.load_state_dict(weights)
-        return network, theirs.new_controlnet(weights)
+        return ours.new_controlnet(weights), theirs.new_controlnet(weights)
 
 
 @pytest.fixture
@@ -67,6 +65,15 @@ def given():
 def close(a, b, tolerance=CLOSE):
     assert a.shape == b.shape and a.dtype == b.dtype == torch.float32
     assert float((a - b).abs().max()) <= tolerance * float(b.abs().max()), float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("which", ["ours", "theirs"])
+def test_levels_of_a_batch_are_those_of_its_samples(request, which, given):
+    """A level for all, or one for each: what they share is the noise of a timestep."""
+    prior, (z, timestep, _) = request.getfixturevalue(which), given
+    with torch.inference_mode(False), torch.no_grad():
+        sigma = prior.sigmas[timestep[:1]].expand(2)
+        assert torch.equal(prior.denoise(z, sigma), prior.denoise(z, float(sigma[0])))
 
 
 def test_the_bases_are_the_same(ours, theirs):
@@ -105,10 +112,10 @@ def test_denoise(networks, ours, theirs, given, controlled):
     z = z0 + ours.sigmas[timestep].view(-1, 1, 1, 1) * torch.randn(z0.shape, generator=torch.Generator().manual_seed(2))
     with torch.inference_mode(False), torch.no_grad():
         answers = [
-            base.denoise(network if controlled else None, z.clone(), timestep.clone(), hint.clone() if controlled else None)
+            (base.controlled(network, hint.clone()) if controlled else base).denoise(z.clone(), base.sigmas[timestep])
             for base, network in zip((ours, theirs), networks, strict=True)
         ]
-        plain = theirs.denoise(None, z.clone(), timestep.clone(), None)
+        plain = theirs.denoise(z.clone(), theirs.sigmas[timestep])
     for i in range(2):  # a sample each: their noise levels differ by a factor of 20
         close(answers[0][i], answers[1][i])
     assert (float((answers[1] - plain).abs().max()) > 0.05 * float(plain.abs().max())) == controlled
@@ -137,35 +144,71 @@ def test_the_loss_and_its_gradient(lab, cses, networks, ours, theirs, given):
     assert size > 1e-3 and cses.distance(*gradients) < 2e-5 * size
 
 
-def test_a_training(lab, cses, tmp_path, monkeypatch):
-    """The node and the command line with the same pictures, settings and seed: the files agree to rounding."""
+@pytest.fixture(scope="module")
+def trainings(lab, cses, tmp_path_factory):
+    """Three steps with the same pictures, settings and seed: by the node, by the command line, begun by one and ended by the other. Paths by name."""
     import importlib
 
-    train = importlib.import_module(f"{cses.PACK}.dmap_core.cse.train")
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(cses.validation, "LEVELS", 2)
-    monkeypatch.setattr(cses.validation.restore, "__defaults__", (2,))
-    steps = 2
-    with cses.Folders(tmp_path) as folders:
+    main = importlib.import_module(f"{cses.PACK}.dmap_core.cli").main
+    root = tmp_path_factory.mktemp("trainings")
+    with pytest.MonkeyPatch.context() as patch, cses.Folders(root) as folders, torch.inference_mode():
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(cses.validation, "LEVELS", 2)
+        patch.setattr(cses.validation.restore, "__defaults__", (2,))
         photos = cses.fill(folders.input / "photos", 3)
-        cses.train(save_name="node", folder="input/photos", pictures=None, steps=steps)
-        options = f"--steps {steps} --batch-size 2 --learning-rate 1e-3 --size 32 --seed 0 --workers 0 --validate-every 0"
-        where = [
-            "--checkpoint",
-            lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT,
-            "--pictures",
-            photos,
-            "--operator",
-            json.dumps(cses.SR8),
-        ]
-        with torch.inference_mode(False):
-            train.main([*map(str, where), "--out", str(tmp_path / "line.safetensors"), *options.split()])
-        node, line = cses.state(folders.controlnet / "node"), cses.state(tmp_path / "line")
-        described = [cses.checkpoint.read_cse(path)[1] for path in (folders.controlnet / "node.safetensors", tmp_path / "line.safetensors")]
-    assert node["losses"] == pytest.approx(line["losses"], rel=1e-4) and len(line["losses"]) == steps
-    weights = cses.keys.to_ldm(line["weights"])
+
+        def node(name, steps):
+            cses.train(save_name=name, folder="input/photos", pictures=None, validation=None, steps=steps, save_every=1)
+
+        def line(name, steps):
+            where = {
+                "checkpoint": lab.ROOT / "models" / "checkpoints" / lab.CHECKPOINT,
+                "pictures": photos,
+                "operator": json.dumps(cses.SR8),
+            }
+            where |= {"out": folders.controlnet / f"{name}.safetensors", "steps": steps}
+            options = [
+                "--batch-size",
+                "2",
+                "--learning-rate",
+                "1e-3",
+                "--size",
+                "32",
+                "--seed",
+                "0",
+                "--workers",
+                "0",
+                "--validate-every",
+                "1",
+            ]
+            with torch.inference_mode(False):
+                main(["train-cse", *(str(part) for name, value in where.items() for part in (f"--{name}", value)), *options])
+
+        for name, first, second in (("node", node, node), ("line", line, line), ("to-line", node, line), ("to-node", line, node)):
+            if first is not second:
+                first(name, 1)
+            second(name, 3)
+    return {name: folders.controlnet / f"{name}.safetensors" for name in ("node", "line", "to-line", "to-node")}
+
+
+@pytest.mark.parametrize("name", ["line", "to-line", "to-node"])
+def test_trainings_agree(lab, cses, trainings, name):
+    """The node and the command line, and a training that crosses over, in either direction: equal but for the rounding of two implementations."""
+    node, other = (cses.state(trainings[n]) for n in ("node", name))
+    assert other["step"] == len(other["losses"]) == len(other["validations"]) == 3
+    assert other["losses"] == pytest.approx(node["losses"], rel=1e-4)
+    assert [loss for _, loss in other["validations"]] == pytest.approx([loss for _, loss in node["validations"]], rel=1e-3)
     start = cses.network.initial_controlnet(lab.shared()[0].model.diffusion_model.state_dict(), 0)
-    way = cses.distance(weights, start)
-    assert way > 0.5 and cses.distance(node["weights"], weights) < ROUNDING * way
-    a, b = ({**vars(d), "base": "", "source": ""} for d in described)
+    way = cses.distance(node["weights"], start)
+    assert way > 0.5 and cses.distance(node["weights"], other["weights"]) < ROUNDING * way
+    a, b = ({**vars(cses.checkpoint.read_cse(trainings[n])[1]), "base": "", "source": ""} for n in ("node", name))
     assert a == b
+
+
+def test_the_state_has_the_original_names(lab, cses, trainings):
+    """Whoever wrote it."""
+    names = set(cses.network.initial_controlnet(lab.shared()[0].model.diffusion_model.state_dict(), 0))
+    for path in trainings.values():
+        state = cses.state(path)
+        assert set(state["weights"]) == set(state["optimizer"]) == names
+        assert all(set(moments) == {"step", "exp_avg", "exp_avg_sq"} for moments in state["optimizer"].values())

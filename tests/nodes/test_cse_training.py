@@ -76,8 +76,7 @@ def same_training(cses, ours, theirs):
     a, b = cses.state(ours), cses.state(theirs)
     assert list(a["weights"]) == list(b["weights"])
     different = [name for name in a["weights"] if not torch.equal(a["weights"][name], b["weights"][name])]
-    moments = [a["optimizer"]["state"][i]["exp_avg_sq"] for i in a["optimizer"]["state"]]
-    others = [b["optimizer"]["state"][i]["exp_avg_sq"] for i in b["optimizer"]["state"]]
+    moments, others = ([state["optimizer"][name]["exp_avg_sq"] for name in a["weights"]] for state in (a, b))
     assert different == [] and all(map(torch.equal, moments, others)) and len(moments) == len(others) > 10
     assert (a["step"], a["losses"]) == (b["step"], b["losses"])
 

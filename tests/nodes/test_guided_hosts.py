@@ -70,9 +70,9 @@ def test_a_training_sees_the_models_patches(lab):
 
     def denoised(model):
         vae, condition = lab.shared()[1], lab.call("DMAP_DMAPUnconditional", model=model)
-        with cses.training.training(model, vae, condition, "fp32", 32, 1, False) as base:
-            level = int((base.sigmas - 2.0).abs().argmin())
-            return base.denoise(None, z, torch.tensor([level]), None).clone(), float(base.sigmas[level])
+        with cses.training.training(model, vae, condition, "fp32", 32, 1) as base:
+            sigma = float(base.sigmas[(base.sigmas - 2.0).abs().argmin()])
+            return base.denoise(z, sigma).clone(), sigma
 
     def wrapped(model):
         model = model.clone()
