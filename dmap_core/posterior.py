@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .gradient import AUTO, LOSS_SCALE, STRATEGIES, Counted, latent_gradient, picture_gradient
+from .gradient import AUTO, LOSS_SCALE, STRATEGIES, Counted, Keep, latent_gradient, picture_gradient
 from .memory import SHARE, Budget, ShortOfMemory
 from .operators import Operator
 from .prior import Prior
@@ -29,7 +29,9 @@ class Posterior:
         if memory not in ("auto", *STRATEGIES):
             raise ValueError(f"memory is {memory!r}; it must be one of auto, {', '.join(STRATEGIES)}")
         self.prior, self.operator, self.y = prior, operator, y
-        self._left = AUTO if memory == "auto" else (STRATEGIES[memory],)  # the first is used, the others wait until it does not fit
+        self._left: tuple[Keep, ...] = (
+            AUTO if memory == "auto" else (STRATEGIES[memory],)
+        )  # the first is used, the others wait until it does not fit
         self._undecided = len(self._left) > 1
         self.denoiser_calls = 0
         self.decoder_calls = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -37,8 +38,8 @@ def diversity(images: Tensor) -> Diversity:
     if not all(bool(((image >= 0) & (image <= 1)).all()) for image in images):
         raise ValueError("images has values outside [0, 1] or NaN; map the decoder's [-1, 1] to [0, 1] and clamp")
     # one picture at a time in float64: 50 pictures of 512 x 512 need no second copy
-    mean = sum(image.double() for image in images) / k
-    squares = sum((image.double() - mean).square() for image in images)
+    mean = reduce(torch.add, (image.double() for image in images)) / k
+    squares = reduce(torch.add, ((image.double() - mean).square() for image in images))
     std = (squares / (k - 1)).sqrt().mean(0)
     return Diversity(mean.float(), std.float(), float(std.mean()), _jackknife(images, mean, squares), k)
 

@@ -103,7 +103,7 @@ def score_mean_plot(means: Mapping[str | float, ScoreMean], title: str = "") -> 
     axes = figure.subplots()
     values = []
     for i, (key, mean) in enumerate(means.items()):
-        shade = zeta_colour(key) if isinstance(key, float) else colour(key)
+        shade = colour(key) if isinstance(key, str) else zeta_colour(key)
         bars = [
             *axes.bar(i - 0.2, mean.true_mean, 0.36, color=shade),
             *axes.bar(i + 0.2, mean.published, 0.36, facecolor="white", edgecolor=shade, hatch="///", linewidth=1.5),
@@ -117,7 +117,7 @@ def score_mean_plot(means: Mapping[str | float, ScoreMean], title: str = "") -> 
         values += [mean.true_mean, mean.published, mean.floor]
     width = max(8, 76 // len(means))
     axes.set_xticks(
-        range(len(means)), [_zeta_label(key).replace(", ", "\n") if isinstance(key, float) else wrapped(key, width) for key in means]
+        range(len(means)), [wrapped(key, width) if isinstance(key, str) else _zeta_label(key).replace(", ", "\n") for key in means]
     )
     axes.set_yscale("log")
     axes.set_ylim(min(v for v in values if v > 0) / 2, max(values) * 2)
@@ -146,7 +146,7 @@ def diversity_plot(entries: Sequence[tuple[str, Diversity]], title: str = "") ->
     grid = figure.subplots(2 * len(blocks), columns, squeeze=False)
     # the few largest values would leave the rest of the maps dark
     top = max(float(np.quantile(d.std.numpy(), 0.995)) for _, d in entries) or 1.0
-    figure.get_layout_engine().set(hspace=0, h_pad=0.06)
+    figure.set_layout_engine("constrained", hspace=0, h_pad=0.06)
     for axes in grid.flat:
         axes.axis("off")
     for row, block in enumerate(blocks):

@@ -185,15 +185,12 @@ class ScoreMean:
 
     def __init__(self) -> None:
         self.k = 0
-        self._mean: Tensor | None = None
-        self._squares: Tensor | None = None  # of the deviations from the mean
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)  # the mean, and the sum of squared deviations from it
         self._published = 0.0
 
     def update(self, score: Tensor) -> None:
         """Adds the scores (B, C, h, w) of B samples."""
         for sample in score.detach().cpu().double():
-            if self._mean is None:
-                self._mean, self._squares = torch.zeros_like(sample), torch.zeros_like(sample)
             self.k += 1
             deviation = sample - self._mean
             self._mean = self._mean + deviation / self.k
@@ -264,7 +261,7 @@ def score_means(
         for z in _first_latents(shape, sigma, k, batch, seed, posterior.y.device):
             grad, denoised, _ = posterior.gradient(z, sigma)
             for key, mean in means.items():
-                mean.update(dps_score(z, denoised, grad, 0.0 if key == UNCONDITIONAL else key, sigma, sigma_next))
+                mean.update(dps_score(z, denoised, grad, 0.0 if isinstance(key, str) else key, sigma, sigma_next))
             if callback:
                 callback(means[UNCONDITIONAL].k, k)
     return means

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class Toy:
     true: Summary
     weights: Tensor
     means: Tensor
-    settings: dict[str, object]
+    settings: dict[str, Any]
 
     @property
     def y(self) -> tuple[float, float]:
