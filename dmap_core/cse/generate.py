@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,16 +27,14 @@ def generate(prior: NetworkPrior, shape: tuple[int, int, int], seed: int, steps:
     """One image (1, 3, H, W) from latents of `shape` (C, h, w): Euler-ancestral steps (eta 1) over evenly spaced timesteps."""
     import torch
 
-    from ..schedule import ancestral_step, generators, randn_like
+    from ..schedule import generators, randn_like
+    from ..solvers.unguided import unguided_steps
     from .validation import levels
 
     sigmas, noise = levels(prior, steps), generators(seed, 1)
     z = sigmas[0] * randn_like(torch.zeros(1, *shape, device=prior.sigmas.device), noise)
     with torch.no_grad():
-        for sigma, sigma_next in pairwise(sigmas):
-            z, sigma_up = ancestral_step(z, prior.denoise(z, sigma), sigma, sigma_next)
-            if sigma_up:
-                z = z + sigma_up * randn_like(z, noise)
+        *_, (_, z) = unguided_steps(prior.denoise, z, sigmas, eta=1.0, generator=noise)
         return prior.decode(z)
 
 

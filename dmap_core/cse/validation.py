@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from ..operators import Operator
 from ..pictures import Layout, Tile, to_picture
 from ..pictures import sheet as painted
 from ..prior import NetworkPrior
-from ..schedule import ancestral_step
+from ..solvers.unguided import unguided_steps
 from .loss import denoising_loss, make_hint, noised
 from .settings import TrainingSettings
 
@@ -50,9 +48,7 @@ def restore(prior: NetworkPrior, controlnet: nn.Module | None, hint: Tensor, ste
     sigmas = levels(prior, steps)
     like = prior.encode(torch.zeros_like(hint))
     z = noised(torch.zeros_like(like), like.new_full((len(like),), sigmas[0]), range(len(like)))
-    seeing = prior.controlled(controlnet, hint)
-    for sigma, sigma_next in pairwise(sigmas):
-        z, _ = ancestral_step(z, seeing.denoise(z, sigma), sigma, sigma_next, eta=0.0)
+    *_, (_, z) = unguided_steps(prior.controlled(controlnet, hint).denoise, z, sigmas, eta=0.0)
     return prior.decode(z)
 
 
