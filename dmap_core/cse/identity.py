@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..operators import Operator
+from ..operators import Operator, spec_in_words
 from ..prior import NetworkPrior
 from .settings import TrainingSettings
 
@@ -58,5 +58,7 @@ def _equal(name: str, found: Any, wanted: Any) -> bool:
 
 
 def _short(name: str, value: Any) -> str:
+    if name == "operator" and isinstance(value, Mapping):
+        return spec_in_words(value)
     text = " ".join(seen["digest"] for seen in value) if name == "conditioning" and value else str(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."

@@ -7,15 +7,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..operators import OPERATORS, Operator
-from ..operators.base import in_words
+from ..operators import Operator, spec_in_words
 from ..prior import NetworkPrior
 from .loss import PREDICTIONS
 from .settings import HINT_RANGES, TrainingSettings
 
 KEY = "dmap_cse"
 LONGEST = 1_000_000  # characters; an inpainting mask is the longest thing in it
-LONGEST_SETTING = 80  # characters
 LONGEST_TEXT = 10_000  # characters, of a name or a licence
 DEEPEST = 40  # lists in lists; printing or comparing what is deeper could exhaust the stack
 TEXTS = ("base", "prediction", "hint_range", "licence", "fingerprint", "source")
@@ -81,7 +79,7 @@ class CSEMetadata:
 
     def trained_for(self) -> str:
         """The operator in one line, such as `Super-Resolution (scale 8)`; long settings (a mask) are left out."""
-        return "an unknown operator" if self.operator is None else _described(self.operator)
+        return "an unknown operator" if self.operator is None else spec_in_words(self.operator)
 
     def other_operator(self, operator: Operator, file: str) -> str:
         """What is to be said where the CSE of a file was trained for another operator than this one; empty where it fits, or is not known."""
@@ -133,16 +131,6 @@ def read_metadata(metadata: Mapping[str, str] | None) -> CSEMetadata | None:
             f"its description ({KEY}) has an unknown hint range or prediction: {found.hint_range[:20]!r}, {found.prediction[:20]!r}"
         )
     return found
-
-
-def _described(spec: Mapping[str, Any]) -> str:
-    """An operator's spec for people, as `Operator.describe` says it. The spec may be that of no operator that there is."""
-    name = str(spec.get("operator", "an unknown operator"))
-    settings = {k: v for k, v in spec.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
-    parts = spec.get("operators", [spec.get("of")])
-    if isinstance(parts, list) and parts and all(isinstance(part, Mapping) for part in parts):
-        settings = {"of": ", ".join(map(_described, parts)), **{k: v for k, v in settings.items() if k not in ("of", "operators")}}
-    return in_words(OPERATORS[name].title if name in OPERATORS else name[:LONGEST_SETTING], settings)
 
 
 def _check_depth(known: dict[str, Any]) -> None:

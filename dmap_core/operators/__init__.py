@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from .base import Find, Operator, Separable, shown
+from .base import Find, Operator, Separable, in_words, shown
 from .blur import GaussianBlur, KernelBlur, MotionBlur
 from .compose import DEEPEST, MOST, Compose
 from .grayscale import Grayscale
@@ -14,6 +15,8 @@ from .noisy import Noisy
 from .nonlinear_blur import NonlinearBlur
 from .segmentation import Segmentation
 from .super_resolution import SuperResolution
+
+LONGEST_SETTING = 80  # characters of a setting that `spec_in_words` shows
 
 OPERATORS: dict[str, type[Operator]] = {
     cls.__name__: cls
@@ -32,7 +35,7 @@ OPERATORS: dict[str, type[Operator]] = {
     )
 }
 
-__all__ = ["OPERATORS", "Find", "Operator", "Separable", "centred_box", "from_spec", *OPERATORS]
+__all__ = ["OPERATORS", "Find", "Operator", "Separable", "centred_box", "spec_in_words", "from_spec", *OPERATORS]
 
 
 def from_spec(spec: dict[str, Any], find: Find | None = None) -> Operator:
@@ -43,6 +46,16 @@ def from_spec(spec: dict[str, Any], find: Find | None = None) -> Operator:
     """
     _check_extent(spec)
     return _from_spec(spec, find)
+
+
+def spec_in_words(spec: Mapping[str, Any]) -> str:
+    """An operator's spec for people, as `Operator.describe` says it; long settings (a mask) are left out. It need not be that of an operator."""
+    name = str(spec.get("operator", "an unknown operator"))
+    settings = {k: v for k, v in spec.items() if k != "operator" and len(str(v)) <= LONGEST_SETTING}
+    parts = spec.get("operators", [spec.get("of")])
+    if isinstance(parts, list) and parts and all(isinstance(part, Mapping) for part in parts):
+        settings = {"of": ", ".join(map(spec_in_words, parts)), **{k: v for k, v in settings.items() if k not in ("of", "operators")}}
+    return in_words(OPERATORS[name].title if name in OPERATORS else name[:LONGEST_SETTING], settings)
 
 
 def _check_extent(spec: Any) -> None:

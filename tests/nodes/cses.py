@@ -30,9 +30,9 @@ controlnet = importlib.import_module(f"{PACK}.nodes.host.controlnet")
 folders = importlib.import_module(f"{PACK}.nodes.host.folders")
 prior = importlib.import_module(f"{PACK}.nodes.host.prior")
 training = importlib.import_module(f"{PACK}.nodes.host.training")
-nodes_cse = importlib.import_module(f"{PACK}.nodes.cse")
+nodes_training = importlib.import_module(f"{PACK}.nodes.training")
 
-NO_FOLDER = nodes_cse.NO_FOLDER
+NO_FOLDER = nodes_training.NO_FOLDER
 SR8 = {"operator": "SuperResolution", "scale": 8}
 
 

@@ -338,7 +338,7 @@ def test_other_settings(lab, cses, copied, monkeypatch):
         ({"batch_size": 3}, ["batch_size was 2 and is 3"]),
         ({"precision": "bf16"}, ["precision was fp32 and is bf16"]),
         ({"hint_range": "-1..1", "snr_gamma": 5.0}, ["hint_range was 0..1 and is -1..1", "snr_gamma was 0.0 and is 5.0"]),
-        ({"operator": blur}, ["operator was", "SuperResolution", "GaussianBlur"]),
+        ({"operator": blur}, ["operator was Super-Resolution (scale 8) and is Gaussian Blur ("]),
         ({"pictures": cses.pictures(3, first=1)}, ["pictures was"]),
         ({"model": v_model}, ["prediction was eps and is v"]),
         ({"model": lab.with_lora(model)}, ["base was"]),
@@ -477,7 +477,7 @@ def test_refused(lab, cses, folders, monkeypatch, kind):
         raise AssertionError("models are loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cses.nodes_cse, "training", fail)
+        patch.setattr(cses.nodes_training, "training", fail)
         with pytest.raises(ValueError, match=message):
             cses.train(**{"save_name": "refused", **changes})
     written = [path for path in folders.root.rglob("*") if path.stem in ("refused", "x") and path.suffix != ".png"]
@@ -611,7 +611,7 @@ def test_many_folders_are_not_all_named(cses, folders):
 def test_a_second_training_of_one_file(lab, cses, folders, monkeypatch):
     """By the command line or another ComfyUI on the same models folder."""
     with cses.checkpoint.training_files(folders.controlnet / "busy.safetensors"), monkeypatch.context() as patch:
-        patch.setattr(cses.nodes_cse, "training", None)
+        patch.setattr(cses.nodes_training, "training", None)
         with pytest.raises(ValueError, match=r"busy\.safetensors is being written by another training \(process [0-9]+\); wait for it"):
             cses.train(save_name="busy")
     cses.train(save_name="busy", steps=1)
@@ -622,7 +622,7 @@ def test_an_operator_that_no_file_can_describe(lab, cses, folders, monkeypatch):
     """64 masks without any order: known before the training and not after it."""
     mask = (torch.rand(64, 320, 320, generator=torch.Generator().manual_seed(0)) > 0.5).float()
     operator = lab.call("DMAP_OperatorInpainting", mask=mask)
-    monkeypatch.setattr(cses.nodes_cse, "training", None)
+    monkeypatch.setattr(cses.nodes_training, "training", None)
     with pytest.raises(ValueError, match="description of the CSE would be [0-9]+ characters long.*single mask"):
         cses.train(save_name="masks", operator=operator, size=320, batch_size=64, pictures=torch.zeros(64, 40, 40, 3))
     assert not (folders.controlnet / "masks.safetensors").exists()
