@@ -151,6 +151,7 @@ def test_node_ids_and_names(lab):
 
 @pytest.mark.parametrize("node_id", NODES)
 def test_schema(lab, node_id):
+    """The schema, what is made of it, and the help page."""
     cls = lab.NODES[node_id]
     schema = cls.GET_SCHEMA()
     assert schema.category.split("/")[0] == "DMAP"
@@ -158,30 +159,49 @@ def test_schema(lab, node_id):
     assert [i.id for i in schema.inputs] == INPUTS[node_id].split()
     assert [i.id for i in schema.inputs if not i.tooltip] == []
     assert [o.io_type for o in schema.outputs] == OUTPUTS[node_id]
+    for i in schema.inputs:
+        check_words(node_id, i)
+        check_default(i)
 
-
-@pytest.mark.parametrize("node_id", NODES)
-def test_what_the_interface_is_told(lab, node_id):
-    """GET_NODE_INFO_V1 is the answer to /object_info, INPUT_TYPES what the executor checks prompts with."""
-    cls = lab.NODES[node_id]
+    # GET_NODE_INFO_V1 is the answer to /object_info, INPUT_TYPES what the executor checks prompts with.
     info, types = cls.GET_NODE_INFO_V1(), cls.INPUT_TYPES()
     names = [name for group in ("required", "optional") for name in info["input"].get(group, {})]
     assert names == INPUTS[node_id].split() == [name for group in ("required", "optional") for name in types.get(group, {})]
     assert info["name"] == node_id and info["display_name"] == NODES[node_id]
     assert info["output"] == OUTPUTS[node_id]
 
+    page = (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    assert page.startswith(f"# {NODES[node_id]}\n")
+    assert len(page.split()) > 15
 
-@pytest.mark.parametrize("node_id", NODES)
-def test_words_of_combos(lab, node_id):
-    for i in lab.NODES[node_id].GET_SCHEMA().inputs:
-        if i.io_type != "COMBO" or i.id in FILES:
-            continue
-        words = OPTIONS[i.id]
-        if isinstance(words, dict):
-            words = words[node_id]
-        if isinstance(words, str):
-            words = words.split("|" if "|" in words else None)
-        assert i.options[: len(words)] == words
+
+def check_words(node_id, i):
+    if i.io_type != "COMBO" or i.id in FILES:
+        return
+    words = OPTIONS[i.id]
+    if isinstance(words, dict):
+        words = words[node_id]
+    if isinstance(words, str):
+        words = words.split("|" if "|" in words else None)
+    assert i.options[: len(words)] == words
+
+
+def check_default(i):
+    """Every widget has a default within its limits, and the node takes the defaults of its optional inputs itself, as from the API.
+
+    Only a list of files has none: its first is taken, or what stands there if there is no file.
+    """
+    default = getattr(i, "default", None)
+    if i.id in FILES and i.io_type == "COMBO":
+        assert default is None and (i.options or i.id == "cse")  # weights say what is missing
+        return
+    if (i.id in CONNECTIONS and i.io_type != "COMBO") or i.io_type == "OPERATOR":
+        assert default is None
+        return
+    assert default is not None, i.id
+    for limit in ("min", "max"):
+        assert getattr(i, limit, None) is None or {"min": default >= i.min, "max": default <= i.max}[limit], i.id
+    assert getattr(i, "options", None) is None or default in i.options
 
 
 @pytest.mark.parametrize("node_id", ["DMAP_DPSGuider", "DMAP_EmptyMeasurementLatent"])
@@ -189,33 +209,6 @@ def test_a_measurement_is_a_picture_or_masks(lab, node_id):
     kinds = {i.id: i.get_io_type() for i in lab.NODES[node_id].GET_SCHEMA().inputs}
     assert kinds["measurement"] == lab.NODES[node_id].GET_NODE_INFO_V1()["input"]["required"]["measurement"][0] == "IMAGE,MASK"
     assert lab.NODES[node_id].INPUT_TYPES()["required"]["measurement"][0] == "IMAGE,MASK"
-
-
-@pytest.mark.parametrize("node_id", NODES)
-def test_defaults(lab, node_id):
-    """Every widget has a default within its limits, and the node takes the defaults of its optional inputs itself, as from the API.
-
-    Only a list of files has none: its first is taken, or what stands there if there is no file.
-    """
-    for i in lab.NODES[node_id].GET_SCHEMA().inputs:
-        default = getattr(i, "default", None)
-        if i.id in FILES and i.io_type == "COMBO":
-            assert default is None and (i.options or i.id == "cse")  # weights say what is missing
-            continue
-        if (i.id in CONNECTIONS and i.io_type != "COMBO") or i.io_type == "OPERATOR":
-            assert default is None
-            continue
-        assert default is not None, i.id
-        for limit in ("min", "max"):
-            assert getattr(i, limit, None) is None or {"min": default >= i.min, "max": default <= i.max}[limit], i.id
-        assert getattr(i, "options", None) is None or default in i.options
-
-
-@pytest.mark.parametrize("node_id", NODES)
-def test_help_page(lab, node_id):
-    page = (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
-    assert page.startswith(f"# {NODES[node_id]}\n")
-    assert len(page.split()) > 15
 
 
 def test_there_is_no_help_page_of_a_node_that_is_gone(lab):
