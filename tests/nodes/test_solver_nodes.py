@@ -105,10 +105,10 @@ def test_it_is_the_solver_with_these_settings(lab, name):
         assert not torch.equal(run(lab, make(lab, name, **{setting: value})), result), f"{setting} changes nothing"
 
 
-# Settings that do not amplify rounding: these runs differ by 6e-5 of a standard deviation at most. AdamW's first steps have the learning rate's
-# length whatever the gradient's, so that rounding of an entry near 0 is worth a whole step; that they are the same for a batch is tested in
+# Settings that do not amplify rounding, on any processor. AdamW's first steps have the learning rate's length whatever the gradient's, so that
+# rounding of an entry near 0 is worth a whole step: ReSample descends without it here. That AdamW does the same for a batch is tested in
 # float64, without ComfyUI. FreeDoM's travels with a zeta of 2 magnify rounding to 2e-3.
-RESAMPLE_BATCH = {"learning_rate": 1e-5}
+RESAMPLE_BATCH = {"learning_rate": 1e-3}
 FREEDOM_BATCH = {"zeta": 0.5}
 
 
@@ -116,7 +116,8 @@ FREEDOM_BATCH = {"zeta": 0.5}
     ("name", "changes"),
     [("DSG", {}), ("PSLD", {}), ("PSLD", {"transpose": "adjoint"}), ("FreeDoM", FREEDOM_BATCH), ("ReSample", RESAMPLE_BATCH)],
 )
-def test_a_batch_is_as_good_as_single_runs(lab, name, changes):
+def test_a_batch_is_as_good_as_single_runs(lab, monkeypatch, name, changes):
+    monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
     sampler, schedule = make(lab, name, **changes), lab.sigmas(STEPS)
     latent = lab.empty(batch=2)
     noise = lab.call("RandomNoise", noise_seed=lab.SEED).generate_noise(latent)
