@@ -39,14 +39,14 @@ FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what ta
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay in one process, for what they share; those of the server in one, with its only server."""
+    """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server."""
 
     def folder(item: pytest.Item) -> str:
         return item.path.relative_to(ROOT / "tests").parts[0]
 
     items.sort(key=lambda item: FOLDERS.index(folder(item)))
     for item in items:
-        group = "server" if folder(item) in ("browser", "server") else item.path.stem
+        group = "server" if "host" in item.fixturenames else f"{folder(item)}-{item.path.stem}"
         item.add_marker(pytest.mark.xdist_group(group))
 
 
