@@ -13,21 +13,27 @@ class Prior(Protocol):
 
     def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         """E[z0 | z] at noise level sigma, or at levels (B,) (Tweedie, Eq. 4), float32, never clamped."""
+        ...
 
     def decode(self, z0: Tensor) -> Tensor:
         """Image (B, 3, H, W) in [-1, 1], float32, not clamped."""
+        ...
 
     def encode(self, image: Tensor) -> Tensor:
         """Latent of an image (B, 3, H, W)."""
+        ...
 
     def networks(self) -> Iterable[nn.Module]:
         """The networks behind denoise and decode, whose weights take no memory of a gradient's; empty for closed forms."""
+        ...
 
     def blocks(self) -> Iterable[nn.Module]:
         """The modules of those networks that may run again on a gradient's way back instead of keeping their activations."""
+        ...
 
     def free_memory(self) -> float:
         """Bytes that activations may take now; infinite where memory does not matter."""
+        ...
 
 
 class NetworkPrior(Prior, Protocol):
@@ -42,12 +48,16 @@ class NetworkPrior(Prior, Protocol):
 
     def controlled(self, controlnet: nn.Module | None, hint: Tensor | None) -> NetworkPrior:
         """The prior that sees a hint (B, 3, H, W), in the ControlNet's own range, through a ControlNet; None: the prior without one."""
+        ...
 
     def original_weights(self) -> Mapping[str, Tensor]:
         """The denoiser's weights under the names that they have in the original code."""
+        ...
 
     def new_controlnet(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """A ControlNet of this prior's kind with these weights (original names), float32."""
+        ...
 
     def conditioning(self) -> Sequence[Tensor]:
         """What the networks read of the prompt."""
+        ...

@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..schedule import double_on_cpu
 from .keys import to_diffusers, to_ldm
+
+Network = Any  # a model of diffusers, whose decorators hide its types
 
 FACTOR = 8  # pixels per latent, of all autoencoders that `open_base` reads
 
@@ -29,15 +32,15 @@ class DiffusersPrior:
     Between the noise levels of the timesteps the nearest timestep, by log sigma, stands for a level, as in ComfyUI.
     """
 
-    unet: UNet2DConditionModel
-    vae: nn.Module
+    unet: Network
+    vae: Network
     context: Tensor
     sigmas: Tensor
     prediction: str
     name: str
     fingerprint: str
     size: tuple[int, int] | None = None
-    controlnet: nn.Module | None = None
+    controlnet: Network | None = None
     hint: Tensor | None = None
     _log_sigmas: Tensor = field(init=False, repr=False)
 
@@ -54,13 +57,13 @@ class DiffusersPrior:
         """The same networks with a ControlNet that sees the hint, which is in the ControlNet's own range; its edges are repeated up to whole latents."""
         found = copy.copy(self)
         found.controlnet = controlnet
-        found.hint = None if hint is None else F.pad(hint, _surplus(hint.shape[-2:]), mode="replicate").to(self.context.device)
+        found.hint = None if hint is None else F.pad(hint, _surplus(hint), mode="replicate").to(self.context.device)
         return found
 
     def original_weights(self) -> dict[str, Tensor]:
         return to_ldm(self.unet.state_dict())
 
-    def new_controlnet(self, weights: Mapping[str, Tensor]) -> ControlNetModel:
+    def new_controlnet(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """diffusers' ControlNet of this base with the given weights (original names)."""
         controlnet = ControlNetModel.from_unet(self.unet, load_weights_from_unet=False)
         controlnet.load_state_dict(to_diffusers(weights))
@@ -76,7 +79,10 @@ class DiffusersPrior:
 
     def latent_shape(self) -> tuple[int, int, int]:
         """(C, h, w): the size divided by the autoencoder's factor, rounded up."""
-        return (self.unet.config.in_channels, *(-(-n // FACTOR) for n in self.size))
+        if self.size is None:
+            raise ValueError("this prior is for pictures of no size yet: take that of sized(...)")
+        height, width = (-(-n // FACTOR) for n in self.size)
+        return self.unet.config.in_channels, height, width
 
     def conditioning(self) -> list[Tensor]:
         return [self.context]
@@ -89,6 +95,8 @@ class DiffusersPrior:
         context = self.context.expand(len(z), -1, -1)
         control = {}
         if self.controlnet is not None:
+            if self.hint is None:
+                raise ValueError("the ControlNet has nothing to see: give controlled(...) a hint")
             hint = self.hint.expand(len(z), -1, -1, -1).to(x.dtype)
             down, mid = self.controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
             control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
@@ -108,7 +116,7 @@ class DiffusersPrior:
 
     def encode(self, image: Tensor) -> Tensor:
         """Latents of images; the mean of the encoder, where it gives a distribution."""
-        image = F.pad(image, _surplus(image.shape[-2:]), mode="replicate")
+        image = F.pad(image, _surplus(image), mode="replicate")
         encoded = self.vae.encode(image.to(self.context.device, torch.float32))
         z0 = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         return z0 * self.vae.config.scaling_factor
@@ -129,7 +137,7 @@ class DiffusersPrior:
         return float(psutil.virtual_memory().available)
 
 
-def _surplus(size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """What `decode` crops, as `F.pad` wants it."""
-    h, w = (-n % FACTOR for n in size)
+def _surplus(image: Tensor) -> tuple[int, int, int, int]:
+    """What `decode` crops of pictures like this one, as `F.pad` wants it."""
+    h, w = (-n % FACTOR for n in image.shape[-2:])
     return (0, w, 0, h)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ..weights import first, load_into, read_tensors
-from .diffusers import DiffusersPrior
+from .diffusers import DiffusersPrior, Network
 from .fingerprint import fingerprint
 from .keys import resnets_per_level, to_diffusers, to_ldm
 
@@ -191,14 +191,14 @@ def _open_folder(folder: Path, prompt: str, prediction: str) -> DiffusersPrior:
     for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is no diffusers folder of a Stable Diffusion model: it has no {part}/ in it")
-    local = {"local_files_only": True}
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, **local)
+    local: dict[str, Any] = {"local_files_only": True}
+    unet: Network = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True, **local)
     if unet.config.addition_embed_type or unet.config.class_embed_type:
         raise ValueError(
             f"{folder} is an SDXL or unCLIP model, whose conditioning needs more than a prompt. Train its CSE in ComfyUI, with the node TrainCSE"
         )
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, **local)
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **local)
+    scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **local)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **local)
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True, **local)
     tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")

@@ -17,5 +17,5 @@ def fingerprint(unet: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(unet.items()):
         values = tensor.detach().flatten()
         digest.update(name.encode())
-        digest.update(values[:: max(1, len(values) // SAMPLED)].to("cpu", torch.float16).contiguous().numpy())
+        digest.update(values[:: max(1, len(values) // SAMPLED)].to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -21,7 +21,7 @@ SHOWN = 80  # characters of a setting in a message
 
 def digest(tensor: Tensor) -> str:
     """Tells tensors apart: 16 hexadecimal digits."""
-    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy()).hexdigest()[:16]
+    return hashlib.sha256(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def identity(prior: NetworkPrior, settings: TrainingSettings, operator: Operator, pictures: Sequence[str]) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def merged(given: Mapping[str, Any]) -> dict[str, Any]:
     options = dict(given)
     if file := options.pop("config", None):
         options = vars(parser.parse_args(config_options(parser, file))) | options
-    found = DEFAULTS | {f.name: f.default for f in fields(TrainingSettings)} | options
+    found: dict[str, Any] = DEFAULTS | {f.name: f.default for f in fields(TrainingSettings)} | options
     for name in REQUIRED:
         if not found.get(name):
             raise ValueError(f"--{name} is missing")

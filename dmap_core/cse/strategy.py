@@ -96,10 +96,14 @@ class Accelerated:
         return nullcontext() if last else self.accelerator.no_sync(network)
 
     def mean(self, loss: Tensor) -> float:
-        return float(self.accelerator.gather(loss.view(1)).mean())
+        return float(self._gathered(loss.view(1)).mean())
 
     def stops(self) -> bool:
-        return bool(self.accelerator.gather(torch.tensor([self.stopping], device=self.device)).any())
+        return bool(self._gathered(torch.tensor([self.stopping], device=self.device)).any())
+
+    def _gathered(self, values: Tensor) -> Tensor:
+        found: Any = self.accelerator.gather(values)  # of a tensor a tensor
+        return found
 
     @contextmanager
     def files(self, path: Path) -> Iterator[None]:

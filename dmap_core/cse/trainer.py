@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,12 +25,12 @@ READERS = 4  # threads that open and augment the pictures of the parts to come
 AVERAGED = "module."  # before the names of an average's weights
 
 
-def adam(settings: TrainingSettings) -> type[torch.optim.Optimizer]:
+def adam(settings: TrainingSettings) -> Callable[..., torch.optim.Optimizer]:
     """Raises ValueError where the kind with 8 bits is not installed."""
     if not settings.adam_8bit:
         return torch.optim.Adam
     try:
-        from bitsandbytes.optim import Adam8bit
+        from bitsandbytes.optim import Adam8bit  # pyright: ignore[reportMissingImports] (no package that is always there)
     except ModuleNotFoundError:
         raise ValueError("adam_8bit needs the package bitsandbytes, which is not installed: pip install bitsandbytes") from None
     return Adam8bit
@@ -58,7 +58,7 @@ class Trainer:
         self.strategy, self.recompute, self.readers = strategy or Alone(), recompute, readers
         self.weights = list(controlnet.parameters())
         self.device = self.weights[0].device
-        self.average = AveragedModel(controlnet, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
+        self.average: Any = AveragedModel(controlnet, multi_avg_fn=get_ema_multi_avg_fn(settings.ema)) if settings.ema else None
         self.optimizer = adam(settings)(self.weights, lr=settings.learning_rate)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
         self.step, self.losses, self.stopped = 0, [], False

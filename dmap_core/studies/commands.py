@@ -105,6 +105,7 @@ class Problem:
         from ..cse.use import hint_for, open_cse
         from ..evaluate.pictures import Picture
         from ..evaluate.run import DTYPES, measurement
+        from ..operators.base import size_of
         from ..schedule import SPACINGS
 
         if options.spacing not in SPACINGS:
@@ -117,10 +118,10 @@ class Problem:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.operator = read_operator(options.operator, options.weights).to(device)
         self.x = Picture(options.picture, 0).open(options.size).to(device)
-        self.operator.check(tuple(self.x.shape[-2:]))
+        self.operator.check(size_of(self.x))
         self.y = measurement(self.operator, self.x, [options.seed])
         self.base = open_base(options.checkpoint, options.prompt).to(device, DTYPES[options.precision])
-        size = tuple(self.x.shape[-2:])
+        size = size_of(self.x)
         self.prior = self.base.sized(size)
         self.conditional = None
         if options.cse:
