@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
         "evaluate", help="restore many pictures and write a table", description=evaluate.__doc__, formatter_class=raw
     )
     evaluate.add_arguments(table)
+    table.add_argument("--sweep", help="a setting and factors on it, each a row of its own, such as zeta=0.5,1,2")
     table.set_defaults(function=evaluate.evaluate_table)
     studies.add_parsers(commands, raw)
     for name, module, function, text in (

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..presets import MODELS
 from .config import NAMES, PRECISIONS, UNREADABLE, Config, ConfigError, make_config, read_config
 
 DEFAULT_METRICS = "psnr,ssim"
+log = logging.getLogger("dmap.evaluate")
 SHOWN = 200  # characters of a text in a message
 
 
@@ -92,14 +94,19 @@ def _spec(text: str) -> Any:
     return _json(text, "--operator")
 
 
-def evaluate_table(out: Path, **given: Any) -> None:
-    """Restores, measures and writes the table of a config into the folder `out`. given: see `config_of`."""
+def evaluate_table(out: Path, sweep: str | None = None, **given: Any) -> None:
+    """Restores, measures and writes the table of a config into the folder `out`. sweep: see `Sweep.parse`; given: see `config_of`."""
     from accelerate import PartialState
 
     from .report import write_table
     from .run import evaluate
+    from .sweep import Sweep
 
-    config = config_of(**given)
+    asked = config_of(**given)
+    swept = Sweep.parse(sweep) if sweep else None
+    config = swept.config(asked) if swept else asked
     jobs = evaluate(config, out)
     if PartialState().is_main_process:
-        write_table(config, jobs, out)
+        lines = write_table(config, jobs, out)
+        for sentence in swept.told(asked, lines) if swept else ():
+            log.info("%s", sentence)

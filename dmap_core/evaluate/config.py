@@ -24,6 +24,7 @@ NAMES = (AS_GIVEN, *dict.fromkeys([*PRESETS, *SOLVERS]), ALONE)
 ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
 COSTS = ("residual", "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
+SEEDS = 3  # of every picture
 PRECISIONS = ("fp32", "bf16", "fp16")
 SHOWN = 80  # characters of a value in a message
 PATHS = ("images", "checkpoint", "weights")
@@ -73,7 +74,8 @@ class Config:
     """A table. operators: specs by the names that rows use. images: a folder, of which the first `count` pictures by name are taken.
 
     size: pictures are resized (shorter side) and centre-cropped to it; None takes them as they are, which must then be equal in size.
-    settings_for: whose presets fill in what rows leave out, one of `presets.MODELS`. seed: of the first picture; each takes three (run.SEEDS).
+    settings_for: whose presets fill in what rows leave out, one of `presets.MODELS`. seed: of the first picture, the next one's is `stride` more; each takes three (SEEDS), and with stride 0 all have the same.
+    last: take the last `count` pictures instead of the first.
     batch: pictures restored at once, which changes results by rounding, amplified (docs/solvers.md). repeats: restorations of every picture, each
     with a seed of its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images`
     that cannot be read, one of UNREADABLE.
@@ -88,6 +90,8 @@ class Config:
     count: int | None = None
     size: int | None = None
     seed: int = 0
+    stride: int = SEEDS
+    last: bool = False
     precision: str = "fp32"
     prompt: str = ""
     prediction: str = "auto"
@@ -233,10 +237,12 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
         for name, least in (("count", 1), ("size", 8), ("published_n", 1)):
             if values.get(name) is not None:
                 values[name] = _whole(name, values[name], least)
-        for name, least, default in (("seed", 0, 0), ("batch", 1, 1), ("repeats", 1, 1)):
+        for name, least, default in (("seed", 0, 0), ("stride", 0, SEEDS), ("batch", 1, 1), ("repeats", 1, 1)):
             values[name] = _whole(name, values.get(name, default), least)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if not isinstance(values.get("last", False), bool):
+        raise ConfigError(f"{where}: last is {str(values['last'])[:SHOWN]}; it must be true or false")
     config = Config(**values)
     choices = {
         "precision": PRECISIONS,

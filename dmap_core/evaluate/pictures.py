@@ -43,9 +43,15 @@ class Picture:
 
 
 def find_pictures(
-    folder: Path, count: int | None, size: int | None, expected: str = "", repeats: int = 1, unreadable: str = "refuse"
+    folder: Path,
+    count: int | None,
+    size: int | None,
+    expected: str = "",
+    repeats: int = 1,
+    unreadable: str = "refuse",
+    last: bool = False,
 ) -> list[Picture]:
-    """The first `count` pictures of a folder by name, each `repeats` times. Raises ConfigError that says what is wrong with the folder or the files.
+    """The first `count` pictures of a folder by name, or the last ones, each `repeats` times. Raises ConfigError that says what is wrong with the folder or the files.
 
     Every one of them is opened whole. unreadable: "refuse", or "skip" to leave out those that cannot be read; their names, and those of files
     that do not end like pictures, are logged. expected: a hint about which data set the folder should hold, for the message.
@@ -61,6 +67,8 @@ def find_pictures(
         log.info("%s", ignored)
     if count is not None and len(files) < count:
         raise ConfigError(f"images: {count} pictures are wanted and {folder} holds {len(files)}; lower --count or add pictures.{hint}")
+    if last and count is not None:
+        files = files[-count:]
     sizes, bad = check_pictures(files if unreadable == "skip" else files[:count], count, NAME_BYTES)
     if bad and unreadable == "refuse":
         reason = next(iter(bad.values())).removeprefix("pictures: ")

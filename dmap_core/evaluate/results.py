@@ -69,11 +69,16 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, sort_keys=True, default=str))
 
 
-def check_same(path: Path, wanted: Mapping[str, Any]) -> None:
-    """Raises ConfigError, naming what differs, if the file is there and says something else than `wanted`."""
+def check_same(path: Path, wanted: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> None:
+    """Raises ConfigError, naming what differs, if the file is there and says something else than `wanted`.
+
+    defaults: what is meant where the file says nothing, as one of an earlier version.
+    """
     if not path.exists():
         return
     found, wanted = read_json(path), plain(wanted)
+    for name, value in plain(defaults or {}).items():
+        found[name] = value | found.get(name, {}) if isinstance(value, dict) else found.get(name, value)
     different = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
     if different:
         listed = "; ".join(f"{name} was {str(found.get(name))[:SHOWN]} and is {str(wanted.get(name))[:SHOWN]}" for name in different)

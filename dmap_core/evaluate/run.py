@@ -6,8 +6,8 @@ Each (row, picture) is a job of its own, finished when its file is there. What a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -23,17 +23,15 @@ from ..metrics import PICTURE_METRICS, SET_METRICS, miou
 from ..operators import Operator
 from ..pictures import open_rgb, to_picture, to_tensor
 from ..presets import Preset
-from ..restore import restore
-from ..schedule import SPACINGS, generators, randn_like
-from .config import AS_GIVEN, MIOU, Config, ConfigError, Row
+from ..schedule import generators, randn_like
+from .backend import Backend, Diffusers
+from .config import AS_GIVEN, MIOU, Config, ConfigError, Row, solver_class
 from .pictures import Picture, find_pictures
 from .results import check_same, plain, read_picture_json, write_json, write_picture
 
 log = logging.getLogger("dmap.evaluate")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FOREVER = timedelta(weeks=4)  # processes wait for each other at the end, and one may have had the slow jobs
 LIMIT = 2**63  # of seeds
-SEEDS = 3  # of every picture
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} done, {remaining} left {postfix}"
 Measure = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,8 +47,8 @@ class Job:
         return out / self.row.slug() / f"{self.picture.name}.json"
 
     def seed(self, config: Config) -> int:
-        """Of x_T. The next one is that of the steps, as in a graph, and the one after it the measurement noise's: no noise is used twice."""
-        return (config.seed + SEEDS * self.picture.index) % LIMIT
+        """Of x_T. The next one is that of the steps, as in a graph, and the one after it the measurement noise's: no noise is used twice, unless stride is below SEEDS."""
+        return (config.seed + config.stride * self.picture.index) % LIMIT
 
     def entry(self) -> dict[str, Any]:
         """What is written about it before there are figures."""
@@ -81,82 +79,53 @@ def versions() -> dict[str, str]:
     return found
 
 
-class Models:
-    """Base models and CSEs of a run, opened when they are needed; the last ones are kept."""
-
-    def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
-        self.base = lru_cache(maxsize=1)(self._base)
-        self.cse = lru_cache(maxsize=4)(self._cse)
-        self.operator = lru_cache(maxsize=None)(self._operator)
-
-    def _operator(self, name: str) -> Operator:
-        return self.config.operator(name).to(self.device)
-
-    def _base(self, path: Path, prediction: str):
-        from ..backends.diffusers_files import open_base
-
-        base = open_base(path, self.config.prompt, prediction)
-        base.to(self.device, DTYPES[self.config.precision])
-        if self.device.type == "cpu":  # a sixth faster there
-            base.unet.to(memory_format=torch.channels_last)
-            base.vae.to(memory_format=torch.channels_last)
-        return base
-
-    def _cse(self, path: Path, base_path: Path, prediction: str):
-        from ..cse.use import open_cse
-
-        return open_cse(path, self.base(base_path, prediction))
-
-    def of(self, row: Row) -> tuple[Any, ...]:
-        """(base model, ControlNet or None, its metadata) of a row."""
-        base_path, prediction = self.config.checkpoint_of(row), row.prediction or self.config.prediction
-        base = self.base(base_path, prediction)
-        return (base, *(self.cse(row.cse, base_path, prediction) if row.cse else (None, None)))
-
-
 def measurement(operator: Operator, x: Tensor, seeds: Sequence[int]) -> Tensor:
     """y of clean pictures x (B, 3, H, W), with the noise that the operator says it has. seeds: of the restorations."""
     y = operator.measure(x)
     return y + operator.noise * randn_like(y, [g for seed in seeds for g in generators(seed + 2, 1)]) if operator.noise else y
 
 
-def restored(config: Config, models: Models, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """(pictures (B, 3, H, W) in [-1, 1], what each cost) of jobs of one row. Their seconds are shared out evenly."""
-    from ..cse.use import hint_for
-
+def restored(config: Config, backend: Backend, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """(pictures (B, 3, H, W) in [-1, 1], what each cost) of jobs of one row."""
     row, plan = jobs[0].row, jobs[0].plan
     seeds = [job.seed(config) for job in jobs]
     y = measurement(operator, x, seeds)
     if plan is None:
-        image, cost = operator.hint(y), {"seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}
+        image, costs = operator.hint(y), [{"seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}] * len(jobs)
     else:
-        base, controlnet, metadata = models.of(row)
-        prior = base.sized(operator.image_size(y))
-        if controlnet:
-            prior = prior.controlled(controlnet, hint_for(operator.hint(y), metadata))
-        sigmas = SPACINGS[plan.spacing](base.sigmas.cpu(), plan.steps)
-        done = restore(prior, operator, y, prior.latent_shape(), sigmas, plan.solver, seeds, config.memory)
-        image, cost = done.image, {"seconds": done.seconds / len(jobs), "memory": done.memory, "peak_memory": done.peak_memory}
-        cost |= {"denoiser_calls": done.denoiser_calls, "decoder_calls": done.decoder_calls, "batch": len(jobs)}
+        image, costs = backend.restore(row, plan, operator, y, seeds)
     with torch.no_grad():
         residuals = operator.distance(operator(image), y).tolist()
-    return image, [cost | {"residual": residual} for residual in residuals]
+    return image, [{"residual": residual} | cost for residual, cost in zip(residuals, costs, strict=True)]
 
 
 def shared_identity(config: Config) -> dict[str, Any]:
     """Settings that decide the results of all rows."""
-    return {name: getattr(config, name) for name in ("seed", "size", "precision", "prompt")}
+    return {name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt")}
 
 
-def row_identity(config: Config, row: Row, plan: Preset | None, fingerprints: Callable[[Path], str]) -> dict[str, Any]:
-    """What decides a row's results."""
+RUN_DEFAULTS = {"stride": Config.stride}  # of settings that results of earlier versions do not name
+
+
+def row_defaults(row: Row) -> dict[str, Any]:
+    """The same for a row: earlier versions named no settings at their defaults."""
+    if row.solver == AS_GIVEN:
+        return {}
+    described = solver_class(row.solver).described()
+    return {"settings": {name: field.default for name, (field, _) in described.items() if field.default is not MISSING}}
+
+
+def row_identity(
+    config: Config, row: Row, plan: Preset | None, fingerprints: Callable[[Path], str], backend: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What decides a row's results. backend: its identity."""
     import hashlib
 
     found = {"operator": config.operator(row.operator).spec(), "solver": row.solver}
     if plan is not None:
         found |= {"settings": plan.solver.settings(), "steps": plan.steps, "spacing": plan.spacing}
         found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
+        found |= backend
     if row.cse:
         found["cse"] = f"{row.cse.name} {hashlib.sha256(row.cse.read_bytes()).hexdigest()[:16]}"
     return plain(found)
@@ -202,7 +171,7 @@ def cse_warnings(config: Config) -> list[str]:
 def plan_jobs(config: Config) -> list[Job]:
     """All jobs, those of one base model together, and within it picture by picture, so that an unfinished table compares equal pictures."""
     check_files(config)
-    pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats, config.unreadable)
+    pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats, config.unreadable, config.last)
     plans, size = {}, tuple(pictures[0].open(config.size).shape[-2:])
     for row in config.rows:
         try:
@@ -232,8 +201,8 @@ def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
     return found + list(waiting.values())
 
 
-def evaluate(config: Config, out: Path) -> list[Job]:
-    """Restore what is not restored yet, then measure what is not measured yet. Returns the jobs of the table.
+def evaluate(config: Config, out: Path, backend: Backend | None = None) -> list[Job]:
+    """Restore what is not restored yet, then measure what is not measured yet. Returns the jobs of the table. backend: diffusers' if None.
 
     Raises ConfigError for what cannot be run, before any of it is. A job that diverges is a figure of the table and not the end of it.
     """
@@ -254,22 +223,24 @@ def evaluate(config: Config, out: Path) -> list[Job]:
         read_controlnet(path)  # a damaged one should be known before the work, too
     for warning in cse_warnings(config):
         log.warning("%s", warning)
-    check_same(out / "run.json", shared_identity(config))
+    backend = backend or Diffusers(config, state.device)
+    check_same(out / "run.json", shared_identity(config), RUN_DEFAULTS)
     identities = {
-        out / row.slug() / "row.json": row_identity(config, row, jobs_plan(jobs, row), checkpoint_identity) for row in config.rows
+        out / row.slug() / "row.json": row_identity(config, row, jobs_plan(jobs, row), checkpoint_identity, backend.identity)
+        for row in config.rows
     }
-    for file, identity in identities.items():
-        check_same(file, identity)
+    for row, (file, identity) in zip(config.rows, identities.items(), strict=True):
+        check_same(file, identity, row_defaults(row))
     if state.is_main_process:
         for file, identity in identities.items():
             write_json(file, identity)
         write_json(out / "run.json", shared_identity(config))
         write_json(out / "versions.json", versions())
     state.wait_for_everyone()
-    models = Models(config, state.device)
+    operators = {name: config.operator(name).to(backend.device) for name in {row.operator for row in config.rows}}
     for name, measure in measures.items():
         if name != MIOU:
-            measure.to(state.device)
+            measure.to(backend.device)
     todo = [job for job in jobs if unfinished(job, out, measures)]
     state.wait_for_everyone()  # a process that looks when others are at work would see another list, and take other parts of it
     log.info("%d of %d jobs are to be done, by %d processes", len(todo), len(jobs), state.num_processes)
@@ -278,7 +249,7 @@ def evaluate(config: Config, out: Path) -> list[Job]:
         with tqdm(total=total, desc="restoring", disable=not state.is_local_main_process, bar_format=BAR) as bar:
             for group in mine:
                 bar.set_postfix_str(f"{group[0].row.operator}, {group[0].row.name}, {group[0].picture.name}")
-                do(config, models, group, out, measures)
+                do(config, backend, operators[group[0].row.operator], group, out, measures)
                 bar.update(sum(job.cost() for job in group))
     state.wait_for_everyone()
     return jobs
@@ -293,18 +264,17 @@ def unfinished(job: Job, out: Path, measures: dict[str, Any]) -> bool:
     return entry is None or ("diverged" not in entry and not measures.keys() <= entry["metrics"].keys())
 
 
-def do(config: Config, models: Models, jobs: Sequence[Job], out: Path, measures: dict[str, Measure]) -> None:
+def do(config: Config, backend: Backend, operator: Operator, jobs: Sequence[Job], out: Path, measures: dict[str, Measure]) -> None:
     """Restore the pictures of jobs of one row, those that are not restored yet, and add the figures that are missing."""
     new = [job for job in jobs if read_picture_json(job.file(out), job.picture.identity) is None]
     if new:
-        operator = models.operator(new[0].row.operator)
-        x = torch.cat([job.picture.open(config.size) for job in new]).to(models.device)
+        x = torch.cat([job.picture.open(config.size) for job in new]).to(backend.device)
         try:
-            images, costs = restored(config, models, new, operator, x)
+            images, costs = restored(config, backend, new, operator, x)
         except Diverged as error:
             if len(new) > 1:  # find out which
                 for job in new:
-                    do(config, models, [job], out, measures)
+                    do(config, backend, operator, [job], out, measures)
             else:
                 log.warning("%s on %s: %s", new[0].row.name, new[0].picture.file.name, error)
                 write_json(new[0].file(out), plain(new[0].entry() | {"diverged": str(error)}))
@@ -317,8 +287,7 @@ def do(config: Config, models: Models, jobs: Sequence[Job], out: Path, measures:
         missing = [] if "diverged" in entry else [name for name in measures if name not in entry["metrics"]]
         if missing:
             # figures are of the 8-bit picture that is there for everyone to see
-            image, x = (t.to(models.device) for t in (saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)))
-            operator = models.operator(job.row.operator)
+            image, x = (t.to(backend.device) for t in (saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)))
             for name in missing:
                 pair = (operator.measure(image), operator.measure(x)) if name == MIOU else ((image + 1) / 2, (x + 1) / 2)
                 entry["metrics"][name] = float(measures[name](*pair))

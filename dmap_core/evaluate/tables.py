@@ -13,7 +13,7 @@ from ..metrics.distribution import frechet, frechet_warning, kernel
 from ..metrics.interval import PLUS_MINUS, Interval, mean_interval
 from .config import AS_GIVEN, Config, Row
 from .results import csv_text, read_picture_json
-from .run import SEEDS, Job, cse_warnings, saved
+from .run import Job, cse_warnings, saved
 
 LABELS = {"miou": "mIoU"}
 COSTS = {"residual": "residual", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
@@ -153,7 +153,7 @@ def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:
     first = {job.row.slug(): job for job in reversed(jobs)}
     parts = [f"# {config.title or 'Results'}", config.note.strip(), figures(config, lines)]
     parts.append(
-        f"Means over n pictures; +- is {PLUS_MINUS}. Seeds {config.seed}, {config.seed + SEEDS} and so on, "
+        f"Means over n pictures; +- is {PLUS_MINUS}. Seeds {config.seed}, {config.seed + config.stride} and so on, "
         f"{config.precision}. Figures are of the saved 8-bit pictures; the residual ||f(x) - y|| is of the float ones, in [-1, 1]. "
         "Seconds are wall time of one picture on the machine of the run, which may have been busy otherwise."
     )

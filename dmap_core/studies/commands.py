@@ -103,8 +103,9 @@ class Problem:
         from ..backends.diffusers_files import open_base
         from ..cse.options import read_operator
         from ..cse.use import hint_for, open_cse
+        from ..evaluate.backend import DTYPES
         from ..evaluate.pictures import Picture
-        from ..evaluate.run import DTYPES, measurement
+        from ..evaluate.run import measurement
         from ..operators.base import size_of
         from ..schedule import SPACINGS
 

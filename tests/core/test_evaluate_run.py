@@ -536,7 +536,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from host import import_torchvision
 import_torchvision()
 from dmap_core import cli
-from dmap_core.evaluate import run
+from dmap_core.evaluate import backend, run
 
 looked, end = run.unfinished, []
 def late(job, out, measures):
