@@ -177,7 +177,7 @@ def test_ctrl_c(table, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dmap_core.evaluate.run.restore", interrupt)
+    monkeypatch.setattr("dmap_core.evaluate.backend.restore", interrupt)
     with pytest.raises(SystemExit) as caught:
         main("evaluate", *table)
     assert caught.value.code == 130

@@ -25,7 +25,7 @@ from tiny_models import pictures, tiny_checkpoint, tiny_cse
 
 from dmap_core.cse.checkpoint import read_cse, write_cse
 from dmap_core.errors import Diverged
-from dmap_core.evaluate import report, results, run, tables
+from dmap_core.evaluate import backend, report, results, run, tables
 from dmap_core.evaluate.config import ConfigError, make_config
 from dmap_core.operators import Noisy, SuperResolution
 from dmap_core.presets import MODELS, NAMES
@@ -92,13 +92,13 @@ def copy(finished, tmp_path):
 @pytest.fixture
 def calls(monkeypatch):
     """(solver, seeds) of every restoration."""
-    seen, restore = [], run.restore
+    seen, restore = [], backend.restore
 
     def spy(*given, **more):
         seen.append((given[5].name(), list(given[6])))
         return restore(*given, **more)
 
-    monkeypatch.setattr(run, "restore", spy)
+    monkeypatch.setattr(backend, "restore", spy)
     return seen
 
 
@@ -107,7 +107,7 @@ def nothing_to_restore(monkeypatch):
     def fails(*_, **__):
         raise AssertionError("something was restored")
 
-    monkeypatch.setattr(run, "restore", fails)
+    monkeypatch.setattr(backend, "restore", fails)
     monkeypatch.setattr("dmap_core.backends.diffusers_files.open_base", fails)
 
 
@@ -295,7 +295,7 @@ def test_repeats_have_seeds_of_their_own(finished, table, tmp_path, calls):
 
 
 def test_one_that_diverges_does_not_end_the_others(table, tmp_path, monkeypatch, caplog):
-    seen, restore = [], run.restore
+    seen, restore = [], backend.restore
 
     def spy(*given, **more):
         seen.append(list(given[6]))
@@ -303,7 +303,7 @@ def test_one_that_diverges_does_not_end_the_others(table, tmp_path, monkeypatch,
             raise Diverged("step 1 of 2: NaN; lower zeta")
         return restore(*given, **more)
 
-    monkeypatch.setattr(run, "restore", spy)
+    monkeypatch.setattr(backend, "restore", spy)
     config = table([DPS, DMAP], count=3, batch=3)
     make(config, tmp_path)
     assert seen == [[0, 3, 6], [0], [3], [6]] * 2
@@ -536,7 +536,7 @@ sys.path.insert(0, {str(ROOT / "tests")!r})
 from host import import_torchvision
 import_torchvision()
 from dmap_core import cli
-from dmap_core.evaluate import backend, run
+from dmap_core.evaluate import run
 
 looked, end = run.unfinished, []
 def late(job, out, measures):
