@@ -6,16 +6,13 @@ A concept is the first code point of a name (both of a flag's pair), so that ski
 
 import random
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # where dmap_core is not installed
-
-from dmap_core.files import write_whole  # noqa: E402
+from dmap_core.files import write_whole
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 COUNT = 3391

@@ -25,12 +25,14 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT / "tests"))
-sys.path.append(str(ROOT))  # where dmap_core is not installed
 
 from host import Host  # noqa: E402
 from prompts import titled, to_prompt, upstream, use_picture  # noqa: E402
 
-from dmap_core.files import write_text  # noqa: E402
+from dmap_core.evaluate.pictures import Picture  # noqa: E402
+from dmap_core.evaluate.results import plain, read_picture_json, write_json, write_text  # noqa: E402
+from dmap_core.evaluate.tables import grid  # noqa: E402
+from dmap_core.metrics.interval import mean_interval  # noqa: E402
 from dmap_core.pictures import Layout, Tile  # noqa: E402
 from dmap_core.pictures import sheet as painted  # noqa: E402
 
@@ -86,7 +88,7 @@ def fingerprint(file: Path) -> str:
 
 
 def restore(host: Host, job: Job, restored: Path) -> dict:
-    """Run a job; returns its figures. Writes `restored`, and the degraded and the bicubic picture beside it."""
+    """Run a job; returns what is kept of it. Writes `restored`, and the degraded and the bicubic picture beside it."""
     save, degraded, report = (titled(job.prompt, title) for title in (f"{job.branch}: save", "Degraded: save", f"{job.branch}: report"))
     host.upload(job.picture)
     entry = host.run(upstream(job.prompt, [save, degraded, report]), timeout=3600)
@@ -97,50 +99,45 @@ def restore(host: Host, job: Job, restored: Path) -> dict:
     baseline = Image.open(f"{stem}-degraded.png").resize(original.size, Image.BICUBIC)
     baseline.save(f"{stem}-baseline.png")
     cost = json.loads(entry["outputs"][report]["text"][0])
-    return job.settings | {
-        "picture": job.picture.stem,
-        "psnr": psnr(Image.open(restored), original),
-        "psnr_baseline": psnr(baseline, original),
+    return {
+        "original": Picture(job.picture, 0).identity,
+        "settings": job.settings,
+        "metrics": {"psnr": psnr(Image.open(restored), original), "psnr_baseline": psnr(baseline, original)},
         "seconds": cost["seconds"],
         "denoiser_calls": cost["denoiser_calls"],
         "residual": cost["residuals"][-1][0],
     }
 
 
-def write_json(path: Path, value) -> None:
-    write_text(path, json.dumps(value, indent=1))
+def kept(job: Job, restored: Path) -> dict | None:
+    """What is there of a job, unless it was made with other settings."""
+    entry = read_picture_json(restored.with_suffix(".json"), Picture(job.picture, 0).identity)
+    return entry if entry and entry["settings"] == plain(job.settings) else None
 
 
-def summarise(operator: str, solver: str, seed: int, rows: list[dict]) -> dict:
-    def mean(key):
-        return round(float(np.mean([row[key] for row in rows])), 3)
-
-    same = {key: rows[0][key] for key in ("steps", "K", "zeta", "denoiser_calls")}
-    return {
-        "operator": operator,
-        "solver": solver,
-        "n": len(rows),
-        "seed": seed,
-        "psnr": mean("psnr"),
-        "psnr_baseline": mean("psnr_baseline"),
-        "seconds": mean("seconds"),
-    } | {
-        **same,
-        "psnr_sem": round(float(np.std([row["psnr"] for row in rows], ddof=1) / len(rows) ** 0.5), 3) if len(rows) > 1 else None,
-        "residual": mean("residual"),
-    }
+def summarise(operator: str, solver: str, seed: int, entries: list[dict]) -> dict:
+    """A row of summary.json: means over pictures, rounded; psnr_low and psnr_high are the limits of the 95 % interval, if there are several."""
+    rows = [entry["metrics"] | {name: entry[name] for name in ("seconds", "residual")} for entry in entries]
+    found = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
+    limits = {"psnr_low": found["psnr"].low, "psnr_high": found["psnr"].high} if len(rows) > 1 else {}
+    same = {name: entries[0]["settings"][name] for name in ("steps", "K", "zeta")}
+    return (
+        {"operator": operator, "solver": solver, "n": len(rows), "seed": seed}
+        | {name: round(interval.mean, 3) for name, interval in found.items()}
+        | same
+        | {"denoiser_calls": entries[0]["denoiser_calls"]}
+        | {name: round(value, 3) for name, value in limits.items()}
+    )
 
 
 def table(summary: list[dict]) -> str:
-    lines = [
-        "| operator | solver | steps | K | zeta | denoiser calls | n | PSNR baseline | PSNR | seconds per picture |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['operator']} | {r['solver']} | {r['steps']} | {r['K'] or '-'} | {r['zeta']:g} | {r['denoiser_calls']} | {r['n']} | {r['psnr_baseline']:.2f} | {r['psnr']:.2f} | {r['seconds']:.1f} |"
+    head = ["operator", "solver", "steps", "K", "zeta", "denoiser calls", "n", "PSNR baseline", "PSNR", "seconds per picture"]
+    body = [
+        [r["operator"], r["solver"], r["steps"], r["K"] or "-", f"{r['zeta']:g}", r["denoiser_calls"], r["n"]]
+        + [f"{r['psnr_baseline']:.2f}", f"{r['psnr']:.2f}", f"{r['seconds']:.1f}"]
         for r in summary
     ]
-    return "\n".join(lines)
+    return grid(head, body)
 
 
 def sheet(out: Path, pictures: list[Path], operators: list[str], solvers: list[str], rows: dict, per_operator: int) -> Path:
@@ -155,10 +152,10 @@ def sheet(out: Path, pictures: list[Path], operators: list[str], solvers: list[s
                     name, f"{stem}-{name}.png"
                 )
                 tile = Image.open(file).convert("RGB")
-                row = rows[operator, solvers[0] if name == "bicubic" else name][i] if name in ("bicubic", *solvers) else None
                 caption = f"{tile.width}x{tile.height}" if name == "degraded" else ""
-                if row:
-                    caption = f"{row['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB"
+                if name in ("bicubic", *solvers):
+                    figures = rows[operator, solvers[0] if name == "bicubic" else name][i]["metrics"]
+                    caption = f"{figures['psnr_baseline' if name == 'bicubic' else 'psnr']:.2f} dB"
                 tiles.append(Tile(tile.resize((CELL, CELL), Image.Resampling.NEAREST), [caption]))
             shown.append(tiles)
             labels.append(operator)
@@ -207,23 +204,27 @@ def main() -> None:
             folder = args.out / operator
             folder.mkdir(parents=True, exist_ok=True)
             for solver in solvers:
-                done = folder / f"{solver}.json"
-                figures = json.loads(done.read_text()) if done.exists() and not args.again else {}
+                if (folder / f"{solver}.json").exists():
+                    raise SystemExit(
+                        f"--out: {folder} holds figures of an earlier version, which are not mixed with new ones; choose another folder"
+                    )
+                rows[operator, solver] = []
                 for picture in pictures:
                     job = prepare(workflow, info, picture, solver, args.seed, args.steps)
                     restored = folder / f"{picture.stem}-{solver}.png"
-                    if not restored.exists() or not job.settings.items() <= figures.get(picture.stem, {}).items():
-                        figures[picture.stem] = restore(host, job, restored)
-                        write_json(done, figures)
-                rows[operator, solver] = [figures[picture.stem] for picture in pictures]
+                    entry = None if args.again else kept(job, restored)
+                    if entry is None:
+                        entry = restore(host, job, restored)
+                        write_json(restored.with_suffix(".json"), entry)
+                    rows[operator, solver].append(entry)
                 summary.append(row := summarise(operator, solver, args.seed, rows[operator, solver]))
                 print(
                     f"{operator:20} {solver:10} {row['psnr']:6.2f} dB (baseline {row['psnr_baseline']:.2f}) {row['seconds']:6.1f} s per picture",
                     flush=True,
                 )
-    write_json(args.out / "summary.json", summary)
+    write_text(args.out / "summary.json", json.dumps(summary, indent=1))
     where = f"ComfyUI {version}, {platform.machine()}, {os.cpu_count()} cores, seed {args.seed}, {time.strftime('%Y-%m-%d')}"
-    (args.out / "table.md").write_text(f"{table(summary)}\n\n{where}\n")
+    write_text(args.out / "table.md", f"{table(summary)}\n\n{where}\n")
     path = sheet(args.out, pictures, operators, solvers, rows, per_operator=min(2, len(pictures)))
     print(
         f"\n{table(summary)}\n\n{time.perf_counter() - started:.0f} s in all. Comparison: {path}\nPictures, table.md and summary.json: {args.out}"

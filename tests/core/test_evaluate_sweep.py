@@ -52,9 +52,7 @@ def test_what_is_told_of_finished_rows():
     swept = sweep.config(given)
 
     def lines(values):
-        return [
-            Line(row, "", ["a"], {"psnr": [value], "seconds": [1.0]}, 0) for row, value in zip(swept.rows[1:], values, strict=False)
-        ]
+        return [Line(row, "", ["a"], {"psnr": [value], "seconds": [1.0]}, 0) for row, value in zip(swept.rows[1:], values, strict=False)]
 
     psnrs = [25 - 3 * math.log(f / 1.3) ** 2 for f in sweep.factors]
     assert sweep.told(given, lines(psnrs)) == ["sr8, DPS: the best factor is about 1.30"]
