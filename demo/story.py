@@ -3,9 +3,10 @@
 import csv
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dmap_core.evaluate.tables import Line, cell, grid, paired
-from dmap_core.metrics.interval import mean_interval
+from dmap_core.metrics.interval import Interval, mean_interval
 
 ZETAS = ("0.05", "0.3", "1.0", "4.8", "7.5")
 WORKS = ZETAS[-1]  # the one of the preset
@@ -13,11 +14,12 @@ WORKS = ZETAS[-1]  # the one of the preset
 
 @dataclass(frozen=True)
 class Part:
-    """A section of the report, and its result in a sentence."""
+    """A section of the report, and its result in a sentence; numbers: those of which the sentence is made, not rounded."""
 
     name: str
     short: str
     whole: str
+    numbers: dict[str, Any]
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -51,12 +53,14 @@ def score_error(out: Path, table1: list[Line]) -> Part:
     rows = read_csv(out / "score-error" / "score-error.csv")
     plain = {row["sigma"]: float(row["mean"]) for row in rows if row["method"] == "unconditional"}
     norm = {row["sigma"]: float(row["conditional_norm"]) for row in rows}
-    above, body = {}, []
+    above, ratio, body = {}, {}, []
     for zeta in ZETAS:
         errors = {row["sigma"]: float(row["mean"]) for row in rows if row["zeta"] and float(row["zeta"]) == float(zeta)}
         above[zeta] = sum(errors[s] > plain[s] for s in plain)
+        ratio[zeta] = median([errors[s] / plain[s] for s in plain])
         restored = cell(line_of(table1, "sr4", f"DPS zeta {zeta}"), "psnr")
-        body.append([zeta, f"{above[zeta]} of {len(plain)}", f"{median([errors[s] / plain[s] for s in plain]):.2f}", restored])
+        body.append([zeta, f"{above[zeta]} of {len(plain)}", f"{ratio[zeta]:.2f}", restored])
+    share = median([plain[s] / norm[s] for s in plain])
     head = [
         "zeta of DPS",
         "noise levels with a larger error than the unconditional score's",
@@ -74,13 +78,14 @@ def score_error(out: Path, table1: list[Line]) -> Part:
         "The conditional model is the demo CSE, trained with 100 pictures, which restores alone with "
         f"{cell(line_of(table1, 'sr4', 'CSE alone'), 'psnr')} dB; StableSR cannot be had for this prior. Super-resolution x4, the first held-out picture, {rows[0]['n']} draws "
         f"of noise at each of the {len(plain)} levels of DPS's schedule. The unconditional score itself is off by "
-        f"{100 * median([plain[s] / norm[s] for s in plain]):.0f} % of the conditional score's norm (median over the levels).\n\n"
+        f"{100 * share:.0f} % of the conditional score's norm (median over the levels).\n\n"
         "![score error over noise levels](score-error.png)\n\n"
         + grid(head, body)
         + f"\n\n{short} The ratio grows with zeta and towards low noise: Prop. 1 divides "
         "zeta by the share of the noise that a step removes, and the residual's gradient does not shrink as the score's error does."
     )
-    return Part("Observation I", short, whole)
+    numbers = {"best": best, "levels": len(plain), "above": above, "ratio": ratio, "share of the norm": share}
+    return Part("Observation I", short, whole, numbers)
 
 
 def score_mean(out: Path) -> Part:
@@ -109,7 +114,9 @@ def score_mean(out: Path) -> Part:
         + f"\n\n{short} "
         "Table 2's figures near 0.4 are no mean over samples: a unit Gaussian of four channels gives 0.399 for its statistic, however many samples there are."
     )
-    return Part("Observation II", short, whole)
+    numbers = {"at 500 levels": times(theirs), "at 20 levels": times(ours), "conditional model": times(cse)}
+    numbers |= {"unconditional at 500 levels": times(many[0]), "unconditional at 20 levels": times(few[0])}
+    return Part("Observation II", short, whole, numbers)
 
 
 def score_mean_grid(rows: list[dict[str, str]]) -> str:
@@ -138,7 +145,7 @@ def diversity(out: Path) -> Part:
         + f"\n\n{short} "
         f"With zeta {ZETAS[0]} DPS is hardly guided and differs as the prior's pictures do. The conditional model is a weak one, which leaves the colours open."
     )
-    return Part("Observation III", short, whole)
+    return Part("Observation III", short, whole, {"DPS": dps, "DMAP": share("DMAP")})
 
 
 def toy(out: Path) -> Part:
@@ -161,15 +168,19 @@ def toy(out: Path) -> Part:
         + f"\n\n{short} "
         "At y = 0, where there are two modes, DPS finds both."
     )
-    return Part("Toy example", short, whole)
+    return Part("Toy example", short, whole, {"in the other mode": 1 - float(dps["upper"])})
 
 
-def difference(lines: list[Line], operator: str, a: str, b: str) -> str:
-    """The PSNR of row a minus that of row b on the same pictures, in words."""
+def difference(lines: list[Line], operator: str, a: str, b: str) -> Interval | None:
+    """The PSNR of row a minus that of row b on the same pictures; None if no picture has both."""
     values = paired(line_of(lines, operator, a), line_of(lines, operator, b), "psnr")
-    if not values:
+    return mean_interval(values) if values else None
+
+
+def told(found: Interval | None) -> str:
+    """A difference in words."""
+    if found is None:
         return "no picture has both"
-    found = mean_interval(values)
     sure = "" if found.low > 0 or found.high < 0 else "; within the error"
     return f"{found.mean:+.2f} dB (95 % interval {found.low:+.2f} to {found.high:+.2f}, n {found.n}{sure})"
 
@@ -180,12 +191,12 @@ def claims(tables: dict) -> str:
     points = []
     for operator in dict.fromkeys(line.row.operator for line in lines4):
         for a, b in (("DMAP", "DPS"), ("DMAP full", "DMAP"), ("DMAP", "DSG")):
-            points.append(f"{a} minus {b}, {operator}: {difference(lines4, operator, a, b)}")
+            points.append(f"{a} minus {b}, {operator}: {told(difference(lines4, operator, a, b))}")
     for a, b in (("DPS + CSE", "DPS"), ("DMAP + CSE", "DMAP")):
-        points.append(f"{a} minus {b}, sr4: {difference(lines4, 'sr4', a, b)}")
+        points.append(f"{a} minus {b}, sr4: {told(difference(lines4, 'sr4', a, b))}")
     for other in ("DMAP, T 20, K 1", "DMAP, T 5, K 4"):
-        points.append(f"T 10, K 2 minus {other.removeprefix('DMAP, ')}, sr8: {difference(lines5, 'sr8', 'DMAP, T 10, K 2', other)}")
-    points.append(f"Ancestral steps minus PF-ODE, DPS, sr8: {difference(lines9, 'sr8', 'DPS ancestral', 'DPS PF-ODE')}")
+        points.append(f"T 10, K 2 minus {other.removeprefix('DMAP, ')}, sr8: {told(difference(lines5, 'sr8', 'DMAP, T 10, K 2', other))}")
+    points.append(f"Ancestral steps minus PF-ODE, DPS, sr8: {told(difference(lines9, 'sr8', 'DPS ancestral', 'DPS PF-ODE'))}")
     return (
         "## The paper's claims about methods, as paired differences of PSNR\n\n"
         "In the paper every first one of these is the better one, by PSNR, LPIPS or FID; DMAP is its *same*.\n\n"
