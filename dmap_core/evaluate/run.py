@@ -116,7 +116,7 @@ def row_defaults(row: Row) -> dict[str, Any]:
 
 
 def row_identity(
-    config: Config, row: Row, plan: Preset | None, fingerprints: Callable[[Path], str], backend: Mapping[str, Any]
+    config: Config, row: Row, plan: Preset | None, fingerprints: Callable[[Path], str], backend: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What decides a row's results. backend: its identity."""
     import hashlib
@@ -125,7 +125,7 @@ def row_identity(
     if plan is not None:
         found |= {"settings": plan.solver.settings(), "steps": plan.steps, "spacing": plan.spacing}
         found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
-        found |= backend
+        found |= backend or {}
     if row.cse:
         found["cse"] = f"{row.cse.name} {hashlib.sha256(row.cse.read_bytes()).hexdigest()[:16]}"
     return plain(found)

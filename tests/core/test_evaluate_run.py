@@ -251,6 +251,58 @@ def test_results_of_other_settings_are_not_mixed(copy, table, nothing_to_restore
     assert files(copy) == before
 
 
+def test_results_of_earlier_versions_go_on(copy, table, nothing_to_restore):
+    """They named neither settings at their defaults nor the stride of seeds."""
+    for file in copy.glob("*/row.json"):
+        row = json.loads(file.read_text())
+        if "settings" in row:
+            assert {"eta", "optimizer"} < row["settings"].keys()
+            row["settings"] = {name: value for name, value in row["settings"].items() if name in ("zeta", "K")}
+            file.write_text(json.dumps(row))
+    shared = json.loads((copy / "run.json").read_text())
+    assert shared.pop("stride") == 3
+    (copy / "run.json").write_text(json.dumps(shared))
+    run.evaluate(table(), copy)
+    assert "settings was" in refused(table([GIVEN, {**DPS, "settings": DPS["settings"] | {"eta": 0.5}}, DMAP]), copy)
+    assert "stride was 3 and is 1" in refused(table(stride=1), copy)
+
+
+class Painter:
+    """A backend whose restorations say which seed they are of."""
+
+    device, identity = torch.device("cpu"), {"backend": "painter"}
+
+    def __init__(self):
+        self.seen = []
+
+    def restore(self, row, plan, operator, y, seeds):
+        self.seen.append((row.name, plan.solver.name(), tuple(y.shape), list(seeds)))
+        if 6 in seeds:
+            raise Diverged("step 1: NaN")
+        images = torch.stack([torch.full((3, *operator.image_size(y)), seed / 10 - 0.5) for seed in seeds])
+        return images, [{"seconds": 0.5, "denoiser_calls": 7} for _ in seeds]
+
+
+def test_another_backend(table, tmp_path, nothing_to_restore):
+    painter = Painter()
+    jobs = run.evaluate(table(count=3, batch=2), tmp_path, painter)
+    assert [(name, seeds) for name, _, _, seeds in painter.seen] == [("DPS", [0, 3]), ("DMAP", [0, 3]), ("DPS", [6]), ("DMAP", [6])]
+    assert {shape for _, _, shape, _ in painter.seen} == {(2, 3, 4, 4), (1, 3, 4, 4)}
+    assert {solver for _, solver, _, _ in painter.seen} == {"DPS", "DMAP"} and len(jobs) == 9
+    entry = json.loads((tmp_path / "sr8-dps" / "1.json").read_text())
+    assert (entry["seconds"], entry["denoiser_calls"]) == (0.5, 7) and entry["residual"] > 0 and entry["metrics"]["psnr"] > 0
+    assert set(pixels(tmp_path / "sr8-dps" / "1.png").flat) == {round((0.3 - 0.5 + 1) * 127.5)}
+    assert "diverged" in json.loads((tmp_path / "sr8-dmap" / "2.json").read_text())
+    assert "backend was painter and is None" in refused(table(count=3, batch=2), tmp_path)
+
+
+def test_one_seed_for_all_and_the_last_pictures(table, tmp_path, nothing_to_restore):
+    painter = Painter()
+    run.evaluate(table([DPS], count=2, stride=0, last=True, seed=4), tmp_path, painter)
+    assert [seeds for *_, seeds in painter.seen] == [[4], [4]]
+    assert {file.stem for file in (tmp_path / "sr8-dps").glob("*.png")} == {"2", "3"}
+
+
 def test_another_model_or_cse(given, table, tmp_path, nothing_to_restore, monkeypatch):
     config, out = table([{**DPS, "cse": str(given.cse)}], count=1), tmp_path / "out"
     identity = run.row_identity(config, config.rows[0], config.plan(config.rows[0]), run.checkpoint_identity)
