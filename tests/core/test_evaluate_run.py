@@ -430,7 +430,7 @@ MISSING = {
         },
         r"row 'PSLD' \(sr8\): operator: .* is not linear, and PSLD needs its transpose",
     ),
-    "miou": ({"metrics": ["miou"]}, "metrics: miou is of segmentations, and row 'as given' has SuperResolution"),
+    "miou": ({"metrics": ["miou"]}, "metrics: miou is of segmentations, and row 'as given' has Super-Resolution"),
     "weights of a metric": ({"metrics": ["lpips-vgg"], "weights": "nowhere"}, "the weights file vgg16-397923af.pth is missing"),
     "weights of a set's metric": ({"metrics": ["fid"], "weights": "nowhere"}, "weights file weights-inception.* is missing"),
 }
