@@ -108,3 +108,40 @@ def test_what_cannot_be_done_is_said_first(lab):
     run, operator = module("host.run"), inputs["operator"]
     with pytest.raises(ValueError):
         run.Problem.of(inputs["model"], inputs["positive"], inputs["vae"], operator, torch.zeros(1, 7, 4, 4))
+
+
+def test_tables_in_comfyui_are_of_the_pictures_of_graphs(lab, tmp_path):
+    """The backend of dmap_core.evaluate: with and without a CSE, and a CSE alone with a stock sampler."""
+    if str(Path(__file__).parent) not in sys.path:
+        sys.path.append(str(Path(__file__).parent))
+    import cses
+
+    core = {name: importlib.import_module(f"dmap_pack.dmap_core.{name}") for name in ("evaluate.config", "pictures")}
+    with cses.Folders(tmp_path) as folders:
+        cses.save(cses.weights(lab.shared()[0]), folders.controlnet / "sr8.safetensors")
+        control, _, _ = cses.load("sr8.safetensors")
+    inputs = lab.problem()
+    file = next(tmp_path.rglob("sr8.safetensors"))
+    shared = {"operator": "sr8", "steps": STEPS, "spacing": "paper", "cse": file}
+    rows = [
+        {**shared, "solver": "DPS", "settings": {"zeta": 1.0}, "cse": None},
+        {**shared, "solver": "DPS", "settings": {"zeta": 1.0}, "name": "with"},
+        {**shared, "solver": "CSE alone"},
+    ]
+    config = core["evaluate.config"].make_config({"operators": {"sr8": inputs["operator"].spec()}, "rows": rows, "checkpoint": file})
+    backend = module("host.backend").ComfyUI(config, inputs["model"], inputs["positive"], inputs["vae"])
+    operator = inputs["operator"]
+    y = operator.measure(module("pictures").to_core(lab.picture(), "a test"))
+    seeing = cses.apply(control, inputs["measurement"], operator)
+    for row, positive in zip(config.rows, (inputs["positive"], seeing, seeing), strict=True):
+        images, costs = backend.restore(row, config.plan(row), operator, torch.cat([y, y]), [lab.SEED, lab.SEED + 1])
+        assert images.shape == (2, 3, lab.SIZE, lab.SIZE) and not torch.equal(images[0], images[1]) and len(costs) == 2
+        if row.solver == "CSE alone":
+            guider = lab.stock_guider(positive=positive)
+            stock = lab.call("KSamplerSelect", sampler_name="euler_ancestral")
+            output = lab.sample(guider, stock, schedule=lab.sigmas(STEPS))
+            wanted = lab.call("VAEDecode", samples={"samples": output}, vae=inputs["vae"])
+        else:
+            wanted, report = in_a_graph(lab, lab.dps(), positive=positive)
+            assert costs[0]["residual"] == report.residuals[-1][0] and costs[0]["memory"] == report.memory
+        assert torch.equal(images[:1], wanted.movedim(-1, 1) * 2 - 1) and costs[0]["denoiser_calls"] == STEPS
