@@ -131,7 +131,7 @@ def test_evaluate(table, tmp_path):
         (["--cse", "nowhere.safetensors"], "error: cse: there is no nowhere.safetensors"),
         (["--solver", "DDRM"], "error: options: row 1: solver is 'DDRM'; it must be one of as given, DPS"),
         (["--settings", '{"K": 2}'], "error: options: row 1: DPS has no setting K; it has zeta"),
-        (["--settings", '{"zeta": -1}'], "error: zeta is -1"),
+        (["--settings", '{"zeta": -1}'], "error: row 'DPS' (operator): zeta is -1"),
         (["--settings", '{"zeta": "much"}'], "error: options: row 1: the setting zeta is 'much'; it must be a number"),
         (["--metrics", "psnr,beauty"], "unknown metric 'beauty'"),
         (["--count", "0"], "count is 0"),
