@@ -20,7 +20,7 @@ checkpoint: %s
 settings_for: demo prior, 128 pixels
 count: 1
 metrics: [psnr]
-rows: [{operator: sr8, solver: DPS, steps: 10}]
+rows: [{operator: sr8, solver: DPS}]
 """
 
 
@@ -89,5 +89,5 @@ def test_the_installed_command_restores_a_picture(wheel, tmp_path):
     run(environment / "bin" / "dmap", "evaluate", "--config", "table.yaml", "--out", "out", cwd=elsewhere)
     (row,) = csv.DictReader((elsewhere / "out" / "table.csv").open())
     psnr = float(row["psnr"])
-    assert psnr > 16, row
+    assert psnr > 16, row  # 16.9 here, of three steps 14.2
     assert len(list(elsewhere.glob("out/*/*.png"))) >= 1
