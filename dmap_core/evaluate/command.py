@@ -79,8 +79,10 @@ def config_of(
 
 
 def _json(text: str | None, option: str) -> Any:
+    if text is None:
+        return None
     try:
-        return None if text is None else json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or too deep
         raise ConfigError(f"{option}: {text[:SHOWN]!r} is not JSON ({error})") from error
 

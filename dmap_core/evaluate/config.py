@@ -124,7 +124,11 @@ class Config:
         return replace(found.with_settings(**row.settings), spacing=row.spacing or found.spacing)
 
     def checkpoint_of(self, row: Row) -> Path:
-        return row.checkpoint or self.checkpoint
+        """The row's base model. Raises ConfigError where there is none."""
+        found = row.checkpoint or self.checkpoint
+        if found is None:
+            raise ConfigError("checkpoint: no base model is given (--checkpoint)")
+        return found
 
 
 def find_weights(file: str, folder: Path | None) -> Path:
@@ -223,7 +227,7 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
         _check_operator(name, spec, where)
     if not isinstance(rows, (list, tuple)) or not rows:
         raise ConfigError(f"{where}: rows must be a list of rows, such as {{operator: sr8, solver: DMAP}}")
-    values = dict(given) | {"rows": tuple(_row(row, f"{where}: row {i + 1}", operators) for i, row in enumerate(rows))}
+    values: dict[str, Any] = dict(given) | {"rows": tuple(_row(row, f"{where}: row {i + 1}", operators) for i, row in enumerate(rows))}
     if isinstance(values.get("metrics"), str):
         values["metrics"] = [name.strip() for name in values["metrics"].split(",")]
     if not isinstance(values.get("metrics") or [], (list, tuple)):
@@ -293,7 +297,8 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     if isinstance(name, (int, float)) and not isinstance(name, bool):  # as of `name: 4.8`
         name = str(name)
     _text(name, f"{where}: name")
-    return Row(**dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published})
+    values: dict[str, Any] = dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published}
+    return Row(**values)
 
 
 def _check_settings(solver: str, settings: Any, where: str) -> None:

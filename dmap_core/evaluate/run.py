@@ -21,6 +21,7 @@ from ..cse.checkpoint import read_controlnet, read_description
 from ..errors import Diverged
 from ..metrics import PICTURE_METRICS, SET_METRICS, miou
 from ..operators import Operator
+from ..operators.base import size_of
 from ..pictures import open_rgb, to_picture, to_tensor
 from ..presets import Preset
 from ..schedule import generators, randn_like
@@ -142,37 +143,36 @@ def checkpoint_identity(path: Path) -> str:
     return f"{path.name} {fingerprint(read_tensors(path))}"
 
 
-def check_files(config: Config) -> None:
-    """Raises ConfigError for files that are not there, before anything is computed."""
+def check_files(config: Config) -> Path:
+    """The folder of pictures. Raises ConfigError for files that are not there, before anything is computed."""
     if config.images is None:
         raise ConfigError("images: no folder of pictures is given (--images)")
     needs_model = [row for row in config.rows if row.solver != AS_GIVEN]
     for row in needs_model:
         path = config.checkpoint_of(row)
-        if path is None:
-            raise ConfigError("checkpoint: no base model is given (--checkpoint)")
         if not path.exists():
             raise ConfigError(f"checkpoint: there is no {path}")
     for row in config.rows:
         if row.cse and not row.cse.is_file():
             raise ConfigError(f"cse: there is no {row.cse} (row {row.name}); train it, or take the row out")
+    return config.images
 
 
 def cse_warnings(config: Config) -> list[str]:
     """What is to be said about CSEs that were trained for another operator than their row's."""
     found = []
     for row in config.rows:
-        metadata = read_description(row.cse) if row.cse else None
-        if metadata and (warning := metadata.other_operator(config.operator(row.operator), row.cse.name)):
-            found.append(f"row {row.name!r} ({row.operator}): {warning}")
+        if row.cse and (metadata := read_description(row.cse)):
+            warning = metadata.other_operator(config.operator(row.operator), row.cse.name)
+            found += [f"row {row.name!r} ({row.operator}): {warning}"] if warning else []
     return found
 
 
 def plan_jobs(config: Config) -> list[Job]:
     """All jobs, those of one base model together, and within it picture by picture, so that an unfinished table compares equal pictures."""
-    check_files(config)
-    pictures = find_pictures(config.images, config.count, config.size, config.expected, config.repeats, config.unreadable, config.last)
-    plans, size = {}, tuple(pictures[0].open(config.size).shape[-2:])
+    images = check_files(config)
+    pictures = find_pictures(images, config.count, config.size, config.expected, config.repeats, config.unreadable, config.last)
+    plans, size = {}, size_of(pictures[0].open(config.size))
     for row in config.rows:
         try:
             plans[row] = config.plan(row)
@@ -184,9 +184,9 @@ def plan_jobs(config: Config) -> list[Job]:
             raise ConfigError(f"row {row.name!r} ({row.operator}): {error}") from error
         if MIOU in config.metrics and operator.name != "Segmentation":
             raise ConfigError(f"metrics: miou is of segmentations, and row {row.name!r} has {operator.describe()}; make a table of its own")
-    checkpoints = list(dict.fromkeys(config.checkpoint_of(row) for row in config.rows))
+    checkpoints = list(dict.fromkeys(row.checkpoint or config.checkpoint for row in config.rows))
     jobs = [Job(row, plans[row], picture) for picture in pictures for row in config.rows]
-    return sorted(jobs, key=lambda job: checkpoints.index(config.checkpoint_of(job.row)))
+    return sorted(jobs, key=lambda job: checkpoints.index(job.row.checkpoint or config.checkpoint))
 
 
 def batches(jobs: Sequence[Job], size: int) -> list[list[Job]]:
@@ -217,7 +217,7 @@ def evaluate(config: Config, out: Path, backend: Backend | None = None) -> list[
     for name in config.metrics:  # backbones that are missing should be known before the work and not after it
         if name in SET_METRICS:
             SET_METRICS[name].open(config.weights)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=FOREVER)
+    state: Any = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=FOREVER)
     log.setLevel(logging.INFO if state.is_main_process else logging.ERROR)
     for path in {row.cse for row in config.rows if row.cse}:
         read_controlnet(path)  # a damaged one should be known before the work, too
@@ -283,7 +283,7 @@ def do(config: Config, backend: Backend, operator: Operator, jobs: Sequence[Job]
                 write_picture(job.file(out).with_suffix(".png"), to_picture(image))
                 write_json(job.file(out), plain(job.entry() | cost))
     for job in jobs:
-        entry = read_picture_json(job.file(out), job.picture.identity)
+        entry: Any = read_picture_json(job.file(out), job.picture.identity)
         missing = [] if "diverged" in entry else [name for name in measures if name not in entry["metrics"]]
         if missing:
             # figures are of the 8-bit picture that is there for everyone to see

@@ -34,9 +34,10 @@ class Sweep:
 
     def rows(self, config: Config, row: Row) -> list[Row]:
         """A row for every factor; the row itself if it has nothing to set. Raises ConfigError for a solver that has no such setting."""
-        if row.solver == AS_GIVEN:
+        plan = config.plan(row)
+        if plan is None:
             return [row]
-        settings = config.plan(row).solver.settings()
+        settings = plan.solver.settings()
         if not isinstance(settings.get(self.setting), (int, float)):
             raise ConfigError(f"sweep: {row.solver} has no setting {self.setting!r} that is a number; it has {', '.join(settings)}")
         return [
