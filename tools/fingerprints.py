@@ -22,7 +22,6 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from dmap_core import solvers  # noqa: E402
-from dmap_core.backends.diffusers import DiffusersPrior  # noqa: E402
 from dmap_core.backends.diffusers_files import open_base  # noqa: E402
 from dmap_core.gradient import STRATEGIES  # noqa: E402
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, Jpeg, MotionBlur, Noisy, SuperResolution, centred_box  # noqa: E402
@@ -60,7 +59,7 @@ def picture() -> torch.Tensor:
 def main() -> None:
     torch.set_num_threads(1)
     base = open_base(ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors")
-    prior, sigmas, image = DiffusersPrior(base, (SIDE, SIDE)), exponential_sigmas(base.sigmas, STEPS), picture()
+    prior, sigmas, image = base.sized((SIDE, SIDE)), exponential_sigmas(base.sigmas, STEPS), picture()
     for operator in OPERATORS:
         y = operator.measure(image)
         for solver in SOLVERS:
