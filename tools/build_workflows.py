@@ -589,7 +589,7 @@ def ablations(info) -> Graph:
 - **Steps Study** (Table 5): DPS, DSG and DMAP with K = 1, 2 and 4 gradient steps per noise level, all with the same number of gradient steps (**budget**; the paper: 100).
 - **Solver Study** (Table 9): DPS with fresh noise at every step (ancestral, DDPM) and without (PF-ODE, DDIM). To compare two base models connect a DPSGuider of the other one to **guider_2**.
 
-One picture says little: `python -m dmap_core.cli evaluate --config studies/configs/demo/table5.yaml` does this on many.
+One picture says little: `dmap evaluate --config studies/configs/demo/table5.yaml` does this on many.
 They need `pip install matplotlib torchmetrics`. Minutes on a CPU.""",
         420,
     )
