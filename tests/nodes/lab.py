@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -54,7 +55,15 @@ core = SimpleNamespace(
     operators=importlib.import_module("dmap_pack.dmap_core.operators"),
     posterior=importlib.import_module("dmap_pack.dmap_core.posterior"),
 )
-NODES = {cls.GET_SCHEMA().node_id: cls for cls in asyncio.run(asyncio.run(pack.comfy_entrypoint()).get_node_list())}
+
+
+async def list_nodes():
+    return await (await pack.comfy_entrypoint()).get_node_list()
+
+
+# In a thread of its own: where the browser's tests ran before, Playwright's loop runs in this one.
+with ThreadPoolExecutor(1) as pool:
+    NODES = {cls.GET_SCHEMA().node_id: cls for cls in pool.submit(asyncio.run, list_nodes()).result()}
 folder_paths.add_model_folder_path("checkpoints", str(ROOT / "models" / "checkpoints"))
 comfy.utils.set_progress_bar_enabled(False)  # bars of stock samplers would fill the output of tests that fail
 
