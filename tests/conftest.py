@@ -38,6 +38,7 @@ PICTURE = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
 FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what takes longest comes first
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server."""
 
@@ -48,6 +49,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         group = "server" if "host" in item.fixturenames else f"{folder(item)}-{item.path.stem}"
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput") and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError(
+            "Tests are not grouped: every process would start a ComfyUI of its own. Run them with --dist=loadgroup, and pytest below 9.2."
+        )
 
 
 def missing(what: str) -> None:

@@ -15,7 +15,7 @@ from host import import_torchvision
 from PIL import Image
 from tiny_models import pictures, tiny_checkpoint, tiny_cse
 
-from dmap_core import cli
+from dmap_core import backends, cli
 from dmap_core.cse.checkpoint import read_cse, write_cse
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -162,6 +162,7 @@ def test_a_config_that_is_no_yaml_in_one_line(tmp_path, capsys):
 def test_a_missing_package_is_named(table, capsys, monkeypatch, package):
     if package == "diffusers":
         monkeypatch.delitem(sys.modules, "dmap_core.backends.diffusers_files", raising=False)
+        monkeypatch.delattr(backends, "diffusers_files", raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     message = refusal(capsys, "evaluate", *table)
     assert f"this needs {package}, which is not installed: pip install accelerate diffusers" in message

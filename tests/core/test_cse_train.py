@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import pictures, tiny_checkpoint
 
-from dmap_core import cli
+from dmap_core import backends, cli
 from dmap_core.cse import options, trainer
 from dmap_core.cse.checkpoint import FORMAT, read_cse, read_state, training_files
 from dmap_core.operators import Inpainting, from_spec
@@ -741,8 +741,9 @@ def test_the_command_is_known_before_torch_is_there():
 
 @pytest.mark.parametrize("package", ["accelerate", "diffusers", "transformers", "tensorboard", "yaml"])
 def test_without_a_package(given, tmp_path, monkeypatch, package):
-    for module in ("diffusers", "diffusers_files"):
+    for module in ("diffusers", "diffusers_files"):  # both places of a module, so that both are what they were afterwards
         monkeypatch.delitem(sys.modules, f"dmap_core.backends.{module}", raising=False)
+        monkeypatch.delattr(backends, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
     argv = given.options(tmp_path / "cse.safetensors", "--config", config(tmp_path, "steps: 5"))
     with pytest.raises(SystemExit, match=f"this needs {package}, which is not installed: pip install"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 # The two that differ most; .ci/run takes all of them.
-FAMILIES = ["SD1.5", "SD2.0", "SD2.1", "SDXL"] if os.environ.get("DMAP_TESTS_ALL_FAMILIES") else ["SD2.1", "SDXL"]
+FAMILIES = ["SD1.5", "SD2.0", "SD2.1", "SDXL"] if os.environ.get("DMAP_TESTS_ALL") else ["SD2.1", "SDXL"]
 SIGMA = 1.0
 STEP = 0.05
 TOLERANCE = 0.02  # of the gradient's norm: the decoder has kinks, and the residual is a number in single precision
