@@ -16,6 +16,7 @@ from host import HostError, comfyui_python
 
 TESTS = Path(__file__).resolve().parent
 PACKAGES = "DMAP_TESTS_PACKAGES"  # conftest.py reads it in every process
+PYTHON = "DMAP_TESTS_PYTHON"  # what runs this repository's programs, where that is another interpreter than the tests'
 PARALLEL = ["--numprocesses", "logical", "--maxprocesses", "4"]  # each takes up to 2 GB
 IN_COMFYUI = [str(TESTS / name) for name in ("browser", "server", "nodes")]
 ALONE = [str(TESTS / name) for name in ("demo", "core")]
@@ -24,7 +25,7 @@ ALONE = [str(TESTS / name) for name in ("demo", "core")]
 def pytest_in(python: str, arguments: list[str]) -> int:
     environment = dict(os.environ)
     if python != sys.executable:
-        environment[PACKAGES] = sysconfig.get_paths()["purelib"]
+        environment |= {PACKAGES: sysconfig.get_paths()["purelib"], PYTHON: sys.executable}
     return subprocess.run([python, __file__, "--here", *arguments], env=environment).returncode
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -468,7 +469,7 @@ def test_guided_runs_leave_the_model_as_it_was(host: Host, info: dict):
 
 
 def demo(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "demo" / "run.py", *arguments]
+    command = [os.environ.get("DMAP_TESTS_PYTHON", sys.executable), ROOT / "demo" / "run.py", *arguments]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
 
 
