@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,9 @@ def run(device: str, checkpointing: bool, batch: int) -> str:
     import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
 
+    from dmap_core.backends.diffusers import BLOCKS
     from dmap_core.cse.loss import denoising_loss
+    from dmap_core.memory import blocks_of, checkpointed
 
     with torch.device(device):
         unet = UNet2DConditionModel(in_channels=4, out_channels=4, **SD2).requires_grad_(False)
@@ -46,16 +49,15 @@ def run(device: str, checkpointing: bool, batch: int) -> str:
         z0, noise = torch.randn(2, batch, *LATENT)
         t, sigma = torch.full((batch,), 500), torch.ones(batch)
         context, hint = torch.zeros(batch, *CONTEXT), torch.zeros(batch, *HINT)
-    if checkpointing:
-        unet.enable_gradient_checkpointing()
-        controlnet.enable_gradient_checkpointing()
+    blocks = blocks_of([unet, controlnet], BLOCKS)
     optimizer = torch.optim.Adam(controlnet.parameters(), lr=5e-6)
     for _ in range(2):
         started, z = time.perf_counter(), z0 + noise
-        down, middle = controlnet(z, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
-        control = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-        denoised = z - unet(z, t, encoder_hidden_states=context, return_dict=False, **control)[0]
-        denoising_loss(denoised, z0, sigma, "eps").mean().backward()
+        with checkpointed(blocks) if checkpointing else nullcontext():
+            down, middle = controlnet(z, t, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
+            control = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+            denoised = z - unet(z, t, encoder_hidden_states=context, return_dict=False, **control)[0]
+            denoising_loss(denoised, z0, sigma, "eps").mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         if device == "cuda":
