@@ -17,11 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT / "tests"))
+from run import HERE, PRIOR_FILE, ROOT, names
 
-PRIOR_FILE = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 OPERATORS: dict[str, dict[str, Any]] = {
     "super-resolution-x4": {"operator": "SuperResolution", "scale": 4},
     "super-resolution-x8": {"operator": "SuperResolution", "scale": 8},
@@ -82,14 +79,6 @@ def specs(names: list[str], weights: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def chosen(text: str, known: tuple[str, ...], what: str) -> list[str]:
-    found = text.split(",")
-    unknown = [name for name in found if name not in known]
-    if unknown:
-        raise SystemExit(f"{what}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    return found
-
-
 def rows(operators: dict[str, dict[str, Any]], solvers: list[str], steps: int | None, cse: Path | None, weights: Path) -> list[dict]:
     """What PSLD cannot do is left out."""
     from dmap_pack.dmap_core.operators import from_spec
@@ -132,7 +121,7 @@ def compare(
     n = n or (4 if search else 32)
     if not 0 < n <= HELD_OUT // 2:
         raise SystemExit(f"--n: {n} pictures wanted; there are {HELD_OUT // 2} for the table and as many for a search")
-    names, asked = chosen(operators, tuple(OPERATORS), "--operators"), chosen(solvers, (*SOLVERS, CSE_ALONE), "--solvers")
+    wanted, asked = names(operators, tuple(OPERATORS), "--operators"), names(solvers, (*SOLVERS, CSE_ALONE), "--solvers")
     if CSE_ALONE in asked and not cse:
         raise SystemExit("--solvers: 'CSE alone' needs --cse FILE")
     out = out or ROOT / "output" / "compare" / ("search" if search else "table")
@@ -145,7 +134,7 @@ def compare(
     from dmap_pack.dmap_core.evaluate.tables import markdown, read_lines
 
     weights = out / "weights"
-    damage = specs(names, weights)
+    damage = specs(wanted, weights)
     given = {"operators": damage, "rows": rows(damage, asked, steps, cse, weights), "images": HERE / "held-out", "checkpoint": PRIOR_FILE}
     given |= {"count": n, "last": search, "seed": seed, "stride": 0, "metrics": ["psnr", "features"]}
     given |= {"settings_for": MODEL, "weights": weights, "title": f"Demo prior, {'search' if search else 'table'}"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,6 +68,11 @@ def _checkpoint(forward, *args, **kwargs):
 
     args, kwargs = [_own(value) for value in args], {name: _own(value) for name, value in kwargs.items()}
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def blocks_of(networks: Iterable[nn.Module], names: Collection[str]) -> list[nn.Module]:
+    """The modules of the networks whose classes are called so: those that may recompute their activations."""
+    return [module for network in networks for module in network.modules() if type(module).__name__ in names]
 
 
 @contextmanager

@@ -72,8 +72,7 @@ class Preset:
 
     def text(self) -> str:
         """One line for people: solver, settings and where they come from."""
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in self.solver.notable().items())
-        return f"{self.solver.name()}: {settings}, {self.steps} steps, {self.spacing} spacing ({self.source})"
+        return f"{self.solver.name()}: {self.solver.told()}, {self.steps} steps, {self.spacing} spacing ({self.source})"
 
 
 def parts(operator: Operator) -> list[Operator]:

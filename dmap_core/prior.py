@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # in which networks compute
+
+
+def levels_of(z: Tensor, sigma: float | Tensor) -> Tensor:
+    """(B,) noise levels of the latents z, for one that they share or for those themselves."""
+    return sigma.to(z) if isinstance(sigma, Tensor) else z.new_full((len(z),), sigma)
 
 
 class Prior(Protocol):

@@ -12,6 +12,8 @@ from diffusers import ControlNetModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..memory import blocks_of
+from ..prior import levels_of
 from ..schedule import double_on_cpu
 from .keys import to_diffusers, to_ldm
 
@@ -88,9 +90,8 @@ class DiffusersPrior:
         return [self.context]
 
     def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
-        levels = sigma.to(z) if isinstance(sigma, Tensor) else z.new_full((len(z),), sigma)
+        levels = levels_of(z, sigma).view(-1, 1, 1, 1)
         timestep = self._timesteps(sigma).to(z.device).expand(len(z))
-        levels = levels.view(-1, 1, 1, 1)
         x = (z / (1 + levels**2).sqrt()).to(self.context.dtype)
         context = self.context.expand(len(z), -1, -1)
         control = {}
@@ -125,7 +126,7 @@ class DiffusersPrior:
         return [self.unet, self.vae, *([self.controlnet] if self.controlnet else [])]
 
     def blocks(self) -> list[nn.Module]:
-        return [m for network in self.networks() for m in network.modules() if type(m).__name__ in BLOCKS]
+        return blocks_of(self.networks(), BLOCKS)
 
     def free_memory(self) -> float:
         device = self.context.device

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "train_cse", "train_with_options"]
 log = logging.getLogger("dmap.cse")
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def train_with_options(**given: Any) -> None:
@@ -69,10 +68,10 @@ def train_cse(
     KeyboardInterrupt after Ctrl-C, when what was trained is saved.
     """
     import tensorboard  # noqa: F401, whose absence should be known now
-    import torch
 
     from ..backends.diffusers_files import open_base
     from ..pictures import file_identity, folder_files
+    from ..prior import DTYPES
     from .checkpoint import STATE_SUFFIX
     from .data import Examples
     from .identity import identity
@@ -101,7 +100,7 @@ def train_cse(
         same = identity(prior, settings, operator, [file_identity(file) for file in files])
         controlnet = prior.new_controlnet(initial_controlnet(prior.original_weights(), settings.seed)).to(strategy.device)
         # autocast does the arithmetic; a frozen network needs no weights in full precision
-        prior.to(strategy.device, getattr(torch, DTYPES[settings.precision]))
+        prior.to(strategy.device, DTYPES[settings.precision])
         trainer = Trainer(prior, controlnet, operator, examples, settings, gradient_checkpointing, strategy, workers)
         session = Session(trainer, out, same, described, looked_at, save_precision)
         if trainer.step:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from ..operators import Operator
 from ..presets import Preset
+from ..prior import DTYPES
 from ..restore import restore
 from ..schedule import SPACINGS
 from .config import Config, Row
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Backend(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..cse.settings import PRECISIONS
 from ..files import slug
 from ..gradient import STRATEGIES
 from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
@@ -25,7 +26,6 @@ ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
 COSTS = ("residual", "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
 SEEDS = 3  # of every picture
-PRECISIONS = ("fp32", "bf16", "fp16")
 SHOWN = 80  # characters of a value in a message
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")

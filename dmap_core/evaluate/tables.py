@@ -144,8 +144,7 @@ def published(config: Config, line: Line, name: str) -> str:
 def settings_text(job: Job) -> str:
     if job.plan is None:
         return ""
-    parts = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in job.plan.solver.notable().items()]
-    return ", ".join([*parts, f"{job.plan.steps} steps", job.plan.spacing])
+    return ", ".join([job.plan.solver.told(), f"{job.plan.steps} steps", job.plan.spacing])
 
 
 def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:

@@ -107,9 +107,13 @@ class Solver(ABC):
         }
         return dict(sorted(told.items(), key=lambda item: item[0] != "zeta"))
 
+    def told(self) -> str:
+        """Its notable settings in one line, such as "zeta 9.6, K 2"."""
+        return ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.notable().items())
+
     def describe(self) -> str:
         """Its name and what matters most about it, for people: what a report says."""
-        told = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in self.notable().items())
+        told = self.told()
         return f"{self.name()} ({told})" if told else self.name()
 
     def spec(self) -> dict[str, Any]:
@@ -186,6 +190,13 @@ def check_zeta(zeta: float) -> None:
 def check_eta(eta: float) -> None:
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; it must lie between 0 (deterministic) and 1 (ancestral)")
+
+
+def check_sphere(solver: str, eta: float) -> None:
+    """Raises ValueError for an eta at which a solver that moves on spheres has none."""
+    check_eta(eta)
+    if eta == 0:
+        raise ValueError(f"eta is 0, where {solver}'s sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from ..operators.base import whole
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
 from .adam import OPTIMIZERS, direction, optimizer_setting
-from .base import Cost, Solver, check_choice, check_eta, check_zeta, eta_setting, setting, zeta_setting
+from .base import Cost, Solver, check_choice, check_sphere, check_zeta, eta_setting, setting, zeta_setting
 from .checks import check_finite, check_problem
 
 
@@ -48,11 +48,9 @@ class DMAP(Solver):
 
     def __post_init__(self):
         check_zeta(self.zeta)
-        check_eta(self.eta)
+        check_sphere(self.name(), self.eta)
         whole("K", self.K, 1)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        if self.eta == 0:
-            raise ValueError("eta is 0, where DMAP's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
 
     @torch.no_grad()
     def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:

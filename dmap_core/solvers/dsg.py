@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
-from .base import Cost, Solver, check_eta, check_zeta, eta_setting, setting
+from .base import Cost, Solver, check_sphere, check_zeta, eta_setting, setting
 from .checks import check_finite, check_problem
 from .dmap import project
 
@@ -37,11 +37,9 @@ class DSG(Solver):
 
     def __post_init__(self):
         check_zeta(self.zeta)
-        check_eta(self.eta)
+        check_sphere(self.name(), self.eta)
         if self.zeta > 1:
             raise ValueError(f"zeta is {self.zeta:g}; DSG's is a mix rate between 0 (no guidance) and 1 (no noise), 0.08 in the paper")
-        if self.eta == 0:
-            raise ValueError("eta is 0, where DSG's sphere shrinks to a point and nothing is guided; use a value above 0, or DPS")
 
     @torch.no_grad()
     def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..cse.settings import PRECISIONS
 from ..plots import save
 from .score import PAPER_ZETAS
 
@@ -67,7 +68,7 @@ def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
     p.add_argument("--spacing", default="paper", help="of the noise levels: paper, exponential or karras (default: paper)")
     p.add_argument("--size", type=int, help="resize and centre-crop the picture to this")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the denoiser (default: fp32)")
+    p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the denoiser (default: fp32)")
     p.add_argument("--prompt", default="", help="default: empty, the paper's")
     p.add_argument("--weights", type=Path, help="folder with the weights of learned operators")
 
@@ -103,10 +104,10 @@ class Problem:
         from ..backends.diffusers_files import open_base
         from ..cse.options import read_operator
         from ..cse.use import hint_for, open_cse
-        from ..evaluate.backend import DTYPES
         from ..evaluate.pictures import Picture
         from ..evaluate.run import measurement
         from ..operators.base import size_of
+        from ..prior import DTYPES
         from ..schedule import SPACINGS
 
         if options.spacing not in SPACINGS:

@@ -7,7 +7,7 @@ gradients, and so do nodes that reuse outputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,6 @@ from .static import check_static
 
 # Keys of the wrappers by which nodes of ComfyUI reuse outputs of earlier steps, and the names of those nodes.
 CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
-# Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them.
-BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
 QUANTISED_GRADIENT = 0.2  # relative error of a quantised layer's gradient above which it is not one: rounding makes a few per cent
 
 # By name: the host may prefer cuDNN's, and other back ends may be registered that have no backward pass.
@@ -40,11 +38,6 @@ def normal(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(normal(v) for v in value)
     return value
-
-
-def blocks_of(networks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that may run again on a gradient's way back instead of keeping their activations."""
-    return [m for network in networks for m in network.modules() if type(m).__name__ in BLOCKS]
 
 
 @contextmanager

@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...dmap_core.backends.fingerprint import fingerprint
-from .gradients import blocks_of
+from ...dmap_core.memory import blocks_of
+from ...dmap_core.prior import levels_of
 
+# Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them.
+BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
-
-
-def levels_of(z: Tensor, sigma: float | Tensor) -> Tensor:
-    """(B,) noise levels of the latents z, for one that they share or for those themselves."""
-    return sigma.to(z) if isinstance(sigma, Tensor) else z.new_full((len(z),), sigma)
 
 
 class HostPrior:
@@ -56,7 +54,7 @@ class HostPrior:
         return self._networks
 
     def blocks(self) -> list[nn.Module]:
-        return blocks_of(self.networks())
+        return blocks_of(self.networks(), BLOCKS)
 
     def free_memory(self) -> float:
         return comfy.model_management.get_free_memory(self.vae.device)

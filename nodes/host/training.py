@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from ...dmap_core.backends.fingerprint import fingerprint
 from ...dmap_core.cse.identity import check_same, digest
-from ...dmap_core.files import write_whole
+from ...dmap_core.files import write_text, write_whole
 from ...dmap_core.pictures import to_picture
+from ...dmap_core.prior import DTYPES, levels_of
 from .folders import checked_name
 from .gradients import (
     add_own_skip,
@@ -40,11 +41,10 @@ from .gradients import (
     pytorch_attention,
     without_caches,
 )
-from .prior import HostPrior, base_fingerprint, check_model, check_vae, latent_size, levels_of, prediction_of
+from .prior import HostPrior, base_fingerprint, check_model, check_vae, latent_size, prediction_of
 from .static import static_patchers
 
 log = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINING_MEMORY = 4  # times the host's estimate for inference; only decides what else is moved off the GPU
 
 
@@ -184,7 +184,7 @@ def self_generate(
     elif any(folder.iterdir()):
         raise ValueError(f"save_name: {folder} holds other files; choose another name")
     else:
-        write_whole(record, lambda part: part.write_text(json.dumps(settings, indent=1), encoding="utf-8"))
+        write_text(record, json.dumps(settings, indent=1))
     channels = model.get_model_object("latent_format").latent_channels
     latent = torch.zeros(1, channels, *latent_size(vae, size))
     for i in range(count):

@@ -29,6 +29,7 @@ def comfyui(comfyui_tree):
         pytest.fail(f"These tests have to run in {comfyui_python()}: python tests/run.py does that.", pytrace=False)
     sys.dont_write_bytecode = True  # ComfyUI's tree is only read
     import_comfy()
+    sys.path.append(str(FOLDER))  # for lab and its like, behind ComfyUI's modules
     from comfy.cli_args import args
 
     args.cpu = True
@@ -37,8 +38,14 @@ def comfyui(comfyui_tree):
 @pytest.fixture(scope="session")
 def lab(comfyui):
     """The module lab: ComfyUI, the pack, and a small problem to solve with them."""
-    if str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
     import lab
 
     return lab
+
+
+@pytest.fixture(scope="session")
+def cses(lab):
+    """The module cses: CSEs for that problem, and trainings of them."""
+    import cses
+
+    return cses

@@ -4,8 +4,6 @@ The node trains with the one, the command line with the other. Both read the dem
 """
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +12,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 CLOSE = 1e-5  # of the largest value; ControlNet and denoised latent are equal to the bit where both use the same kernels
 ROUNDING = 0.005  # (here 6e-5) of the way that the weights went. Adam divides gradients by their size, and so makes rounding errors of small ones large
-
-
-@pytest.fixture(scope="module")
-def cses(lab):
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
-    import cses
-
-    return cses
 
 
 @pytest.fixture(scope="module")

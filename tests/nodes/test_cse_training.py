@@ -7,7 +7,6 @@ import errno
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,15 +15,6 @@ import torch
 STEPS = 3
 # Part of the way that the weights went. Adam divides gradients by their size, and so makes rounding errors of small ones large.
 ROUNDING = 0.02
-
-
-@pytest.fixture(scope="module")
-def cses(lab):
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
-    import cses
-
-    return cses
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,8 +6,6 @@ The CSEs here are not trained: a copy of the demo prior's encoder with random nu
 import copy
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +13,6 @@ from torch.nn import functional as F
 
 SIGMA = 2.0
 CLOSE = 1e-3  # of the standard deviation: rounding of float32 in batches of another size
-
-
-@pytest.fixture(scope="module")
-def cses(lab):
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
-    import cses
-
-    return cses
 
 
 @pytest.fixture(scope="module")

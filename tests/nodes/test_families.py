@@ -6,8 +6,6 @@ is checked against ComfyUI's own guider, and against formulas that are written o
 
 import math
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +19,6 @@ TOLERANCE = 0.02  # of the gradient's norm: the decoder has kinks, and the resid
 
 @pytest.fixture(scope="module")
 def families(lab):
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
     import families
 
     return families

@@ -1,8 +1,6 @@
 """run.restore: the one way to restore a picture outside a graph makes the picture of a graph."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -68,11 +66,7 @@ def test_a_lora_and_a_prompt(lab):
     assert torch.equal(by_hand(lab, lab.dmap(), **given).images, images)
 
 
-def test_a_cse(lab, tmp_path):
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
-    import cses
-
+def test_a_cse(lab, cses, tmp_path):
     with cses.Folders(tmp_path) as folders:
         cses.save(cses.weights(lab.shared()[0]), folders.controlnet / "sr8.safetensors")
         control, _, _ = cses.load("sr8.safetensors")
@@ -110,12 +104,8 @@ def test_what_cannot_be_done_is_said_first(lab):
         run.Problem.of(inputs["model"], inputs["positive"], inputs["vae"], operator, torch.zeros(1, 7, 4, 4))
 
 
-def test_tables_in_comfyui_are_of_the_pictures_of_graphs(lab, tmp_path):
+def test_tables_in_comfyui_are_of_the_pictures_of_graphs(lab, cses, tmp_path):
     """The backend of dmap_core.evaluate: with and without a CSE, and a CSE alone with a stock sampler."""
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
-    import cses
-
     core = {name: importlib.import_module(f"dmap_pack.dmap_core.{name}") for name in ("evaluate.config", "pictures")}
     with cses.Folders(tmp_path) as folders:
         cses.save(cses.weights(lab.shared()[0]), folders.controlnet / "sr8.safetensors")

@@ -7,22 +7,12 @@ import importlib
 import io
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 SEED = 11
 SHAPE = (4, 4, 4)
-
-
-@pytest.fixture(scope="module")
-def cses(lab):
-    if str(Path(__file__).parent) not in sys.path:
-        sys.path.append(str(Path(__file__).parent))
-    import cses
-
-    return cses
 
 
 @pytest.fixture(scope="module")
