@@ -35,12 +35,24 @@ UI_MILLISECONDS = 120_000
 PICTURE = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
 
 
+LEFT_OUT = pytest.StashKey[int]()
 FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what takes longest comes first
 
 
+ALL = bool(os.environ.get("DMAP_TESTS_ALL"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server.
+
+    What is marked `thorough` is another case of what the rest proves, or costs far more than it: .ci/run runs it, with DMAP_TESTS_ALL=1.
+    """
+    thorough = [] if ALL else [item for item in items if item.get_closest_marker("thorough")]
+    if thorough:
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+        config.hook.pytest_deselected(items=thorough)
+    config.stash[LEFT_OUT] = len(thorough)
 
     def folder(item: pytest.Item) -> str:
         return item.path.relative_to(ROOT / "tests").parts[0]
@@ -57,6 +69,23 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         raise pytest.UsageError(
             "Tests are not grouped: every process would start a ComfyUI of its own. Run them with --dist=loadgroup, and pytest below 9.2."
         )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    """Every process of xdist collects the same tests, and this one none."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", node.config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if count := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.write_line(f"{count} tests run in .ci/run only (DMAP_TESTS_ALL=1)")
 
 
 def missing(what: str) -> None:

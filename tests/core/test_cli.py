@@ -283,7 +283,7 @@ main({argv!r})
     ("during", "argv"),
     [
         ("torch", ["toy", "--out", "x"]),
-        ("dmap_core.metrics", ["toy", "--out", "x"]),
+        pytest.param("dmap_core.metrics", ["toy", "--out", "x"], marks=pytest.mark.thorough),
         (
             "accelerate",
             ["train-cse", "--checkpoint", "x", "--pictures", "x", "--operator", '{"operator": "Grayscale"}', "--out", "x.safetensors"],

@@ -8,31 +8,58 @@ from pathlib import Path
 import pytest
 from host import ROOT
 
+# The program several times in one process: what takes long is to start it. After each run, what it printed and when its figures were written.
+SEVERAL = """
+import contextlib, io, json, sys
+from pathlib import Path
+demo, out, *runs = sys.argv[1:]
+sys.path.insert(0, demo)
+import compare
+for arguments in runs:
+    sys.argv[1:] = json.loads(arguments)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        compare.main()
+    written = {str(file): file.stat().st_mtime_ns for file in Path(out).glob("*/dmap-demo-*")}
+    print(json.dumps([printed.getvalue(), written]), flush=True)
+"""
 
-def compare(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "demo" / "compare.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+
+@pytest.fixture
+def program(monkeypatch):
+    """demo/compare.py as a module, for what it refuses before it loads anything."""
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    import compare
+
+    monkeypatch.setattr(compare, "import_pack", lambda: pytest.fail("ComfyUI is loaded"))
+    return compare
+
+
+def refusal(program, monkeypatch, *arguments: str | int | Path) -> str:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as refused:
+        program.main()
+    assert refused.value.code not in (0, None)
+    return str(refused.value.code)
 
 
 def test_a_run_is_kept_and_not_computed_again(tmp_path):
     arguments = ("--n", 1, "--operators", "super-resolution-x8", "--solvers", "as given,DMAP,DSG", "--steps", 3, "--out", tmp_path)
-    first = compare(*arguments)
-    assert first.returncode == 0, first.stderr
+    run = [str(part) for part in arguments]
+    command = [sys.executable, "-c", SEVERAL, ROOT / "demo", tmp_path, *map(json.dumps, (run, run, [*run, "--table"]))]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    first, second, only = map(json.loads, done.stdout.splitlines())
     folders = {name: tmp_path / f"super-resolution-x8-{name}" for name in ("as-given", "dmap-3-steps", "dsg-3-steps")}
     entries = {name: json.loads((folder / "dmap-demo-00.json").read_text()) for name, folder in folders.items()}
     assert [entry["denoiser_calls"] for entry in entries.values()] == [0, 3 + 2 * 2, 3]
     assert all(5 < entry["metrics"]["psnr"] < 40 and entry["metrics"]["features"] > 0 < entry["residual"] for entry in entries.values())
     assert all(entries[name]["seconds"] > 0 for name in list(entries)[1:])
     assert json.loads((folders["dmap-3-steps"] / "row.json").read_text())["backend"] == "ComfyUI"
-    assert f"{entries['dmap-3-steps']['metrics']['psnr']:.2f}" in first.stdout and "DSG, 3 steps" in first.stdout
+    assert f"{entries['dmap-3-steps']['metrics']['psnr']:.2f}" in first[0] and "DSG, 3 steps" in first[0]
 
-    figures = [path for folder in folders.values() for path in folder.glob("dmap-demo-*")]
-    written = {file: file.stat().st_mtime_ns for file in figures}
-    second = compare(*arguments)
-    assert second.returncode == 0, second.stderr
-    assert {file: file.stat().st_mtime_ns for file in figures} == written and len(written) == 6
-    only = compare(*arguments, "--table")
-    assert only.stdout == second.stdout
+    figures = {str(path) for folder in folders.values() for path in folder.glob("dmap-demo-*")}
+    assert first[1] == second[1] and first[1].keys() == figures and len(figures) == 6
+    assert only[0] == second[0]
 
 
 @pytest.mark.parametrize(
@@ -44,13 +71,11 @@ def test_a_run_is_kept_and_not_computed_again(tmp_path):
         (("--solvers", "CSE alone"), "needs --cse FILE"),
     ],
 )
-def test_what_it_cannot_do_is_said_before_anything_is_loaded(tmp_path, arguments, message):
-    refused = compare(*arguments, "--out", tmp_path)
-    assert refused.returncode != 0 and message in refused.stderr, refused.stderr
+def test_what_it_cannot_do_is_said_before_anything_is_loaded(program, monkeypatch, tmp_path, arguments, message):
+    assert message in refusal(program, monkeypatch, *arguments, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_figures_of_an_earlier_version_are_not_mixed_with_new_ones(tmp_path):
+def test_figures_of_an_earlier_version_are_not_mixed_with_new_ones(program, monkeypatch, tmp_path):
     (tmp_path / "super-resolution-x8-DPS-table-12345678.json").write_text(json.dumps({"operator": "x", "pictures": {}}))
-    refused = compare("--n", 1, "--out", tmp_path)
-    assert refused.returncode != 0 and "figures of an earlier version" in refused.stderr
+    assert "figures of an earlier version" in refusal(program, monkeypatch, "--n", 1, "--out", tmp_path)

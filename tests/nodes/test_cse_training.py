@@ -609,7 +609,8 @@ def test_an_operator_that_no_file_can_describe(lab, cses, folders, monkeypatch):
 # ---- other families
 
 
-@pytest.mark.parametrize("name", ["SD1.5", "SDXL"] if os.environ.get("DMAP_TESTS_ALL") else ["SDXL"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
 def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
     """One step, and the file is a ControlNet for that family. SDXL reads pooled conditioning and sizes as well."""
     import families

@@ -5,13 +5,16 @@ is checked against ComfyUI's own guider, and against formulas that are written o
 """
 
 import math
-import os
 
 import pytest
 import torch
 
-# The two that differ most; .ci/run takes all of them.
-FAMILIES = ["SD1.5", "SD2.0", "SD2.1", "SDXL"] if os.environ.get("DMAP_TESTS_ALL") else ["SD2.1", "SDXL"]
+def families_of(*at_once):
+    """All of them in .ci/run; those that are named, always."""
+    return [pytest.param(name, marks=() if name in at_once else pytest.mark.thorough) for name in ("SD1.5", "SD2.0", "SD2.1", "SDXL")]
+
+
+FAMILIES = families_of("SD2.1")
 SIGMA = 1.0
 STEP = 0.05
 TOLERANCE = 0.02  # of the gradient's norm: the decoder has kinks, and the residual is a number in single precision
@@ -31,6 +34,7 @@ def loaded(request, families, tmp_path_factory):
         yield families.Loaded(request.param, files.folder)
 
 
+pooled = pytest.mark.parametrize("loaded", families_of("SD2.1", "SDXL"), indirect=True)  # for what SDXL alone reads
 small = pytest.mark.parametrize("loaded", ["SD1.5"], indirect=True)  # the smallest network, for what does not depend on the family
 
 
@@ -109,6 +113,7 @@ def denoised_by_formula(loaded, z, timestep, abar):
     return math.sqrt(abar) * x - math.sqrt(1 - abar) * output
 
 
+@pooled
 def test_denoised_is_what_the_formula_says(families, loaded):
     """Inside DPSGuider as well: two step sizes tell its denoised latent from its gradient."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -139,6 +144,7 @@ def test_negative_prompt_and_cfg(families, loaded, z):
     assert differs(gradient, conditional - plain)
 
 
+@pooled
 def test_pooled_conditioning_of_sdxl(families, loaded, z):
     """Only SDXL reads it, and the sizes; the others do not mind them."""
     context, extra = loaded.condition(11)[0]

@@ -18,7 +18,7 @@ def relative(a, b):
 # ---- nodes that reuse outputs
 
 
-@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+@pytest.mark.parametrize("name", ["EasyCache", pytest.param("LazyCache", marks=pytest.mark.thorough)])
 def test_caches_are_left_out_and_named(lab, name):
     nodes_easycache = importlib.import_module("comfy_extras.nodes_easycache")
     settings = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
@@ -87,6 +87,7 @@ def test_a_training_sees_the_models_patches(lab):
         assert relative(ours, plain) > 1e-3, "this patch changes nothing"
 
 
+@pytest.mark.thorough
 def test_a_compiled_model(lab):
     """torch.compile's front end, with the eager back end: the same operations, recorded and split into forward and backward."""
     helpers = importlib.import_module("comfy_api.torch_helpers")
