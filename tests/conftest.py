@@ -35,6 +35,7 @@ UI_MILLISECONDS = 120_000
 PICTURE = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
 
 
+TOGETHER = {"core-test_evaluate_run": "core-processes", "core-test_cse_train": "core-processes"}  # their processes come from one
 LEFT_OUT = pytest.StashKey[int]()
 FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what takes longest comes first
 
@@ -60,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: FOLDERS.index(folder(item)))
     for item in items:
         group = "server" if "host" in item.fixturenames else f"{folder(item)}-{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(group))
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(group, group)))
 
 
 @pytest.hookimpl(trylast=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from forks import Forks
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,3 +130,10 @@ def karras_fixture():
 @pytest.fixture
 def rng():
     return torch.Generator().manual_seed(1)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    """Processes of the command line."""
+    with Forks() as forks:
+        yield forks

@@ -33,7 +33,6 @@ from dmap_core.operators import Inpainting, from_spec
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 ROOT = Path(cli.__file__).resolve().parents[1]
-LAUNCHER = [str(ROOT / "tests" / "launch.py"), "dmap_core.cli", "train-cse"]
 OPERATOR = {"operator": "SuperResolution", "scale": 8}
 STEPS, HALF, SAVED = 12, 6, 3
 SECONDS = 300  # until a process is taken for hung
@@ -81,18 +80,6 @@ def refusal(argv, capsys):
         run(argv)
     assert caught.value.code not in (0, None)
     return caught.value.code if isinstance(caught.value.code, str) else capsys.readouterr().err
-
-
-def start(argv, log, **environment):
-    with open(log, "wb") as file:
-        return subprocess.Popen(
-            [sys.executable, *LAUNCHER, *argv],
-            cwd=log.parent,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
 
 
 def wait(process, log, condition=None):
@@ -151,13 +138,13 @@ def finite(out):
 
 
 @pytest.fixture(scope="module")
-def killed(given, tmp_path_factory):
+def killed(given, forks, tmp_path_factory):
     """A training with an average, in a process that is killed after its first save: its file, command line and exit status."""
     out = tmp_path_factory.mktemp("killed") / "cse.safetensors"
     argv, log = given.options(out, "--licence", "CC0-1.0", "--source", "made up", "--ema", 0.5), out.with_suffix(".log")
 
     def train_and_kill():
-        process = start(argv, log)
+        process = forks.start(["train-cse", *argv], log)
         wait(process, log, out.with_suffix(".training").exists)
         os.killpg(process.pid, signal.SIGKILL)
         return out, argv, wait(process, log)
@@ -201,13 +188,13 @@ def copy(half, tmp_path):
     return out
 
 
-def test_killed_and_started_again_in_processes(killed, whole):
+def test_killed_and_started_again_in_processes(killed, forks, whole):
     out, argv, status = killed.result()
     assert status == -signal.SIGKILL and SAVED <= state_of(out)["step"] < STEPS
     for left in ("cse.safetensors.77.part", "cse.training.77.part", "cse.safetensors.part"):
         (out.parent / left).touch()
     log = out.with_suffix(".log")
-    assert wait(start(argv, log), log) == 0, log.read_text()
+    assert wait(forks.start(["train-cse", *argv], log), log) == 0, log.read_text()
     assert not [file for file in out.parent.iterdir() if file.suffix in (".part", ".lock")]
     assert not different(out, state_of(whole))
     assert equal(read_cse(out)[0], read_cse(whole)[0])
@@ -353,20 +340,20 @@ def near(found, wanted, start):
     return distance(found, wanted) < ROUNDING * distance(wanted, start)
 
 
-def start_two(argv, folder):
+def start_two(forks, argv, folder):
     """Two processes that train together, and their logs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = [folder / f"{rank}.log" for rank in (0, 1)]
-    return [start(argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)], logs
+    return [forks.start(["train-cse", *argv], log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)], logs
 
 
-def test_two_processes_and_ctrl_c_that_one_of_them_sees(given, start_weights, tmp_path):
+def test_two_processes_and_ctrl_c_that_one_of_them_sees(given, forks, start_weights, tmp_path):
     """They stop at the end of the same step, with what one process makes in as many."""
     out, alone = tmp_path / "cse.safetensors", tmp_path / "alone.safetensors"
-    both, logs = start_two(given.options(out, "--steps", 400, "--validate-every", 0, "--workers", 1, "--ema", 0.5), tmp_path)
+    both, logs = start_two(forks, given.options(out, "--steps", 400, "--validate-every", 0, "--workers", 1, "--ema", 0.5), tmp_path)
     wait(both[0], logs[0], out.with_suffix(".training").exists)
     os.killpg(both[1].pid, signal.SIGINT)
     assert [wait(process, log) for process, log in zip(both, logs, strict=True)] == [130, 130], logs[0].read_text() + logs[1].read_text()

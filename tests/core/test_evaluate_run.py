@@ -8,8 +8,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +30,6 @@ from dmap_core.presets import MODELS, NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 300  # until a process is taken for hung
 SR8 = {"operator": "SuperResolution", "scale": 8}
 STEPS = {"steps": 2, "spacing": "exponential"}
@@ -520,18 +517,6 @@ def test_a_damaged_result_is_named(copy, table):
     assert "sr8-dps/0.json cannot be read" in message and "remove it to compute it again" in message
 
 
-def start(script, argv, log, **environment):
-    with open(log, "wb") as file:
-        return subprocess.Popen(
-            [sys.executable, *map(str, script), *map(str, argv)],
-            cwd=log.parent,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
-
-
 def wait(process, log, condition=lambda: False):
     """Until the condition holds, or the process ends, whose exit status this is."""
     end = time.monotonic() + SECONDS
@@ -562,10 +547,10 @@ def config_file(given, folder, **more):
     return folder / "table.yaml"
 
 
-def test_killed_and_started_again(given, table, tmp_path):
+def test_killed_and_started_again(given, table, forks, tmp_path):
     rows = [GIVEN, {**DPS, "steps": 4}, DMAP]
     file, out, log = config_file(given, tmp_path, rows=rows), tmp_path / "out", tmp_path / "log"
-    process = start([ROOT / "tests" / "launch.py", "dmap_core.cli"], ["evaluate", "--config", file, "--out", out], log)
+    process = forks.start(["evaluate", "--config", file, "--out", out], log)
     assert wait(process, log, lambda: len(list(out.glob("*/[0-9].json"))) >= 4) is None, log.read_text()
     os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -582,11 +567,8 @@ def test_killed_and_started_again(given, table, tmp_path):
     assert {n: c for n, (c, _) in files(out, "[0-9].png").items()} == {n: c for n, (c, _) in files(whole, "[0-9].png").items()}
 
 
-TWO = f"""
+TWO = """
 import os, sys, time
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from host import import_torchvision
-import_torchvision()
 from dmap_core import cli
 from dmap_core.evaluate import run
 
@@ -601,18 +583,17 @@ cli.main(sys.argv[1:])
 """
 
 
-def test_two_processes(given, table, tmp_path):
+def test_two_processes(given, table, forks, tmp_path):
     """Of which one looks late which jobs are left, when the other could have done two already."""
     rows = [GIVEN, DPS, DMAP]
     file, out = config_file(given, tmp_path, rows=rows), tmp_path / "out"
-    (tmp_path / "two.py").write_text(TWO)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = [tmp_path / f"{rank}.log" for rank in (0, 1)]
     argv = ["evaluate", "--config", file, "--out", out]
-    both = [start([tmp_path / "two.py"], argv, log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)]
+    both = [forks.start(argv, log, TWO, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)]
     assert [wait(process, log) for process, log in zip(both, logs, strict=True)] == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert "12 of 12 jobs are to be done, by 2 processes" in logs[0].read_text() and "jobs are to be done" not in logs[1].read_text()
     make(table(rows, count=None), tmp_path / "alone")
