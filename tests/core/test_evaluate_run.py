@@ -10,7 +10,6 @@ import signal
 import socket
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+
 def families_of(*at_once):
     """All of them in .ci/run; those that are named, always."""
     return [pytest.param(name, marks=() if name in at_once else pytest.mark.thorough) for name in ("SD1.5", "SD2.0", "SD2.1", "SDXL")]
