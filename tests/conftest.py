@@ -118,8 +118,7 @@ def host(comfyui_tree: Path) -> Iterator[Host]:
 
 
 @pytest.fixture(scope="session")
-def page(host: Host) -> Iterator["playwright.sync_api.Page"]:  # noqa: F821 (imported when needed)
-    """A browser page with ComfyUI's interface, ready for `app.loadGraphData` and friends."""
+def browser() -> Iterator["playwright.sync_api.Browser"]:  # noqa: F821 (imported when needed)
     try:
         from playwright.sync_api import sync_playwright
     except ModuleNotFoundError:
@@ -127,14 +126,30 @@ def page(host: Host) -> Iterator["playwright.sync_api.Page"]:  # noqa: F821 (imp
     executable = next(filter(None, map(shutil.which, BROWSERS)), None)
     if executable is None:
         missing(f"There is no browser ({', '.join(BROWSERS)}).")
-    # The page asks once which pictures there are, and marks every node whose picture is none of them.
-    for name in {*workflow_pictures()} - {path.name for path in host.input.iterdir()}:
-        shutil.copy(PICTURE, host.input / name)
-    host.post("/api/settings/Comfy.TutorialCompleted", True)  # otherwise a tour covers the canvas
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=BROWSER_ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def open_page(browser):
+    """open_page(host): a new page of the browser with ComfyUI's interface, ready for `app.loadGraphData` and friends."""
+
+    def open_page(host: Host) -> "playwright.sync_api.Page":  # noqa: F821
+        host.post("/api/settings/Comfy.TutorialCompleted", True)  # otherwise a tour covers the canvas
         tab = browser.new_page(viewport={"width": 1600, "height": 1000})
         tab.goto(host.url, timeout=UI_MILLISECONDS)
         tab.wait_for_function("() => window.app?.extensionManager && app.graph", timeout=UI_MILLISECONDS)
-        yield tab
-        browser.close()
+        return tab
+
+    return open_page
+
+
+@pytest.fixture(scope="session")
+def page(host: Host, open_page) -> "playwright.sync_api.Page":  # noqa: F821
+    """The page that tests share."""
+    # It asks once which pictures there are, and marks every node whose picture is none of them.
+    for name in {*workflow_pictures()} - {path.name for path in host.input.iterdir()}:
+        shutil.copy(PICTURE, host.input / name)
+    return open_page(host)

@@ -45,11 +45,9 @@ def complaints(page) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def fresh_page(page) -> Iterator["playwright.sync_api.Page"]:  # noqa: F821 (imported when needed)
+def fresh_page(page, host: Host, open_page) -> Iterator["playwright.sync_api.Page"]:  # noqa: F821 (imported when needed)
     """Another page, as a user's first look: nothing is open, and no dialog of a workflow before is still fading out."""
-    tab = page.context.browser.new_page(viewport=page.viewport_size)
-    tab.goto(page.url, timeout=2 * MILLISECONDS)
-    tab.wait_for_function("() => window.app?.extensionManager && app.graph", timeout=2 * MILLISECONDS)
+    tab = open_page(host)
     yield tab
     tab.context.close()
 

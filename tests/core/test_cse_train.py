@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import pictures, tiny_checkpoint
 
 from dmap_core import backends, cli
-from dmap_core.cse import options, trainer
+from dmap_core.cse import options, trainer, validation
 from dmap_core.cse.checkpoint import FORMAT, read_cse, read_state, training_files
 from dmap_core.operators import Inpainting, from_spec
 
@@ -35,6 +35,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 ROOT = Path(cli.__file__).resolve().parents[1]
 OPERATOR = {"operator": "SuperResolution", "scale": 8}
 STEPS, HALF, SAVED = 12, 6, 3
+# Pictures for people are made with two steps instead of twenty, here and in the processes.
+TRAIN = """
+import sys
+from dmap_core import cli
+from dmap_core.cse import validation
+validation.restore.__wrapped__.__defaults__ = (2,)
+cli.main(["train-cse", *sys.argv[1:]])
+"""
 SECONDS = 300  # until a process is taken for hung
 ROUNDING = 0.002  # of the way that the weights went; it was 0.00006 with two processes
 
@@ -44,6 +52,7 @@ def on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(validation.restore.__wrapped__, "__defaults__", (2,))  # behind torch.no_grad
         import_torchvision()
         yield
 
@@ -144,7 +153,7 @@ def killed(given, forks, tmp_path_factory):
     argv, log = given.options(out, "--licence", "CC0-1.0", "--source", "made up", "--ema", 0.5), out.with_suffix(".log")
 
     def train_and_kill():
-        process = forks.start(["train-cse", *argv], log)
+        process = forks.start(argv, log, TRAIN)
         wait(process, log, out.with_suffix(".training").exists)
         os.killpg(process.pid, signal.SIGKILL)
         return out, argv, wait(process, log)
@@ -194,7 +203,7 @@ def test_killed_and_started_again_in_processes(killed, forks, whole):
     for left in ("cse.safetensors.77.part", "cse.training.77.part", "cse.safetensors.part"):
         (out.parent / left).touch()
     log = out.with_suffix(".log")
-    assert wait(forks.start(["train-cse", *argv], log), log) == 0, log.read_text()
+    assert wait(forks.start(argv, log, TRAIN), log) == 0, log.read_text()
     assert not [file for file in out.parent.iterdir() if file.suffix in (".part", ".lock")]
     assert not different(out, state_of(whole))
     assert equal(read_cse(out)[0], read_cse(whole)[0])
@@ -347,7 +356,7 @@ def start_two(forks, argv, folder):
         port = str(probe.getsockname()[1])
     group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     logs = [folder / f"{rank}.log" for rank in (0, 1)]
-    return [forks.start(["train-cse", *argv], log, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)], logs
+    return [forks.start(argv, log, TRAIN, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)], logs
 
 
 def test_two_processes_and_ctrl_c_that_one_of_them_sees(given, forks, start_weights, tmp_path):

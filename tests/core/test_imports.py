@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dmap_core
 
 PACKAGE = Path(dmap_core.__file__).parent
@@ -20,33 +22,38 @@ ON_DIFFUSERS = ("dmap_core.backends.diffusers", "dmap_core.backends.diffusers_fi
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 import dmap_core
-for module in pkgutil.walk_packages(dmap_core.__path__, "dmap_core."):
-    if {condition}:
-        importlib.import_module(module.name)
-print(len([name for name in sys.modules if name.startswith("dmap_core.")]))
-print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
+for wanted in (lambda name: {first}, lambda name: {second}):
+    for module in pkgutil.walk_packages(dmap_core.__path__, "dmap_core."):
+        if wanted(module.name):
+            importlib.import_module(module.name)
+    print(len([name for name in sys.modules if name.startswith("dmap_core.")]))
+    print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
 
 
-def imported(condition):
-    """(how many modules of dmap_core, the names of all packages) are there after an import of those that meet the condition."""
-    program = IMPORT_ALL.format(condition=condition)
+@pytest.fixture(scope="module")
+def imported():
+    """(how many modules of dmap_core, the names of all packages) are there in a process that has imported what a host needs without training
+    and tables; and what is there when the rest follows, without the back end on diffusers."""
+    first = f'name.split(".")[1] not in ("cse", "evaluate", "pictures") and name not in {ON_DIFFUSERS}'
+    program = IMPORT_ALL.format(first=first, second=f"name not in {ON_DIFFUSERS}")
     run = subprocess.run([sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True)
-    count, names = run.stdout.splitlines()
-    assert "torch" in names.split()
-    return int(count), set(names.split())
+    lines = run.stdout.splitlines()
+    found = [(int(count), set(names.split())) for count, names in zip(lines[::2], lines[1::2], strict=True)]
+    assert len(found) == 2 and "torch" in found[0][1]
+    return found
 
 
-def test_sampling_metrics_and_studies_need_torch_alone():
+def test_sampling_metrics_and_studies_need_torch_alone(imported):
     """Packages of `walk_packages` are imported to see what is in them; theirs are empty but for names."""
-    count, names = imported(f'module.name.split(".")[1] not in ("cse", "evaluate", "pictures") and module.name not in {ON_DIFFUSERS}')
+    count, names = imported[0]
     alone = [path for path in SOURCES if path not in PICTURES]
     assert count >= len(alone) - 3  # without dmap_core itself and those on diffusers
     assert not (HOST | EXTRAS | {"PIL"}) & names
 
 
-def test_training_in_a_host_needs_pillow_besides():
-    count, names = imported(f"module.name not in {ON_DIFFUSERS}")
+def test_training_in_a_host_needs_pillow_besides(imported):
+    count, names = imported[1]
     assert count == len(SOURCES) - 3  # dmap_core itself has no dot behind it
     assert "PIL" in names
     assert not (HOST | EXTRAS) & names

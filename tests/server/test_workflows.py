@@ -468,45 +468,72 @@ def test_guided_runs_leave_the_model_as_it_was(host: Host, info: dict):
     assert before.read_bytes() == after.read_bytes()
 
 
-def demo(*arguments: str | Path) -> subprocess.CompletedProcess:
-    command = [os.environ.get("DMAP_TESTS_PYTHON", sys.executable), ROOT / "demo" / "run.py", *arguments]
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+# demo/run.py several times in one process, on the server of the tests if its port is given. After each run: what it printed and when its
+# pictures were written. What the last call is refused with ends the program.
+DEMO_PROGRAM = """
+import contextlib, io, json, sys
+from pathlib import Path
+demo, out, port, base, *calls = sys.argv[1:]
+sys.path.insert(0, demo)
+import run
+
+class Running(run.Host):
+    def __init__(self):
+        super().__init__(base=Path(base), port=int(port))
+
+    def __enter__(self):
+        return self
+
+    def _check_alive(self):
+        pass
+
+if port:
+    run.Host = Running
+for arguments in calls:
+    sys.argv[1:] = json.loads(arguments)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run.main()
+    written = {str(path): path.stat().st_mtime_ns for path in Path(out).glob("*/*")}
+    print(json.dumps([printed.getvalue(), written, Path(out, "summary.json").read_text()]), flush=True)
+"""
 
 
-def test_demo_program(tmp_path: Path):
-    operator, stem = "super-resolution-x8", ORIGINAL.stem
-    arguments = ("--n", "1", "--operators", operator, "--steps", "4", "--out", tmp_path)
-    first = demo(*arguments)
-    assert first.returncode == 0, first.stderr
-    rows = json.loads((tmp_path / "summary.json").read_text())
+@pytest.mark.parametrize("server", ["running", pytest.param("its own", marks=pytest.mark.thorough)])
+def test_demo_program(host: Host, tmp_path: Path, server: str):
+    """And it lists the operators it knows."""
+    operator, stem, out = "super-resolution-x8", ORIGINAL.stem, tmp_path / "out"
+    arguments = ["--n", "1", "--operators", operator, "--steps", "4", "--out", str(out)]
+    refused = ["--operators", "motion-blur,inpainting", "--out", str(tmp_path / "refused")]
+    python = os.environ.get("DMAP_TESTS_PYTHON", sys.executable)
+    where = [ROOT / "demo", out, *((host.port, host.base) if server == "running" else ("", ""))]
+    command = [python, "-c", DEMO_PROGRAM, *where, *map(json.dumps, (arguments, arguments, refused))]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    assert len(done.stdout.splitlines()) == 2, done.stderr
+    first, second = map(json.loads, done.stdout.splitlines())
+
+    assert done.returncode != 0
+    assert "unknown motion-blur" in done.stderr
+    for name in DEMO:
+        assert name.removeprefix("demo-") in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    rows = json.loads((out / "summary.json").read_text())
     assert [(row["operator"], row["solver"], row["n"], row["seed"]) for row in rows] == [(operator, "DPS", 1, 0), (operator, "DMAP", 1, 0)]
     assert [row["denoiser_calls"] for row in rows] == [4, 2 + 1 * K]
     original = pixels(ORIGINAL)
-    degraded = Image.open(tmp_path / operator / f"{stem}-degraded.png")
+    degraded = Image.open(out / operator / f"{stem}-degraded.png")
     assert degraded.size == (16, 16)
     baseline = np.asarray(degraded.convert("RGB").resize((128, 128), Image.BICUBIC))
     for row in rows:
-        restored = pixels(tmp_path / operator / f"{stem}-{row['solver']}.png")
+        restored = pixels(out / operator / f"{stem}-{row['solver']}.png")
         assert row["psnr"] == pytest.approx(psnr(restored, original), abs=6e-4)  # rounded to 3 places
         assert row["psnr_baseline"] == pytest.approx(psnr(baseline, original), abs=6e-4)
         assert row["seconds"] > 0
     columns = ("degraded", "bicubic", "DPS", "DMAP", "original")
-    assert Image.open(tmp_path / "sheet.png").size == (150 + 136 * len(columns), 24 + 152)
-    table = (tmp_path / "table.md").read_text()
+    assert Image.open(out / "sheet.png").size == (150 + 136 * len(columns), 24 + 152)
+    table = (out / "table.md").read_text()
     assert f"{rows[1]['psnr']:.2f}" in table
-    assert str(tmp_path / "sheet.png") in first.stdout
+    assert str(out / "sheet.png") in first[0]
 
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / operator).iterdir()}
-    second = demo(*arguments)
-    assert second.returncode == 0, second.stderr
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / operator).iterdir()} == written
-    assert json.loads((tmp_path / "summary.json").read_text()) == rows
-
-
-def test_demo_program_lists_the_operators_it_knows(tmp_path: Path):
-    refused = demo("--operators", "motion-blur,inpainting", "--out", tmp_path)
-    assert refused.returncode != 0
-    assert "unknown motion-blur" in refused.stderr
-    for name in DEMO:
-        assert name.removeprefix("demo-") in refused.stderr
-    assert not list(tmp_path.iterdir())
+    assert first[1] == second[1] and first[1].keys() == {str(path) for path in (out / operator).iterdir()}
+    assert json.loads(first[2]) == json.loads(second[2]) == rows
