@@ -35,7 +35,7 @@ UI_MILLISECONDS = 120_000
 PICTURE = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
 
 
-TOGETHER = {"core-test_evaluate_run": "core-processes", "core-test_cse_train": "core-processes"}  # their processes come from one
+TOGETHER = {f"core-test_{name}": "core-processes" for name in ("evaluate_run", "cse_train", "cli")}  # their processes come from one
 LEFT_OUT = pytest.StashKey[int]()
 FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what takes longest comes first
 

@@ -61,9 +61,10 @@ class Forks:
         self._parent.stdout.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def start(self, argv: list, log: Path, code: str = COMMAND_LINE, **environment: str) -> Fork:
-        """A process that runs the code with these arguments, in the log's folder; what it prints goes to the log."""
-        wanted = {"argv": [str(part) for part in argv], "log": str(log), "code": code, "environment": {**os.environ, **environment}}
+    def start(self, argv: list, log: Path, code: str = COMMAND_LINE, errors: Path | None = None, **environment: str) -> Fork:
+        """A process that runs the code with these arguments, in the log's folder; what it prints goes to the log, or errors to another."""
+        wanted = {"argv": [str(part) for part in argv], "logs": [str(log), str(errors or log)], "code": code}
+        wanted["environment"] = {**os.environ, **environment}
         self._parent.stdin.write(json.dumps(wanted) + "\n")
         self._parent.stdin.flush()
         return Fork(int(self._parent.stdout.readline()), self._folder)
@@ -72,8 +73,9 @@ class Forks:
 def become(wanted: dict) -> int:
     """Here, in a fork, run the code; returns its exit status."""
     os.setsid()
-    os.chdir(Path(wanted["log"]).parent)
-    for number, (path, flags) in enumerate([(os.devnull, os.O_RDONLY), *[(wanted["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)] * 2]):
+    os.chdir(Path(wanted["logs"][0]).parent)
+    writing = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, (path, flags) in enumerate([(os.devnull, os.O_RDONLY), *((log, writing) for log in wanted["logs"])]):
         file = os.open(path, flags, 0o644)
         os.dup2(file, number)
         os.close(file)

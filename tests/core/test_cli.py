@@ -82,7 +82,7 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_help_and_errors_of_a_process(tmp_path):
+def test_help_and_errors_of_a_process(forks, tmp_path):
     """Without diffusers, accelerate and matplotlib: only what a command needs is imported."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "dmap_core.cli", "--help"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -91,10 +91,10 @@ def test_help_and_errors_of_a_process(tmp_path):
     assert "argparse" in imported and not imported & {"diffusers", "accelerate", "transformers", "matplotlib", "torchvision", "yaml"}
     assert all(command in done.stdout for command in COMMANDS)
 
-    argv = ["evaluate", "--config", str(tmp_path / "nowhere.yaml"), "--out", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "launch.py"), "dmap_core.cli", *argv], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    argv = ["evaluate", "--config", tmp_path / "nowhere.yaml", "--out", tmp_path / "out"]
+    process = forks.start(argv, tmp_path / "log", errors=tmp_path / "errors")
+    assert process.wait() == 1 and (tmp_path / "log").read_text() == ""
+    (line,) = (tmp_path / "errors").read_text().splitlines()
     assert line.startswith("error: config: ") and "nowhere.yaml cannot be read" in line
 
 

@@ -139,6 +139,7 @@ def test_a_metric_without_torchmetrics_is_refused_when_it_is_opened(name, tmp_pa
         (PICTURE_METRICS | SET_METRICS)[name].open(tmp_path)
 
 
+@pytest.mark.thorough  # test_imports.py imports them among others
 def test_importing_the_metrics_needs_torch_alone():
     program = """
 import importlib, pkgutil, sys

@@ -400,13 +400,18 @@ def test_a_conversion_that_fails_leaves_the_target_alone(network, tmp_path, monk
         save_kernel_wizard(network, tmp_path / "w.pth")
 
 
-def test_command(full, full_file, tmp_path):
+@pytest.mark.parametrize("way", ["called", pytest.param("in a process", marks=pytest.mark.thorough)])
+def test_command(full, full_file, tmp_path, capsys, way):
     source, target = tmp_path / "GOPRO_wVAE.pth", tmp_path / "GOPRO_wVAE.safetensors"
     torch.save({**kernel_extractor(64), **full.state_dict()}, source)
-    command = [sys.executable, "-m", "dmap_core.operators.nonlinear_blur"]
-    root = Path(nonlinear_blur.__file__).parents[2]
-    done = subprocess.run([*command, source, target], cwd=root, capture_output=True, text=True, check=True)
-    assert str(target) in done.stdout
+    if way == "called":
+        nonlinear_blur.main([str(source), str(target)])
+        printed = capsys.readouterr().out
+    else:
+        command = [sys.executable, "-m", "dmap_core.operators.nonlinear_blur"]
+        root = Path(nonlinear_blur.__file__).parents[2]
+        printed = subprocess.run([*command, source, target], cwd=root, capture_output=True, text=True, check=True).stdout
+    assert str(target) in printed
     assert target.read_bytes() == full_file.read_bytes()
 
 

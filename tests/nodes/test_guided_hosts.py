@@ -1,5 +1,6 @@
 """What ComfyUI, its options and other nodes do to a model, and what is left of it when gradients flow."""
 
+import functools
 import importlib
 
 import pytest
@@ -24,13 +25,13 @@ def test_caches_are_left_out_and_named(lab, name):
     settings = {"reuse_threshold": 3.0, "start_percent": 0.0, "end_percent": 1.0, "verbose": False}
     node = getattr(nodes_easycache, f"{name}Node")
     (model,) = node.execute(model=lab.shared()[0], **settings).result
-    assert bool((lab.ksampler(model, steps=8) != lab.ksampler(lab.shared()[0], steps=8)).any()), "this cache changes nothing"
+    assert bool((lab.ksampler(model, steps=5) != lab.ksampler(lab.shared()[0], steps=5)).any()), "this cache changes nothing"
     for sampler in (lab.dps(), lab.dmap(), lab.stock("euler")):
-        plain, _ = run(lab, sampler, steps=8)
-        cached, guider = run(lab, sampler, steps=8, model=model)
+        plain, _ = run(lab, sampler, steps=5)
+        cached, guider = run(lab, sampler, steps=5, model=model)
         assert torch.equal(cached, plain)
         assert f"{name} is left out" in guider.report.text()
-    assert bool((lab.ksampler(model, steps=8) != lab.ksampler(lab.shared()[0], steps=8)).any()), "the node's own model lost its cache"
+    assert bool((lab.ksampler(model, steps=5) != lab.ksampler(lab.shared()[0], steps=5)).any()), "the node's own model lost its cache"
 
 
 # ---- patches
@@ -150,14 +151,30 @@ def posterior_gradient(lab, model, vae, z, sigma):
     return studies.with_posterior(guider, "a test", torch.tensor([sigma, 0.0]), 1, lambda posterior: posterior.gradient(z.clone(), sigma))
 
 
-@pytest.mark.parametrize("precision", ["fp16 and bf16", "fp16", "bf16"])
+@pytest.fixture(scope="module")
+def full_gradient(lab):
+    """At a noise level: (z, gradient)."""
+
+    @functools.cache
+    def full_gradient(sigma):
+        z = sigma * torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+        return z, posterior_gradient(lab, *lab.shared(), z, sigma)[0]
+
+    return full_gradient
+
+
+@pytest.fixture(scope="module", params=["fp16 and bf16", "fp16", "bf16"])
+def halves(lab, request):
+    """(model, VAE) as a GPU has them by default (fp16 and bf16), and both in either."""
+    unet, vae = {"fp16": ("float16", "float16"), "bf16": ("bfloat16", "bfloat16")}.get(request.param, ("float16", "bfloat16"))
+    with torch.inference_mode():
+        return lab.fresh(getattr(torch, unet))[0], lab.separate_vae(getattr(torch, vae))
+
+
 @pytest.mark.parametrize("sigma", [14.6, 5.0, 1.0, 0.3, 0.05])
-def test_gradients_in_half_precision(lab, precision, sigma):
-    """As a GPU has it by default (the model in fp16, its VAE in bf16), and both in either."""
-    unet, vae = {"fp16": ("float16", "float16"), "bf16": ("bfloat16", "bfloat16")}.get(precision, ("float16", "bfloat16"))
-    z = sigma * torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    full, *_ = posterior_gradient(lab, *lab.shared(), z, sigma)
-    half, *_ = posterior_gradient(lab, lab.fresh(getattr(torch, unet))[0], lab.separate_vae(getattr(torch, vae)), z, sigma)
+def test_gradients_in_half_precision(lab, halves, full_gradient, sigma):
+    z, full = full_gradient(sigma)
+    half, *_ = posterior_gradient(lab, *halves, z, sigma)
     cosine = torch.nn.functional.cosine_similarity(full.flatten(), half.flatten(), 0)
     assert float(cosine) > 0.999
     assert relative(half, full) < 0.1
