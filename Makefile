@@ -13,7 +13,7 @@ export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
 
 help:
 	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
-	@echo "make test         run all tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest)"
+	@echo "make test         run the tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest); .ci/run runs all"
 	@echo "make test-newest  run those of ComfyUI and the browser once more in the newest ComfyUI that the package registry has"
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
 	@echo "make lint         check the code's style and the types of dmap_core"

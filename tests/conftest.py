@@ -33,13 +33,18 @@ BROWSER_ARGUMENTS = [
 ]
 UI_MILLISECONDS = 120_000
 PICTURE = ROOT / "demo" / "held-out" / "dmap-demo-00.png"
-
-
 TOGETHER = {f"core-test_{name}": "core-processes" for name in ("evaluate_run", "cse_train", "cli")}  # their processes come from one
 LEFT_OUT = pytest.StashKey[int]()
-FOLDERS = ("browser", "server", "nodes", "demo", "core")  # in parallel, what takes longest comes first
-
-
+# In parallel, what takes longest comes first: these groups, then the rest of the folders.
+LONGEST = (
+    "server",
+    "core-processes",
+    "nodes-test_cse_training",
+    "nodes-test_solver_nodes",
+    "nodes-test_families",
+    "nodes-test_study_nodes",
+)
+FOLDERS = ("browser", "server", "nodes", "demo", "core")
 ALL = bool(os.environ.get("DMAP_TESTS_ALL"))
 
 
@@ -58,10 +63,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def folder(item: pytest.Item) -> str:
         return item.path.relative_to(ROOT / "tests").parts[0]
 
-    items.sort(key=lambda item: FOLDERS.index(folder(item)))
+    def group(item: pytest.Item) -> str:
+        name = "server" if "host" in item.fixturenames else f"{folder(item)}-{item.path.stem}"
+        return TOGETHER.get(name, name)
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        return LONGEST.index(group(item)) if group(item) in LONGEST else len(LONGEST), FOLDERS.index(folder(item))
+
+    items.sort(key=place)
     for item in items:
-        group = "server" if "host" in item.fixturenames else f"{folder(item)}-{item.path.stem}"
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(group, group)))
+        item.add_marker(pytest.mark.xdist_group(group(item)))
 
 
 @pytest.hookimpl(trylast=True)
