@@ -157,10 +157,12 @@ def open_page(browser):
     return open_page
 
 
-@pytest.fixture(scope="session")
-def page(host: Host, open_page) -> "playwright.sync_api.Page":  # noqa: F821
-    """The page that tests share."""
+@pytest.fixture(scope="module")
+def page(host: Host, open_page) -> Iterator["playwright.sync_api.Page"]:  # noqa: F821
+    """The page that tests share. It paints as long as it is open, which takes a part of a core from the tests behind."""
     # It asks once which pictures there are, and marks every node whose picture is none of them.
     for name in {*workflow_pictures()} - {path.name for path in host.input.iterdir()}:
         shutil.copy(PICTURE, host.input / name)
-    return open_page(host)
+    tab = open_page(host)
+    yield tab
+    tab.close()
