@@ -6,6 +6,8 @@ What is kept in memory on the way is a strategy's choice; all of them give the s
 Keep       ("fast")        the denoiser's activations wait while the decoder's gradient is taken
 Rerun      ("lean")        the denoiser runs twice, once without a graph, so that its activations and the decoder's are never alive together
 Recompute  ("checkpoint")  both networks keep only the inputs of their blocks and recompute the rest block by block
+
+`decoder_gradient` is another gradient: it stops at the clean latent, as if the denoiser's Jacobian were the identity, and costs half.
 """
 
 from __future__ import annotations
@@ -70,6 +72,16 @@ def latent_gradient(decode: Network, objective: Objective, z0: Tensor, counted: 
     residual, direct, cotangent = picture_gradient(objective, z0, x, counted)
     cotangent = pull(cotangent)
     return residual, cotangent if direct is None else cotangent + direct
+
+
+def decoder_gradient(
+    denoise: Network, decode: Network, objective: Objective, z: Tensor, counted: Counted = nullcontext
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(gradient at z0, denoised z0, residual (B,)): the denoiser's Jacobian is taken for the identity, and only the decoder has a graph."""
+    with torch.no_grad():
+        z0 = denoise(z)
+    residual, cotangent = latent_gradient(decode, objective, z0, counted)
+    return cotangent / LOSS_SCALE, z0, residual
 
 
 class Keep:

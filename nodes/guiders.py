@@ -8,7 +8,9 @@ from dataclasses import asdict
 from comfy_api.latest import io, ui
 
 from ..dmap_core.gradient import STRATEGIES
-from ..dmap_core.solvers.base import check_zeta
+from ..dmap_core.posterior import JACOBIANS
+from ..dmap_core.solvers import DPS
+from ..dmap_core.solvers.step import STRENGTH
 from .host.controlnet import check_controls
 from .host.guider import PosteriorGuider
 from .host.prior import check_conditioning
@@ -16,10 +18,20 @@ from .host.report import report_of
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
 from .pictures import measurement_to_core
+from .samplers import chosen_step, setting_input, step_input
 from .schema import advanced, schema
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 CATEGORY = "DMAP/sampling"
+
+
+def stock_inputs() -> list[io.Input]:
+    """The step of stock samplers, after what earlier versions had."""
+    described = DPS.described()
+    found = [step_input(), *(setting_input(*described[name]) for name in ("strength", "jacobian"))]
+    for widget in found:
+        widget.tooltip = f"Only for stock samplers, as zeta. {widget.tooltip}"
+    return found
 
 
 class DPSGuider(io.ComfyNode):
@@ -91,15 +103,29 @@ class DPSGuider(io.ComfyNode):
                     "both networks block by block. auto takes the first that fits. Change it if you run out of memory.",
                 ),
                 max_megapixels_input(),
+                *(advanced(i) for i in stock_inputs()),
             ],
             outputs=[io.Guider.Output()],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, vae, operator, measurement, zeta=4.8, negative=None, cfg=1.0, memory="auto", max_megapixels=MAX_MEGAPIXELS
+        cls,
+        model,
+        positive,
+        vae,
+        operator,
+        measurement,
+        zeta=4.8,
+        negative=None,
+        cfg=1.0,
+        memory="auto",
+        max_megapixels=MAX_MEGAPIXELS,
+        step="zeta",
+        strength=STRENGTH,
+        jacobian=JACOBIANS[0],
     ) -> io.NodeOutput:
-        check_zeta(zeta)
+        dps = DPS(**chosen_step({"zeta": zeta, "step": step, "strength": strength, "jacobian": jacobian}))
         if negative is None and cfg != 1:
             raise ValueError(f"DPSGuider: cfg is {cfg} but negative is not connected; connect the negative conditioning, or set cfg to 1")
         y = measurement_to_core(measurement, operator, "DPSGuider: measurement")
@@ -109,7 +135,7 @@ class DPSGuider(io.ComfyNode):
         check_conditioning(positive, model, "DPSGuider: positive")
         if negative is not None:
             check_conditioning(negative, model, "DPSGuider: negative")
-        guider = PosteriorGuider(model, vae, operator, y, zeta, memory)
+        guider = PosteriorGuider(model, vae, operator, y, dps, memory)
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
         guider.warnings += check_controls(positive, model, operator, "DPSGuider: positive")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, Field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from comfy_api.latest import io
 
@@ -35,18 +35,45 @@ class SolverNode(io.ComfyNode):
             category=CATEGORY,
             description=cls.description,
             search_aliases=list(cls.search_aliases),
-            inputs=[setting_input(field, about) for field, about in cls.solver.described().values()],
+            inputs=solver_inputs(cls.solver),
             outputs=[io.Sampler.Output()],
         )
 
     @classmethod
     def execute(cls, **settings) -> io.NodeOutput:
-        return io.NodeOutput(SolverSampler(cls.solver(**settings)))
+        return io.NodeOutput(SolverSampler(cls.solver(**chosen_step(settings))))
+
+
+def solver_inputs(solver: type[Solver]) -> list[io.Input]:
+    """The inputs of a solver's settings; of one whose step can set itself the choice as well."""
+    described = solver.described()
+    found = {name: setting_input(field, about) for name, (field, about) in described.items()}
+    if "strength" in found:  # before it, and both behind what earlier versions had: saved workflows hold the values of widgets by place
+        return [i for name, widget in found.items() for i in ([step_input(), widget] if name == "strength" else [widget])]
+    return list(found.values())
+
+
+def step_input() -> io.Input:
+    return io.Combo.Input(
+        "step",
+        options=["auto", "zeta"],
+        default="auto",
+        optional=True,
+        tooltip="auto: every step is as long as the residual and its gradient say, and only strength counts. zeta: every step is zeta times the gradient, as in the paper.",
+    )
+
+
+def chosen_step(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a solver, of those of its node. A prompt of an earlier version has no step, and means zeta."""
+    rest = dict(settings)
+    if rest.pop("step", "zeta") == "auto":
+        rest["zeta"] = None
+    return rest
 
 
 def setting_input(field: Field, about: Setting) -> io.Input:
     """The input of a solver's setting."""
-    told = {"default": about.usual if field.default is MISSING else field.default, "tooltip": about.help}
+    told = {"default": about.usual if field.default in (MISSING, None) else field.default, "tooltip": about.help}
     if about.optional:
         told["optional"] = True
     if about.choices:

@@ -101,11 +101,14 @@ class Solver(ABC):
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def notable(self) -> dict[str, Any]:
-        """Its settings without the optional ones that are at their default; zeta comes first."""
+        """Its settings without the optional ones that are at their default, and the one of zeta and strength that counts; this one comes first."""
         told = {
-            name: getattr(self, name) for name, (f, s) in self.described().items() if not s.optional or getattr(self, name) != f.default
+            name: getattr(self, name)
+            for name, (f, s) in self.described().items()
+            if not s.optional or getattr(self, name) != f.default or name == "strength"
         }
-        return dict(sorted(told.items(), key=lambda item: item[0] != "zeta"))
+        told.pop("zeta" if told.get("zeta", 0) is None else "strength", None)
+        return dict(sorted(told.items(), key=lambda item: item[0] not in ("zeta", "strength")))
 
     def told(self) -> str:
         """Its notable settings in one line, such as "zeta 9.6, K 2"."""
@@ -128,7 +131,7 @@ class Solver(ABC):
         changed = {}
         for name, (_, about) in self.described().items():
             value = getattr(self, name)
-            if about.scales == STEP:
+            if about.scales == STEP and value is not None:
                 changed[name] = float(f"{value / ratio:.4g}")
             elif about.scales == WINDOW:
                 changed[name] = max(1, round(value * ratio))
@@ -139,10 +142,12 @@ class Solver(ABC):
 # Settings that several have.
 
 
-def zeta_setting(usual: float) -> Any:
+def zeta_setting(usual: float, default: Any = None) -> Any:
+    """default: None, where the step sets itself; MISSING, where zeta has to be given."""
     return setting(
         "Step size of the guidance, in latent units per unit of gradient. Paper, 512x512 at 500 steps: 4.8 for super-resolution x8, 0.6 for Gaussian blur; "
         "twice that at 250 steps. Raise it if the result does not match the measurement, lower it if it is noisy or the run diverges.",
+        default=default,
         usual=usual,
         least=0.001,
         most=1000.0,

@@ -13,8 +13,9 @@ from ..operators.base import whole
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
 from .adam import OPTIMIZERS, direction, optimizer_setting
-from .base import Cost, Solver, check_choice, check_sphere, check_zeta, eta_setting, setting, zeta_setting
+from .base import Cost, Solver, check_choice, check_sphere, eta_setting, setting, zeta_setting
 from .checks import check_finite, check_problem
+from .step import check_step, jacobian_setting, step_size, strength_setting, told
 
 
 def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
@@ -31,7 +32,7 @@ def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
 class DMAP(Solver):
     """One ancestral step without gradient, then K times: a gradient step at the *new* noise level, and back onto the sphere.
 
-    zeta > 0 and optimizer as in DPS. K >= 1: the paper's "same" has K = 2, half the steps and twice the zeta of DPS; its "full" has K = 3 and all
+    zeta, strength, jacobian and optimizer as in DPS. K >= 1: the paper's "same" has K = 2, half the steps and twice the zeta of DPS; its "full" has K = 3 and all
     steps. eta in (0, 1]: at 0 the sphere is a point. The last step has sigma_up = 0, where the projection undoes every gradient step: it is the
     denoised latent. So T steps cost T + (T - 1) K denoiser calls, (T - 1) K of them with gradient.
     """
@@ -42,12 +43,14 @@ class DMAP(Solver):
         least=1,
         most=100,
     )
-    zeta: float = zeta_setting(9.6)
+    zeta: float | None = zeta_setting(9.6)
     eta: float = eta_setting(0.05)
     optimizer: str = optimizer_setting()
+    strength: float = strength_setting()
+    jacobian: str = jacobian_setting()
 
     def __post_init__(self):
-        check_zeta(self.zeta)
+        check_step(self.zeta, self.strength, self.jacobian, self.optimizer)
         check_sphere(self.name(), self.eta)
         whole("K", self.K, 1)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
@@ -61,10 +64,11 @@ class DMAP(Solver):
             mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, self.eta)
             if sigma_up > 0:
                 z = mu + sigma_up * randn_like(z, generator)
+                radius = math.sqrt(z[0].numel()) * sigma_up
                 for _ in range(int(self.K)):
-                    grad, denoised, residual = posterior.gradient(z, sigma_next)
+                    grad, denoised, residual = posterior.gradient(z, sigma_next, jacobian=self.jacobian)
                     check_finite(i, len(levels) - 1, self.zeta, grad, residual)
-                    z = project(z - self.zeta * step(grad), mu, sigma_up)
+                    z = project(z - step_size(self.zeta, self.strength, grad, residual, radius) * step(grad), mu, sigma_up)
             else:
                 z = mu
                 residual = posterior.residual(z, 0.0)
@@ -75,7 +79,8 @@ class DMAP(Solver):
 
     def cost(self, steps: int) -> Cost:
         gradients = (steps - 1) * int(self.K)
-        return Cost(denoiser=steps + gradients, denoiser_gradients=gradients, decoder=gradients + 1, decoder_gradients=gradients)
+        through = gradients if self.jacobian == "exact" else 0
+        return Cost(denoiser=steps + gradients, denoiser_gradients=through, decoder=gradients + 1, decoder_gradients=gradients)
 
     def describe(self) -> str:
-        return f"DMAP (K {self.K}, zeta {self.zeta:g}{', Adam' if self.optimizer == 'adam' else ''})"
+        return f"DMAP (K {self.K}, {told(self)})"

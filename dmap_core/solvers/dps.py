@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,25 +12,29 @@ from torch import Tensor
 from ..posterior import Posterior
 from ..schedule import ancestral_step, randn_like
 from .adam import OPTIMIZERS, direction, optimizer_setting
-from .base import Cost, Solver, check_choice, check_eta, check_zeta, eta_setting, zeta_setting
+from .base import Cost, Solver, check_choice, check_eta, eta_setting, zeta_setting
 from .checks import check_finite, check_problem
+from .step import check_step, jacobian_setting, step_size, strength_setting, told
 
 
 @dataclass(frozen=True, kw_only=True)
 class DPS(Solver):
     """z_{t-1} = mu + sigma_up eps - zeta grad_{z_t} ||f(D(z0(z_t))) - y||   (Eq. 19)
 
-    zeta > 0 in VE latent units per unit of the residual's gradient (4.8 for SR x8 of 512x512 pictures at 500 steps). optimizer: "adam" steps
+    zeta > 0 in VE latent units per unit of the residual's gradient (4.8 for SR x8 of 512x512 pictures at 500 steps); None: the step sets itself
+    (step.step_size), `strength` in (0, 2] of Polyak's. jacobian: "exact", or "none" for the gradient with respect to z0 in its place. optimizer: "adam" steps
     along Adam's direction instead of the gradient (C.1); zeta is then the step of every latent element. eta: 1 ancestral (DDPM), 0 PF-ODE (DDIM).
     T steps cost T denoiser calls, each with gradient.
     """
 
-    zeta: float = zeta_setting(4.8)
+    zeta: float | None = zeta_setting(4.8)
     eta: float = eta_setting()
     optimizer: str = optimizer_setting()
+    strength: float = strength_setting()
+    jacobian: str = jacobian_setting()
 
     def __post_init__(self):
-        check_zeta(self.zeta)
+        check_step(self.zeta, self.strength, self.jacobian, self.optimizer)
         check_eta(self.eta)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
 
@@ -38,18 +43,24 @@ class DPS(Solver):
         step = direction(self.optimizer)
         levels = check_problem(self, posterior, z, sigmas)
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-            grad, denoised, residual = posterior.gradient(z, sigma)
-            z = guided_step(z, denoised, self.zeta * step(grad), sigma, sigma_next, self.eta, generator)
+            grad, denoised, residual = posterior.gradient(z, sigma, jacobian=self.jacobian)
+            size = self.step_size(grad, residual, sigma)
+            z = guided_step(z, denoised, size * step(grad), sigma, sigma_next, self.eta, generator)
             check_finite(i, len(levels) - 1, self.zeta, z, residual)
             if callback:
                 callback(i, denoised, z, residual)
         return z
 
+    def step_size(self, grad: Tensor, residual: Tensor, sigma: float) -> float | Tensor:
+        """As `step.step_size`; a step is not longer than the noise."""
+        return step_size(self.zeta, self.strength, grad, residual, math.sqrt(grad[0].numel()) * sigma)
+
     def cost(self, steps: int) -> Cost:
-        return Cost(denoiser=steps, denoiser_gradients=steps, decoder=steps, decoder_gradients=steps)
+        through = steps if self.jacobian == "exact" else 0
+        return Cost(denoiser=steps, denoiser_gradients=through, decoder=steps, decoder_gradients=steps)
 
     def describe(self) -> str:
-        return f"DPS (zeta {self.zeta:g}{', Adam' if self.optimizer == 'adam' else ''})"
+        return f"DPS ({told(self)})"
 
 
 def guided_step(z: Tensor, denoised: Tensor, shift: Tensor, sigma: float, sigma_next: float, eta: float, generator) -> Tensor:
@@ -59,7 +70,7 @@ def guided_step(z: Tensor, denoised: Tensor, shift: Tensor, sigma: float, sigma_
     return z + sigma_up * randn_like(z, generator) if sigma_up > 0 else z
 
 
-def guided_denoised(denoised: Tensor, grad: Tensor, zeta: float, sigma: float, sigma_next: float) -> Tensor:
+def guided_denoised(denoised: Tensor, grad: Tensor, zeta: float | Tensor, sigma: float, sigma_next: float) -> Tensor:
     """The denoised latent that belongs to DPS's conditional score (Prop. 1, Eq. 9): an ancestral step from it is a DPS step.
 
     In VE space the ancestral mean is mu = (1 - a) denoised + a z with a = sigma_next^2 / sigma^2, hence the division.

@@ -13,9 +13,10 @@ from ..operators import Operator
 from ..operators.base import whole
 from ..posterior import Posterior
 from ..schedule import randn_like
-from .base import Cost, Solver, check_choice, check_eta, check_zeta, choice_setting, eta_setting, setting, window_setting, zeta_setting
+from .base import Cost, Solver, check_choice, check_eta, choice_setting, eta_setting, setting, window_setting, zeta_setting
 from .checks import check_finite, check_problem, check_window
 from .dps import guided_step
+from .step import check_step, jacobian_setting, step_size, strength_setting, told
 
 TRAVELS = ("forward", "published")
 
@@ -24,13 +25,13 @@ TRAVELS = ("forward", "published")
 class FreeDoM(Solver):
     """DPS that walks every step from `first` to `last` K times, going back in time between: z_t = z_{t-1} + N(0, sigma_t^2 - sigma_{t-1}^2).
 
-    zeta > 0 as in DPS. K >= 1, the passes over a step of the window; 1 is DPS. first <= last: the window [c1, c2], numbers of steps counted from 0
+    zeta, strength and jacobian as in DPS. K >= 1, the passes over a step of the window; 1 is DPS. first <= last: the window [c1, c2], numbers of steps counted from 0
     at the noisiest. travel: "forward" adds the noise that the step took away; "published" adds what the authors' latent code does, the VP beta of
     the wrong end of the schedule, which is almost none. eta: 1 ancestral, 0 PF-ODE. T + (K - 1) (last - first + 1) denoiser calls, each with
     gradient.
     """
 
-    zeta: float = zeta_setting(4.8)
+    zeta: float | None = zeta_setting(4.8)
     K: int = setting("How many times a step of the window is walked. 1 is DPS.", default=2, least=1, most=100)
     first: int = window_setting("first", 25, "is walked K times")
     last: int = window_setting("last", 50, "is walked K times")
@@ -39,9 +40,11 @@ class FreeDoM(Solver):
         "The noise of the way back. forward: as much as the step took away. published: what the authors' latent code adds, a thousandth of it.",
     )
     eta: float = eta_setting()
+    strength: float = strength_setting()
+    jacobian: str = jacobian_setting()
 
     def __post_init__(self):
-        check_zeta(self.zeta)
+        check_step(self.zeta, self.strength, self.jacobian)
         check_eta(self.eta)
         whole("K", self.K, 1)
         check_choice("travel", self.travel, TRAVELS)
@@ -56,8 +59,9 @@ class FreeDoM(Solver):
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             passes = int(self.K) if self.first <= i <= self.last else 1
             for k in range(passes):
-                grad, denoised, residual = posterior.gradient(z, sigma)
-                z = guided_step(z, denoised, self.zeta * grad, sigma, sigma_next, self.eta, generator)
+                grad, denoised, residual = posterior.gradient(z, sigma, jacobian=self.jacobian)
+                size = step_size(self.zeta, self.strength, grad, residual, math.sqrt(z[0].numel()) * sigma)
+                z = guided_step(z, denoised, size * grad, sigma, sigma_next, self.eta, generator)
                 if k + 1 < passes:
                     shrink, noise = (1.0, math.sqrt(sigma**2 - sigma_next**2)) if self.travel == "forward" else published_travel(i)
                     z = shrink * z + noise * randn_like(z, generator)
@@ -68,10 +72,11 @@ class FreeDoM(Solver):
 
     def cost(self, steps: int) -> Cost:
         calls = steps + (int(self.K) - 1) * (int(self.last) - int(self.first) + 1)
-        return Cost(denoiser=calls, denoiser_gradients=calls, decoder=calls, decoder_gradients=calls)
+        through = calls if self.jacobian == "exact" else 0
+        return Cost(denoiser=calls, denoiser_gradients=through, decoder=calls, decoder_gradients=calls)
 
     def describe(self) -> str:
-        return f"FreeDoM (zeta {self.zeta:g}, K {self.K} in steps {self.first} to {self.last})"
+        return f"FreeDoM ({told(self)}, K {self.K} in steps {self.first} to {self.last})"
 
 
 def published_travel(step: int) -> tuple[float, float]:

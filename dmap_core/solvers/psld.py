@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from itertools import pairwise
 
 import torch
@@ -30,7 +30,7 @@ class PSLD(Solver):
     calls, each with gradient, also through the encoder. Linear operators only.
     """
 
-    zeta: float = zeta_setting(4.8)
+    zeta: float = zeta_setting(4.8, MISSING)
     gamma: float = setting(
         "Weight of the second term, in the units of zeta (paper: 0.002 zeta). 0 is DPS.",
         usual=0.0096,

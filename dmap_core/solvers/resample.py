@@ -20,7 +20,6 @@ from .base import (
     Solver,
     check_choice,
     check_eta,
-    check_zeta,
     choice_setting,
     eta_setting,
     setting,
@@ -29,6 +28,7 @@ from .base import (
 )
 from .checks import check_finite, check_problem, check_window
 from .dps import guided_step
+from .step import check_step, jacobian_setting, step_size, strength_setting, told
 
 SPACES = ("both", "latent", "pixel")
 TWEEDIES = ("correct", "published")
@@ -38,14 +38,14 @@ TWEEDIES = ("correct", "published")
 class ReSample(Solver):
     """DPS; after the steps first, first + every, ... up to last, z0 is optimised until f(D(z0)) is y, and noised again around the latent.
 
-    zeta > 0 as in DPS. first <= last: numbers of steps counted from 0 at the noisiest. space: what AdamW optimises, the "latent" z0 or the "pixel"
+    zeta, strength and jacobian as in DPS. first <= last: numbers of steps counted from 0 at the noisiest. space: what AdamW optimises, the "latent" z0 or the "pixel"
     picture D(z0), which is then encoded; "both": the picture in the first two thirds of the schedule, the latent in the last (the original's
     stages). iterations and learning_rate are AdamW's. factor: how far the resampled latent leaves the current one, 40 in the original. tweedie:
     "published" takes its starting point as the original's code does, with (1 - abar) eps for sqrt(1 - abar) eps. eta: 1 ancestral, 0 PF-ODE (the
     original's). T steps cost T denoiser calls, each with gradient; a consistency step in latent space adds `iterations` decoder calls.
     """
 
-    zeta: float = zeta_setting(4.8)
+    zeta: float | None = zeta_setting(4.8)
     first: int = window_setting("first", 50, "may be followed by a consistency step")
     last: int = window_setting("last", 100, "may be followed by a consistency step")
     every: int = setting(
@@ -81,9 +81,11 @@ class ReSample(Solver):
         TWEEDIES, "Where the optimisation starts: the denoised latent, or what the published code computes in its place."
     )
     eta: float = eta_setting()
+    strength: float = strength_setting()
+    jacobian: str = jacobian_setting()
 
     def __post_init__(self):
-        check_zeta(self.zeta)
+        check_step(self.zeta, self.strength, self.jacobian)
         check_eta(self.eta)
         check_choice("space", self.space, SPACES)
         check_choice("tweedie", self.tweedie, TWEEDIES)
@@ -107,9 +109,10 @@ class ReSample(Solver):
         levels = check_problem(self, posterior, z, sigmas)
         steps = len(levels) - 1
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
-            grad, denoised, residual = posterior.gradient(z, sigma)
+            grad, denoised, residual = posterior.gradient(z, sigma, jacobian=self.jacobian)
             z0 = denoised if self.tweedie == "correct" else z - sigma / math.sqrt(1 + sigma**2) * (z - denoised)
-            z = guided_step(z, denoised, self.zeta * grad, sigma, sigma_next, self.eta, generator)
+            size = step_size(self.zeta, self.strength, grad, residual, math.sqrt(z[0].numel()) * sigma)
+            z = guided_step(z, denoised, size * grad, sigma, sigma_next, self.eta, generator)
             check_finite(i, steps, self.zeta, z, residual)
             space = self.space_after(i, steps)
             if space:
@@ -125,10 +128,11 @@ class ReSample(Solver):
     def cost(self, steps: int) -> Cost:
         spaces = [self.space_after(i, steps) for i in range(steps)]
         pictures, gradients = spaces.count("pixel"), steps + spaces.count("latent") * int(self.iterations)
-        return Cost(denoiser=steps, denoiser_gradients=steps, decoder=gradients + pictures, decoder_gradients=gradients, encoder=pictures)
+        through = steps if self.jacobian == "exact" else 0
+        return Cost(denoiser=steps, denoiser_gradients=through, decoder=gradients + pictures, decoder_gradients=gradients, encoder=pictures)
 
     def describe(self) -> str:
-        return f"ReSample (zeta {self.zeta:g}, steps {self.first} to {self.last} every {self.every})"
+        return f"ReSample ({told(self)}, steps {self.first} to {self.last} every {self.every})"
 
 
 def consistent_latent(posterior: Posterior, z0: Tensor, iterations: int, learning_rate: float) -> Tensor:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
-from ...dmap_core.solvers import Solver, check_finite, guided_denoised
+from ...dmap_core.solvers import DPS, Solver, check_finite, guided_denoised
 from ..messages import node_of, speaking_of_nodes
 from .controlnet import controls_of
 from .gradients import (
@@ -61,18 +61,17 @@ class HostPosterior(Posterior):
 class PosteriorGuider(comfy.samplers.CFGGuider):
     """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
 
-    A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1) with this guider's zeta; a PosteriorSampler is given
-    the Posterior.
+    A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1), with the step of `dps`; a PosteriorSampler is given the Posterior.
     """
 
-    def __init__(self, model, vae, operator: Operator, y: Tensor, zeta: float, memory: str):
+    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str):
         check_model(model)
         check_vae(vae, model)
         model, caches = without_caches(model)
         super().__init__(model)
         self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
         self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = pytorch_attention
-        self.vae, self.operator, self.y, self.zeta, self.memory = vae, operator, y, zeta, memory
+        self.vae, self.operator, self.y, self.dps, self.memory = vae, operator, y, dps, memory
         self.size = operator.image_size(y)
         self.warnings: list[str] = [f"{name} is left out: outputs that it reuses have no gradient" for name in caches]
         self.report: Report | None = None
@@ -93,7 +92,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
-        name = sampler.name if ours else f"DPSGuider (zeta {self.zeta:g}) with a stock sampler"
+        name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
         self.report = Report(name, self.operator.describe())
         original_conds, model = self.original_conds, self.model_patcher
         device = comfy.model_management.get_torch_device()
@@ -210,10 +209,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         sigma = float(timestep.flatten()[0])
         levels = [float(s) for s in model_options["transformer_options"]["sample_sigmas"]]
         sigma_next = max((s for s in levels if s < sigma * (1 - 1e-6)), default=0.0)
-        grad, denoised, residual = self._posterior.gradient(x, sigma)
-        check_finite(len(self.report.residuals), len(levels) - 1, self.zeta, grad, residual)
+        grad, denoised, residual = self._posterior.gradient(x, sigma, jacobian=self.dps.jacobian)
+        check_finite(len(self.report.residuals), len(levels) - 1, self.dps.zeta, grad, residual)
         self.report.residuals.append(residual.tolist())
-        return guided_denoised(denoised, grad, self.zeta, sigma, sigma_next)
+        return guided_denoised(denoised, grad, self.dps.step_size(grad, residual, sigma), sigma, sigma_next)
 
     def solve(self, sampler: PosteriorSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
         """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
-from ...dmap_core.solvers import Solver
+from ...dmap_core.solvers import DPS, Solver
 from ..messages import node_of
 from .controlnet import check_controls
 from .guider import PosteriorGuider, PosteriorSampler, SolverSampler
@@ -155,7 +155,7 @@ class Problem:
         """
         operator.check_measurement(y)
         check_conditioning(conditioning, model, "conditioning")
-        guider = PosteriorGuider(model, vae, operator, y, zeta=1.0, memory=memory)  # zeta is of stock samplers only
+        guider = PosteriorGuider(model, vae, operator, y, DPS(), memory)  # the step is of stock samplers only
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         guider.warnings += check_controls(conditioning, model, operator, "conditioning")

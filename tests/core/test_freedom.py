@@ -91,9 +91,9 @@ class Recording(Posterior):
         super().__init__(*arguments)
         self.variances = []
 
-    def gradient(self, z, sigma, extra=None):
+    def gradient(self, z, sigma, extra=None, jacobian="exact"):
         self.variances.append((sigma, float(z.var())))
-        return super().gradient(z, sigma, extra)
+        return super().gradient(z, sigma, extra, jacobian)
 
 
 def variances(levels, K, window, travel):

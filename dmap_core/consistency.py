@@ -1,0 +1,218 @@
+"""Match: the picture nearest to a given one that explains its measurement, f(x) = y up to the noise. No network is called.
+
+A restoration shows what the autoencoder can say; what the measurement knew better is put back by a projection. For linear f
+
+    x + f^T (f f^T + lam)^-1 (y - f(x))
+
+by conjugate gradients on the measurement's side, without a matrix, or at once where f acts on rows and columns apart (Separable). With lam = 0 it is the orthogonal projection onto {x : f(x) = y}; lam > 0 leaves
+as much residual as the noise explains, sqrt(m) noise for m values (Morozov's discrepancy principle), so that no noise is inverted with a blur.
+For every lam and every picture x* with f(x*) = y the distance to x* does not grow: the error e becomes lam (f^T f + lam)^-1 e on f's row space.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .operators import Inpainting, Jpeg, Noisy, Operator
+from .operators.base import Separable, Size, check_batch
+
+ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise that a picture file has
+ITERATIONS = 200  # of conjugate gradients, at most
+AIM = 0.99  # of the noise's norm, so that a matched picture is one that needs no matching
+EXACT = 0.1  # of the noise's norm: how well the equation is solved
+LEAST = 1e-4  # of f's largest squared singular value: a smaller lam would amplify what is no part of any measurement more than fiftyfold
+
+
+@dataclass(frozen=True)
+class Match:
+    """image: (B, 3, H, W), not clamped. noise: what was assumed, in units of [-1, 1]. before, after: root mean square of f(x) - y per sample, (B,)."""
+
+    image: Tensor
+    noise: float
+    before: Tensor
+    after: Tensor
+
+    def short(self) -> bool:
+        """Whether some measurement could not be reached: it contradicts the operator, or the noise is larger than said."""
+        return bool((self.after > 1.05 * self.noise).any())
+
+
+def matchable(operator: Operator) -> str | None:
+    """Why pictures cannot be matched to an operator's measurements, for people; None if they can."""
+    f = operator.operator if isinstance(operator, Noisy) else operator
+    if isinstance(f, (Inpainting, Jpeg)) or f.linear:
+        return None
+    return f"{f.describe()} is not linear: there is no nearest picture that can be computed"
+
+
+def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = None, feather: float = 0.0) -> Match:
+    """The picture nearest to `image` (B, 3, H, W) in [-1, 1] that explains y (1 or B, c, h, w).
+
+    noise: standard deviation of y's noise in units of [-1, 1]; None: the operator's, which is 0 unless it is known. At least that of 8 bits' rounding is
+    assumed. Inpainting: known pixels are y's to the bit where the noise is that of rounding; feather: over how many pixels of the hole the difference at
+    its edge fades away. JPEG: the coefficients come into the file's cells. Raises ValueError for operators that cannot be matched, and wrong shapes.
+    """
+    refused = matchable(operator)
+    if refused:
+        raise ValueError(f"operator: {refused}")
+    noise = operator.noise if noise is None else noise
+    if not (math.isfinite(noise) and noise >= 0):
+        raise ValueError(f"noise is {noise}; it must be a number of at least 0")
+    if not (math.isfinite(feather) and feather >= 0):
+        raise ValueError(f"feather is {feather}; it must be a number of pixels of at least 0")
+    noise = max(float(noise), ROUNDING)
+    operator.check_measurement(y, image.shape[1])
+    check_batch(y, len(image))
+    if operator.image_size(y) != tuple(image.shape[-2:]):
+        (h, w), (height, width) = operator.image_size(y), image.shape[-2:]
+        raise ValueError(f"image: it is {width}x{height}, and the measurement is that of a picture of {w}x{h}; both must be of one size")
+    with torch.inference_mode(False), torch.no_grad():
+        x = image.to(torch.promote_types(image.dtype, torch.float32))
+        y = y.to(x).expand(len(x), -1, -1, -1)
+        f = operator.operator if isinstance(operator, Noisy) else operator
+        before = mismatch(f, x, y)
+        if isinstance(f, Inpainting) and noise == ROUNDING:
+            found = fill(f, x, y, feather)
+        elif isinstance(f, Jpeg):
+            from .operators.jpeg_cells import into_cells
+
+            found = into_cells(f, x, y)
+        else:
+            found = project(f, x, y, noise)
+        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y))
+
+
+def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
+    """Root mean square of f(image) - y per sample, (B,) float32, over what was measured."""
+    difference = operator.difference(operator(image), y).float().flatten(1)
+    return torch.linalg.vector_norm(difference, dim=1) / operator.elements(y).to(difference).sqrt()
+
+
+def fill(f: Inpainting, x: Tensor, y: Tensor, feather: float) -> Tensor:
+    """y where it is known, x in the hole; there what they differ by at the edge fades away over `feather` pixels."""
+    known = (1 - f.mask.to(x)).expand(len(x), -1, -1, -1)
+    if feather > 0:
+        weight = _smooth(known, feather / 2)
+        x = x + (2 * weight).clamp(max=1) * _smooth(known * (y - x), feather / 2) / weight.clamp(min=1e-6)
+    return torch.where(known > 0, y, x)
+
+
+def _smooth(x: Tensor, sigma: float) -> Tensor:
+    """x under a Gaussian of that many pixels, zero outside the picture."""
+    radius = math.ceil(3 * sigma)
+    taps = torch.exp(-(torch.arange(-radius, radius + 1).to(x) ** 2) / (2 * sigma**2))
+    taps = (taps / taps.sum()).expand(x.shape[1], 1, 1, -1)
+    for _ in range(2):
+        x = torch.nn.functional.conv2d(x, taps, padding=(0, radius), groups=x.shape[1]).mT
+    return x
+
+
+def project(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
+    """The formula above for a linear f, with every sample's own lam; a sample that explains its measurement already stays as it is."""
+    size = (x.shape[-2], x.shape[-1])
+    hidden = f.hidden()
+    visible = 1.0 if hidden is None else 1 - hidden.to(y)
+
+    def gram(u: Tensor) -> Tensor:
+        return visible * f(f.adjoint(visible * u, size))
+
+    residual = visible * -f.difference(f(x), y)
+    target = f.elements(y).sqrt().double().to(residual.device) * noise
+    wanted = _norm(residual) > target
+    if not wanted.any():
+        return x
+    residual = residual * _column(wanted, residual)
+    if isinstance(f, Separable):
+        u = solve_separable(f, residual, size, target)
+    else:
+        u, *_ = solve(gram, residual, find_lam(gram, residual, target), EXACT * target)
+    return x + f.adjoint(visible * u, size)
+
+
+def solve(A: Callable[[Tensor], Tensor], b: Tensor, lam: Tensor, accuracy: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(u, alphas, betas): (A + lam) u = b by conjugate gradients, until ||b - (A + lam) u|| of every sample is at most its accuracy.
+
+    A: linear, symmetric and positive semidefinite, acting on every sample (B, ...) alone. lam, accuracy: (B,) float64. alphas, betas: (B,) of every
+    iteration, 0 of a sample that has finished: the coefficients of Lanczos' tridiagonal matrix.
+    """
+    u, r = torch.zeros_like(b), b
+    p, rr = r, _norm(r) ** 2
+    alphas, betas = [], []
+    for _ in range(ITERATIONS):
+        going = rr.sqrt() > accuracy
+        if not going.any():
+            break
+        q = A(p) + _column(lam, p) * p
+        pq = _dot(p, q)
+        going &= pq > 0
+        alpha = torch.where(going, rr / pq, 0.0)
+        u, r = u + _column(alpha, p) * p, r - _column(alpha, p) * q
+        new = _norm(r) ** 2
+        beta = torch.where(going, new / rr, 0.0)
+        p, rr = r + _column(beta, p) * p, torch.where(going, new, 0.0)
+        alphas.append(alpha)
+        betas.append(beta)
+    return u, alphas, betas
+
+
+def find_lam(A: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> Tensor:
+    """(B,) lam at which the residual lam ||(A + lam)^-1 b|| is `target` (B,), at least LEAST of A's largest eigenvalue.
+
+    Conjugate gradients without lam make Lanczos' tridiagonal matrix of A and b, whose eigenvalues stand for A's (Golub & Meurant 2010): a whole
+    curve of residuals for the price of one solution.
+    """
+    _, alphas, betas = solve(A, b, torch.zeros_like(target), target / 2)
+    found = []
+    for i, (norm, aim) in enumerate(zip(_norm(b).tolist(), target.tolist(), strict=True)):
+        alpha = torch.tensor([a[i].item() for a in alphas], dtype=torch.float64)
+        beta = torch.tensor([b[i].item() for b in betas], dtype=torch.float64)
+        n = int((alpha > 0).sum())
+        if n == 0:
+            found.append(1.0)  # nothing to solve
+            continue
+        alpha, beta = alpha[:n], beta[:n]
+        diagonal = 1 / alpha
+        diagonal[1:] += beta[:-1] / alpha[:-1]
+        beside = beta[:-1].sqrt() / alpha[:-1]
+        values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1))
+        found.append(_lam_of(values.clamp(min=0), (norm * vectors[0]) ** 2, AIM * aim))
+    return torch.tensor(found, dtype=torch.float64, device=target.device)
+
+
+def _lam_of(values: Tensor, power: Tensor, aim: float) -> float:
+    """The lam at which lam ||(A + lam)^-1 b|| is `aim`, or the least allowed: A's eigenvalues (n,), and b's power (n,) in each's direction."""
+    low, high = float(values.max()) * LEAST, float(values.max()) * 1e6
+    for _ in range(60):  # the residual rises with lam
+        middle = math.sqrt(low * high)
+        left = float(((middle / (values + middle)) ** 2 * power).sum().sqrt())
+        low, high = (low, middle) if left > aim else (middle, high)
+    return low
+
+
+def solve_separable(f: Separable, b: Tensor, size: Size, target: Tensor) -> Tensor:
+    """(f f^T + lam)^-1 b, lam as in `find_lam`, for f(x) = M_h x M_w^T: by the eigenvectors of M_h M_h^T and M_w M_w^T, exactly."""
+    rows, columns = (torch.linalg.eigh(m @ m.mT) for m in (f.matrix(n).to(b.device) for n in size))
+    values = rows.eigenvalues.clamp(min=0)[:, None] * columns.eigenvalues.clamp(min=0)
+    into, across = rows.eigenvectors.to(b), columns.eigenvectors.to(b)
+    turned = into.mT @ b @ across
+    power = turned.double().square().sum(1)
+    lam = [_lam_of(values, p, AIM * aim) for p, aim in zip(power, target.tolist(), strict=True)]
+    lam = torch.tensor(lam, dtype=torch.float64, device=b.device).view(-1, 1, 1, 1)
+    return into @ (turned / (values + lam).to(b)) @ across.mT
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    return values.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a.flatten(1).double() * b.flatten(1).double()).sum(1)
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a.flatten(1).double(), dim=1)

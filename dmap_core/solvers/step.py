@@ -1,0 +1,69 @@
+"""How long a gradient step is: the paper's zeta times the gradient, or as long as Polyak's rule makes it, for which nobody has to search."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..posterior import JACOBIANS
+from .base import check_zeta, choice_setting, setting
+
+STRENGTH = 0.5
+STRONGEST = 2.0  # twice Polyak's step, where a linear residual comes back to where it was
+
+
+def strength_setting() -> Any:
+    return setting(
+        "Of the automatic step: the part of the residual that a step would take away if it fell as it begins to. "
+        "The default serves all operators, sizes, models and numbers of steps.",
+        default=STRENGTH,
+        least=0.01,
+        most=STRONGEST,
+        step=0.05,
+        digits=0.01,
+        optional=True,
+    )
+
+
+def jacobian_setting() -> Any:
+    return choice_setting(
+        JACOBIANS,
+        "exact: the gradient goes through the denoiser, as in the paper. none: through the VAE alone, which costs half, and runs wherever plain "
+        "sampling runs.",
+    )
+
+
+def check_step(zeta: float | None, strength: float, jacobian: str, optimizer: str = "gradient") -> None:
+    """Raises ValueError for step sizes without meaning. zeta: None for the automatic step."""
+    if zeta is not None:
+        check_zeta(zeta)
+    elif optimizer != "gradient":
+        raise ValueError(f"optimizer is {optimizer!r}, which has no gradient that the automatic step could measure; give it a zeta, such as 0.05")
+    if not (math.isfinite(strength) and 0 < strength <= STRONGEST):
+        raise ValueError(f"strength is {strength}; it must be above 0 and at most {STRONGEST:g}")
+    if jacobian not in JACOBIANS:
+        raise ValueError(f"jacobian is {jacobian!r}; it must be one of {', '.join(JACOBIANS)}")
+
+
+def step_size(zeta: float | None, strength: float, grad: Tensor, residual: Tensor, radius: float) -> float | Tensor:
+    """t of the step z - t grad: zeta, or where that is None strength r / ||grad||^2 of every sample, (B, 1, 1, 1) (Polyak 1969).
+
+    grad: (B, C, h, w) of the residual r (B,), whose least value is 0. A convex residual's Polyak step never overshoots at strength 1; it has no unit, so
+    it fits any operator, size and number of steps. At most `radius` long: where the gradient fades the rule would leave the noise level.
+    0 where r or the gradient is 0.
+    """
+    if zeta is not None:
+        return zeta
+    norm = torch.linalg.vector_norm(grad.flatten(1).to(torch.promote_types(grad.dtype, torch.float32)), dim=1)
+    length = (strength * residual.to(norm) / norm).clamp(max=radius)
+    return torch.where(norm > 0, length / norm, 0.0).to(grad).view(-1, *[1] * (grad.ndim - 1))
+
+
+def told(solver: Any) -> str:
+    """The step of a solver with the fields above, for people: "zeta 4.8" or "automatic step 0.5"."""
+    found = [f"automatic step {solver.strength:g}" if solver.zeta is None else f"zeta {solver.zeta:g}"]
+    found += ["no Jacobian"] if solver.jacobian == "none" else []
+    return ", ".join(found + (["Adam"] if getattr(solver, "optimizer", "") == "adam" else []))
