@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .operators import Inpainting, Jpeg, Noisy, Operator
+from .operators import Inpainting, Noisy, Operator
 from .operators.base import Separable, Size, check_batch
 
 ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise that a picture file has
+MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
 ITERATIONS = 200  # of conjugate gradients, at most
 AIM = 0.99  # of the noise's norm, so that a matched picture is one that needs no matching
 EXACT = 0.1  # of the noise's norm: how well the equation is solved
@@ -42,10 +43,20 @@ class Match:
         return bool((self.after > 1.05 * self.noise).any())
 
 
+def verdict(rms: float, noise: float = 0.0) -> str:
+    """One sentence about a mismatch for people. rms and noise in grey levels of 255."""
+    if rms > MISFIT + noise:
+        return f"off by {rms:.0f} levels: more steps, or the wrong operator"
+    within = f"{max(math.ceil(rms), 1)} level{'s' if rms > 1 else ''}"
+    if rms <= noise + 2:
+        return f"explains your picture to within {within}" + (f", which its noise of {noise:.1f} covers" if 1 < rms <= 1.05 * noise else "")
+    return f"close to your picture, off by {within}: Match Measurement closes the gap"
+
+
 def matchable(operator: Operator) -> str | None:
     """Why pictures cannot be matched to an operator's measurements, for people; None if they can."""
     f = operator.operator if isinstance(operator, Noisy) else operator
-    if isinstance(f, (Inpainting, Jpeg)) or f.linear:
+    if f.linear:
         return None
     return f"{f.describe()} is not linear: there is no nearest picture that can be computed"
 
@@ -55,7 +66,7 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
 
     noise: standard deviation of y's noise in units of [-1, 1]; None: the operator's, which is 0 unless it is known. At least that of 8 bits' rounding is
     assumed. Inpainting: known pixels are y's to the bit where the noise is that of rounding; feather: over how many pixels of the hole the difference at
-    its edge fades away. JPEG: the coefficients come into the file's cells. Raises ValueError for operators that cannot be matched, and wrong shapes.
+    its edge fades away. Raises ValueError for operators that cannot be matched, and wrong shapes.
     """
     refused = matchable(operator)
     if refused:
@@ -78,10 +89,6 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
         before = mismatch(f, x, y)
         if isinstance(f, Inpainting) and noise == ROUNDING:
             found = fill(f, x, y, feather)
-        elif isinstance(f, Jpeg):
-            from .operators.jpeg_cells import into_cells
-
-            found = into_cells(f, x, y)
         else:
             found = project(f, x, y, noise)
         return Match(found.to(image.dtype), noise, before, mismatch(f, found, y))

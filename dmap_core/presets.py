@@ -39,6 +39,9 @@ SEARCHED = {
     "DMAP": "zeta searched",
     "DMAP full": "zeta that was searched for DPS, as in the paper,",
 }
+# How long people want to wait: the steps of DPS, and what that is times the steps and windows of the others. Automatic steps need no other setting.
+QUALITIES = {"look": 1, "good": 2, "best": 5}
+PAPER = "paper"  # the fourth choice: searched or published zetas, as the tables have them
 NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the paper has
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
@@ -64,6 +67,8 @@ class Preset:
 
     def with_settings(self, **settings: Any) -> Preset:
         """The same with other settings of the solver. Raises ValueError for those that it does not have."""
+        if "strength" in settings and "zeta" not in settings:  # which counts only where there is no zeta
+            settings["zeta"] = None
         known = self.solver.described()
         unknown = [name for name in settings if name not in known]
         if unknown:
@@ -93,8 +98,30 @@ def _kind(operator: Operator) -> str:
     return LIKE.get(operator.title, operator.title)
 
 
+def automatic(operator: Operator, solver: str, quality: str) -> Preset:
+    """`solver` with the step that sets itself, for any operator and model. quality: a key of QUALITIES.
+
+    The gradient goes through the decoder alone, which costs half and was as good or better for every operator but one: a hole is filled by what the
+    denoiser knows of its surroundings, which is in its Jacobian (docs/solvers.md). Raises ValueError for unknown names and for PSLD.
+    """
+    if solver not in NAMES:
+        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join(NAMES)}")
+    if quality not in QUALITIES:
+        raise ValueError(f"quality is {quality!r}; it must be one of {', '.join([*QUALITIES, PAPER])}")
+    if solver == "PSLD":
+        raise ValueError("solver: PSLD has two terms, and no automatic step of both is known; take the quality 'paper', or another solver")
+    key = kind(operator)
+    found = _demo(key, solver)
+    if solver != "DSG":
+        jacobian = "exact" if key == "Inpainting" else "none"
+        found = replace(found, solver=replace(found.solver, zeta=None, jacobian=jacobian))
+    source = "mix rate searched on the demo prior" if solver == "DSG" else "step sets itself"
+    found = replace(found, source=f"{quality}: {source}")
+    return replace(found.with_steps(found.steps * QUALITIES[quality]), spacing="exponential", source=found.source)
+
+
 def preset(operator: Operator, solver: str, model: str) -> Preset:
-    """The settings of `solver` for an operator on a model. Raises ValueError for unknown names, and where no settings are known."""
+    """The settings of `solver` for an operator on a model, as the paper or a search found them. Raises ValueError for unknown names, and where no settings are known."""
     if solver in SOLVERS and solver not in NAMES:
         raise ValueError(f"solver: no settings of {solver} are known for {model}; give its zeta, steps and spacing")
     if solver not in NAMES:
@@ -103,8 +130,8 @@ def preset(operator: Operator, solver: str, model: str) -> Preset:
         raise ValueError(f"model is {model!r}; it must be one of {', '.join(MODELS)}")
     if any(f.name == "Segmentation" for f in parts(operator)) and solver != "DSG":
         raise ValueError(
-            f"solver: no settings of {solver} are known for {operator.describe()}, whose distance is a cross-entropy with other units of zeta; "
-            "take DSG here, whose mix rate has no units, or the solver's own node"
+            f"solver: no zeta of {solver} is known for {operator.describe()}, whose distance is a cross-entropy with other units; "
+            f"take an automatic step (quality {', '.join(QUALITIES)}; strength in a config), or DSG, whose mix rate has no units"
         )
     return (_paper if model == MODELS[0] else _demo)(kind(operator), solver)
 

@@ -12,7 +12,7 @@ from ..dmap_core.schedule import SPACINGS
 from ..dmap_core.solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
 from ..dmap_core.solvers.base import Setting
 from .host.guider import SolverSampler
-from .host.prior import model_sigmas, null_conditioning
+from .host.prior import model_sigmas, null_conditioning, searched_model
 from .operators import Operator
 from .schema import schema
 
@@ -188,7 +188,7 @@ class DMAPPreset(io.ComfyNode):
             node_id="DMAP_DMAPPreset",
             display_name="DMAPPreset",
             category=CATEGORY,
-            description="A sampler and its noise levels, set as the paper or a search on the demo prior found best for the operator. Connect both to SamplerCustomAdvanced. "
+            description="A sampler and its noise levels for the operator, with steps that set themselves: nothing has to be searched. Connect both to SamplerCustomAdvanced. "
             "The text says what was chosen and where the numbers come from.",
             search_aliases=["restore", "restoration", "photo"],
             inputs=[
@@ -201,10 +201,11 @@ class DMAPPreset(io.ComfyNode):
                     tooltip="DMAP costs about what DPS costs; DMAP full is the paper's best and takes three times as long. The others are for comparison.",
                 ),
                 io.Combo.Input(
-                    "settings_for",
-                    options=list(presets.MODELS),
-                    default=presets.MODELS[0],
-                    tooltip="The kind of model that the numbers are for.",
+                    "quality",
+                    options=[*presets.QUALITIES, presets.PAPER],
+                    default="good",
+                    tooltip="look: 10 steps of DMAP or 20 of the others. good: twice, best: five times as many. The step size sets itself. "
+                    "paper: the paper's zeta and 250 or 500 steps (on the demo prior a searched one), as tables of the paper use it.",
                 ),
                 io.Int.Input(
                     "steps",
@@ -212,15 +213,18 @@ class DMAPPreset(io.ComfyNode):
                     min=0,
                     max=10000,
                     optional=True,
-                    tooltip="0 takes the preset's own number of steps (Stable Diffusion: 250 or 500). Fewer are faster and coarser: 50 for a quick look; zeta is raised to match.",
+                    tooltip="0 takes the quality's own number of steps. Fewer are faster and coarser; a zeta of the paper is raised to match.",
                 ),
             ],
             outputs=[io.Sampler.Output(), io.Sigmas.Output(), io.String.Output(display_name="text")],
         )
 
     @classmethod
-    def execute(cls, model, operator, solver, settings_for, steps=0) -> io.NodeOutput:
-        p = presets.preset(operator, solver, settings_for)
+    def execute(cls, model, operator, solver, quality, steps=0) -> io.NodeOutput:
+        if quality == presets.PAPER:
+            p = presets.preset(operator, solver, searched_model(model))
+        else:
+            p = presets.automatic(operator, solver, quality)
         p = p.with_steps(steps) if steps else p
         sigmas = SPACINGS[p.spacing](model_sigmas(model), p.steps)
         return io.NodeOutput(SolverSampler(p.solver), sigmas, p.text())

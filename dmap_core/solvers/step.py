@@ -11,7 +11,7 @@ from torch import Tensor
 from ..posterior import JACOBIANS
 from .base import check_zeta, choice_setting, setting
 
-STRENGTH = 0.5
+STRENGTH = 0.7
 STRONGEST = 2.0  # twice Polyak's step, where a linear residual comes back to where it was
 
 

@@ -165,7 +165,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         if self._posterior:
             p = self._posterior
             self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan, p.denoiser_calls, p.decoder_calls
-        self.report.warnings = [*self.warnings, *self.report.misfits(127.5 * self.operator.noise)]
+        self.report.noise = 127.5 * self.operator.noise
+        self.report.warnings = [*self.warnings, *self.report.misfits(self.report.noise)]
         log.info("%s", self.report.text())
 
     def inner_sample(self, noise, latent_image, device, *args, **kwargs):

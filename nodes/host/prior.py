@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...dmap_core.presets import MODELS
 from ...dmap_core.backends.fingerprint import fingerprint
 from ...dmap_core.memory import blocks_of
 from ...dmap_core.prior import levels_of
@@ -120,6 +121,12 @@ def model_sigmas(model) -> Tensor:
     """(N,) rising VE sigmas of the model's training timesteps."""
     check_model(model)
     return model.get_model_object("model_sampling").sigmas.float().cpu()
+
+
+def searched_model(model) -> str:
+    """The one of presets.MODELS whose zetas fit a model: the demo prior, which is known by its only level, or Stable Diffusion."""
+    check_model(model)
+    return MODELS[1] if len(model.model.model_config.unet_config.get("channel_mult", ())) == 1 else MODELS[0]
 
 
 def null_conditioning(model):

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-MISFIT = 16  # grey levels (RMS) above which a result shows something else than the measurement
+from ...dmap_core.consistency import MISFIT, verdict
+
+STUCK = 0.9  # of the first residual: above it, it has not fallen
 REPORT = "dmap_report"  # attribute of the latents of a run, which outlive its guider in ComfyUI's cache
 
 
@@ -16,6 +18,7 @@ class Report:
 
     residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none. mismatch[sample], mismatch_worst[sample]: what f of the
     finished picture and the measurement differ by, in grey levels (0..255), as a root mean square and at most; empty where they cannot be compared.
+    noise: of the measurement, in grey levels, where it is known.
     """
 
     solver: str
@@ -28,6 +31,7 @@ class Report:
     residuals: list[list[float]] = field(default_factory=list)
     mismatch: list[float] = field(default_factory=list)
     mismatch_worst: list[float] = field(default_factory=list)
+    noise: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
     def misfits(self, noise: float = 0.0) -> list[str]:
@@ -35,13 +39,20 @@ class Report:
         found = []
         if self.residuals and any(last > first for first, last in zip(self.residuals[0], self.residuals[-1], strict=True)):
             first, last = max(zip(self.residuals[0], self.residuals[-1], strict=True), key=lambda pair: pair[1] - pair[0])
-            found.append(f"the residual rose from {first:.4g} to {last:.4g}, so the result moved away from the measurement; lower zeta")
-        if any(levels > MISFIT + noise for levels in self.mismatch):
+            found.append(
+                f"the residual rose from {first:.4g} to {last:.4g}, so the result moved away from the measurement; take step auto, or lower zeta"
+            )
+        elif any(last > STUCK * first > 0 for first, last in zip(*(self.residuals[i] for i in (0, -1)), strict=True)) and self.missed(noise):
+            found.append("the residual hardly fell, so the measurement was not followed; take step auto, raise zeta, or check the operator")
+        if self.missed(noise):
             found.append(
                 f"the result misses the measurement by {max(self.mismatch):.0f} of 255 grey levels, so it shows something else; "
-                "check the operator, then change zeta or take more steps"
+                "check the operator, then take more steps or step auto"
             )
         return found
+
+    def missed(self, noise: float) -> bool:
+        return any(levels > MISFIT + noise for levels in self.mismatch)
 
     def text(self) -> str:
         last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
@@ -51,6 +62,7 @@ class Report:
             f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
             + (
                 f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst"
+                f": {verdict(max(self.mismatch), self.noise)}"
                 if self.mismatch
                 else ""
             )
