@@ -60,7 +60,7 @@ class Job:
 
 
 def prepare(workflow: dict, info: dict, picture: Path, solver: str, seed: int, steps: int | None = None, zeta: float | None = None) -> Job:
-    """The prompt of a workflow with everything set. DMAP-full is DMAP with K 3, all steps and the zeta of DPS."""
+    """The prompt of a workflow with everything set. DMAP-full is DMAP with K 3 and all steps. zeta: in the place of the automatic step."""
     prompt = to_prompt(workflow, info)
 
     def inputs(title: str) -> dict:
@@ -74,11 +74,12 @@ def prepare(workflow: dict, info: dict, picture: Path, solver: str, seed: int, s
     branch = "DMAP" if solver.startswith("DMAP") else "DPS"
     sampler, schedule = inputs(f"{branch}: sampler"), inputs(f"{branch}: schedule")
     if solver == "DMAP-full":
-        sampler |= {"K": 3, "zeta": inputs("DPS: sampler")["zeta"]}
+        sampler["K"] = 3
         schedule["steps"] = inputs("DPS: schedule")["steps"]
     if zeta:
-        sampler["zeta"] = zeta
-    settings = {"steps": schedule["steps"], "zeta": sampler["zeta"], "K": sampler.get("K"), "seed": seed}
+        sampler |= {"zeta": zeta, "step": "zeta"}
+    step = "auto" if sampler["step"] == "auto" else f"zeta {sampler['zeta']:g}"
+    settings = {"steps": schedule["steps"], "step": step, "K": sampler.get("K"), "seed": seed}
     return Job(prompt, branch, picture, settings | {"prior": fingerprint(PRIOR_FILE), "original": fingerprint(picture)})
 
 
@@ -120,7 +121,7 @@ def summarise(operator: str, solver: str, seed: int, entries: list[dict]) -> dic
     rows = [entry["metrics"] | {name: entry[name] for name in ("seconds", "residual")} for entry in entries]
     found = {name: mean_interval([row[name] for row in rows]) for name in rows[0]}
     limits = {"psnr_low": found["psnr"].low, "psnr_high": found["psnr"].high} if len(rows) > 1 else {}
-    same = {name: entries[0]["settings"][name] for name in ("steps", "K", "zeta")}
+    same = {name: entries[0]["settings"][name] for name in ("steps", "K", "step")}
     return (
         {"operator": operator, "solver": solver, "n": len(rows), "seed": seed}
         | {name: round(interval.mean, 3) for name, interval in found.items()}
@@ -131,9 +132,9 @@ def summarise(operator: str, solver: str, seed: int, entries: list[dict]) -> dic
 
 
 def table(summary: list[dict]) -> str:
-    head = ["operator", "solver", "steps", "K", "zeta", "denoiser calls", "n", "PSNR baseline", "PSNR", "seconds per picture"]
+    head = ["operator", "solver", "steps", "K", "step", "denoiser calls", "n", "PSNR baseline", "PSNR", "seconds per picture"]
     body = [
-        [r["operator"], r["solver"], r["steps"], r["K"] or "-", f"{r['zeta']:g}", r["denoiser_calls"], r["n"]]
+        [r["operator"], r["solver"], r["steps"], r["K"] or "-", r["step"], r["denoiser_calls"], r["n"]]
         + [f"{r['psnr_baseline']:.2f}", f"{r['psnr']:.2f}", f"{r['seconds']:.1f}"]
         for r in summary
     ]

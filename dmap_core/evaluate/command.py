@@ -44,6 +44,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", type=Path, help="folder with weights of metrics' backbones and of learned operators")
     p.add_argument("--settings-for", choices=MODELS, help="whose presets fill in what is not given")
     p.add_argument("--unreadable", choices=UNREADABLE, help="what to do about pictures that cannot be read (default: refuse)")
+    p.add_argument("--match", action="store_true", default=None, help="measure every picture once more, matched to its measurement")
     p.add_argument("--batch", type=int, help="pictures restored at once")
     p.add_argument("--prompt", help="the conditioning (default: empty, the paper's)")
 

@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..consistency import matchable
 from ..cse.settings import PRECISIONS
 from ..files import slug
 from ..gradient import STRATEGIES
@@ -24,7 +25,9 @@ ALONE = "CSE alone"  # the model with its CSE, unguided (Fig. 7)
 NAMES = (AS_GIVEN, *dict.fromkeys([*PRESETS, *SOLVERS]), ALONE)
 ALONE_STEPS = {MODELS[0]: (500, "paper"), MODELS[1]: (20, "exponential")}
 MIOU = "miou"  # of the labels that a segmentation operator finds in the restored picture, against the measurement
-COSTS = ("residual", "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
+MATCHED = " matched"  # behind the name of a metric: that of the picture after `consistency.match`
+MISMATCHES = ("mismatch", "mismatch_worst")  # in grey levels of 255
+COSTS = ("residual", *MISMATCHES, "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
 SEEDS = 3  # of every picture
 SHOWN = 80  # characters of a value in a message
 PATHS = ("images", "checkpoint", "weights")
@@ -78,7 +81,7 @@ class Config:
     last: take the last `count` pictures instead of the first.
     batch: pictures restored at once, which changes results by rounding, amplified (docs/solvers.md). repeats: restorations of every picture, each
     with a seed of its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images`
-    that cannot be read, one of UNREADABLE.
+    that cannot be read, one of UNREADABLE. match: measure every picture once more after it was matched to its measurement.
     """
 
     operators: dict[str, dict[str, Any]]
@@ -104,9 +107,17 @@ class Config:
     expected: str = ""
     published_n: int | None = None
     unreadable: str = UNREADABLE[0]
+    match: bool = False
 
     def operator(self, name: str) -> Operator:
         return from_spec(dict(self.operators[name]), lambda file: find_weights(file, self.weights))
+
+    def measured(self, operator: Operator) -> list[str]:
+        """Names of the figures of every picture of an operator's rows."""
+        names = [name for name in self.metrics if name not in SET_METRICS]
+        if self.match and matchable(operator) is None:
+            names += [name + MATCHED for name in names if name != MIOU]
+        return names
 
     def plan(self, row: Row) -> Preset | None:
         """Solver, settings, steps and spacing of a row; None for `as given`."""
@@ -245,8 +256,9 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
             values[name] = _whole(name, values.get(name, default), least)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
-    if not isinstance(values.get("last", False), bool):
-        raise ConfigError(f"{where}: last is {str(values['last'])[:SHOWN]}; it must be true or false")
+    for name in ("last", "match"):
+        if not isinstance(values.get(name, False), bool):
+            raise ConfigError(f"{where}: {name} is {str(values[name])[:SHOWN]}; it must be true or false")
     config = Config(**values)
     choices = {
         "precision": PRECISIONS,

@@ -19,7 +19,7 @@ from .tables import Line, columns, label, markdown, pictures_csv, read_lines, ta
 
 SHEET_PICTURES = 4
 GAP, TEXT = 6, 13
-UNPLOTTED = ("denoiser_calls", "peak_memory")
+UNPLOTTED = ("denoiser_calls", "peak_memory", "mismatch_worst")
 
 
 def write_table(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.fingerprint import fingerprint
+from ..consistency import match, mismatch
 from ..cse.checkpoint import read_controlnet, read_description
 from ..errors import Diverged
 from ..metrics import PICTURE_METRICS, SET_METRICS, miou
@@ -26,7 +27,7 @@ from ..pictures import open_rgb, to_picture, to_tensor
 from ..presets import Preset
 from ..schedule import generators, randn_like
 from .backend import Backend, Diffusers
-from .config import AS_GIVEN, MIOU, Config, ConfigError, Row, solver_class
+from .config import AS_GIVEN, MATCHED, MIOU, Config, ConfigError, Row, solver_class
 from .pictures import Picture, find_pictures
 from .results import check_same, plain, read_picture_json, write_json, write_picture
 
@@ -97,7 +98,20 @@ def restored(config: Config, backend: Backend, jobs: Sequence[Job], operator: Op
         image, costs = backend.restore(row, plan, operator, y, seeds)
     with torch.no_grad():
         residuals = operator.distance(operator(image), y).tolist()
-    return image, [{"residual": residual} | cost for residual, cost in zip(residuals, costs, strict=True)]
+        misses = grey_levels(operator, image.clamp(-1, 1), y)
+    return image, [{"residual": r} | miss | cost for r, miss, cost in zip(residuals, misses, costs, strict=True)]
+
+
+def grey_levels(operator: Operator, image: Tensor, y: Tensor) -> list[dict[str, float]]:
+    """How far f(image) is from y in grey levels of 255, per picture: root mean square and worst; empty where they cannot be compared."""
+    try:
+        rms = mismatch(operator, image, y)
+    except NotImplementedError:
+        return [{}] * len(image)
+    worst = operator.difference(operator(image), y).abs().flatten(1).amax(1)
+    return [
+        {"mismatch": 127.5 * r, "mismatch_worst": 127.5 * w} for r, w in zip(rms.tolist(), worst.tolist(), strict=True)
+    ]
 
 
 def shared_identity(config: Config) -> dict[str, Any]:
@@ -241,7 +255,7 @@ def evaluate(config: Config, out: Path, backend: Backend | None = None) -> list[
     for name, measure in measures.items():
         if name != MIOU:
             measure.to(backend.device)
-    todo = [job for job in jobs if unfinished(job, out, measures)]
+    todo = [job for job in jobs if unfinished(job, out, config.measured(operators[job.row.operator]))]
     state.wait_for_everyone()  # a process that looks when others are at work would see another list, and take other parts of it
     log.info("%d of %d jobs are to be done, by %d processes", len(todo), len(jobs), state.num_processes)
     with state.split_between_processes(batches(todo, config.batch)) as mine:
@@ -259,9 +273,9 @@ def jobs_plan(jobs: list[Job], row: Row) -> Preset | None:
     return next(job.plan for job in jobs if job.row is row)
 
 
-def unfinished(job: Job, out: Path, measures: dict[str, Any]) -> bool:
+def unfinished(job: Job, out: Path, names: Sequence[str]) -> bool:
     entry = read_picture_json(job.file(out), job.picture.identity)
-    return entry is None or ("diverged" not in entry and not measures.keys() <= entry["metrics"].keys())
+    return entry is None or ("diverged" not in entry and not set(names) <= entry["metrics"].keys())
 
 
 def do(config: Config, backend: Backend, operator: Operator, jobs: Sequence[Job], out: Path, measures: dict[str, Measure]) -> None:
@@ -284,14 +298,25 @@ def do(config: Config, backend: Backend, operator: Operator, jobs: Sequence[Job]
                 write_json(job.file(out), plain(job.entry() | cost))
     for job in jobs:
         entry: Any = read_picture_json(job.file(out), job.picture.identity)
-        missing = [] if "diverged" in entry else [name for name in measures if name not in entry["metrics"]]
+        missing = [] if "diverged" in entry else [name for name in config.measured(operator) if name not in entry["metrics"]]
         if missing:
             # figures are of the 8-bit picture that is there for everyone to see
             image, x = (t.to(backend.device) for t in (saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)))
+            matched = matched_picture(operator, image, measurement(operator, x, [job.seed(config)])) if _any_matched(missing) else image
             for name in missing:
-                pair = (operator.measure(image), operator.measure(x)) if name == MIOU else ((image + 1) / 2, (x + 1) / 2)
-                entry["metrics"][name] = float(measures[name](*pair))
+                shown = matched if name.endswith(MATCHED) else image
+                pair = (operator.measure(shown), operator.measure(x)) if name == MIOU else ((shown + 1) / 2, (x + 1) / 2)
+                entry["metrics"][name] = float(measures[name.removesuffix(MATCHED)](*pair))
             write_json(job.file(out), entry)
+
+
+def _any_matched(names: Sequence[str]) -> bool:
+    return any(name.endswith(MATCHED) for name in names)
+
+
+def matched_picture(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
+    """The picture that explains y, as a file would hold it: clamped, and rounded to 8 bits."""
+    return match(operator, image, y).image.clamp(-1, 1).add(1).mul(127.5).round() / 127.5 - 1
 
 
 def saved(file: Path) -> Tensor:

@@ -11,12 +11,12 @@ from typing import Any
 from ..metrics import PICTURE_METRICS, SET_METRICS
 from ..metrics.distribution import frechet, frechet_warning, kernel
 from ..metrics.interval import PLUS_MINUS, Interval, mean_interval
-from .config import AS_GIVEN, Config, Row
+from .config import AS_GIVEN, MATCHED, MISMATCHES, Config, Row
 from .results import csv_text, read_picture_json
 from .run import Job, cse_warnings, saved
 
 LABELS = {"miou": "mIoU"}
-COSTS = {"residual": "residual", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
+COSTS = {"residual": "residual", "mismatch": "mismatch (levels)", "mismatch_worst": "worst (levels)", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
 DIMENSIONS = {"fid": 2048, "fd-efficientnet": 1280}  # of the features of Frechet distances
 BATCH = 16  # pictures whose features are taken at once
 
@@ -43,8 +43,8 @@ class Line:
 def read_lines(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
     """A line for every row of which at least one picture is finished, or has diverged."""
     lines, features = [], Features(config)
-    names = [name for name in config.metrics if name not in SET_METRICS]
     for row in config.rows:
+        names = config.measured(config.operator(row.operator))
         found = {job.picture.name: read_picture_json(job.file(out), job.picture.identity) for job in jobs if job.row is row}
         entries = {name: e for name, e in found.items() if e and ("diverged" in e or e["metrics"].keys() >= set(names))}
         if not entries:
@@ -53,6 +53,7 @@ def read_lines(config: Config, jobs: Sequence[Job], out: Path) -> list[Line]:
         good = [entries[name] for name in pictures]
         values = {name: [e["metrics"][name] for e in good] for name in names}
         values |= {name: [float(e[name]) for e in good] for name in ("residual", "seconds", "denoiser_calls")}
+        values |= {name: [e[name] for e in good if name in e] for name in MISMATCHES}  # results of earlier versions have none
         values["peak_memory"] = [e["peak_memory"] / 2**30 for e in good if e.get("peak_memory")]
         sets = _sets(features, [job for job in jobs if job.row is row], out)
         lines.append(Line(row, config.operator(row.operator).describe(), pictures, values, len(entries) - len(good), sets))
@@ -104,18 +105,22 @@ def _sets(features: Features, jobs: Sequence[Job], out: Path) -> dict[str, tuple
 
 def columns(config: Config, lines: Sequence[Line]) -> list[str]:
     """Names of the columns that have figures."""
-    names = [name for name in config.metrics if name in SET_METRICS or any(line.values.get(name) for line in lines)]
+    given = [name for metric in config.metrics for name in (metric, metric + MATCHED)]
+    names = [name for name in given if name in SET_METRICS or any(line.values.get(name) for line in lines)]
     return names + [name for name in COSTS if any(line.values[name] for line in lines)]
 
 
 def label(name: str) -> str:
+    if name.endswith(MATCHED):
+        return label(name.removesuffix(MATCHED)) + MATCHED
     metric = PICTURE_METRICS.get(name) or SET_METRICS.get(name)
     return metric.label if metric else (LABELS | COSTS)[name]
 
 
 def digits(name: str) -> int:
+    name = name.removesuffix(MATCHED)
     metric = PICTURE_METRICS.get(name) or SET_METRICS.get(name)
-    return metric.digits if metric else {"miou": 4, "residual": 3, "seconds": 1, "denoiser_calls": 0, "peak_memory": 2}[name]
+    return metric.digits if metric else {"miou": 4, "residual": 3, "mismatch": 2, "mismatch_worst": 1, "seconds": 1, "denoiser_calls": 0, "peak_memory": 2}[name]
 
 
 def cell(line: Line, name: str) -> str:
@@ -196,7 +201,7 @@ def _settings(lines: Sequence[Line], first: dict[str, Job]) -> list[list[str]]:
 
 def differences(config: Config, lines: Sequence[Line]) -> str:
     """Paired differences to the first solver of every operator: what a comparison on the same pictures can tell, and means cannot."""
-    names = [name for name in config.metrics if name not in SET_METRICS]
+    names = [name for name in columns(config, lines) if name not in SET_METRICS and name not in COSTS]
     body = []
     for operator in dict.fromkeys(line.row.operator for line in lines):
         group = [line for line in lines if line.row.operator == operator and line.row.solver != AS_GIVEN and not line.diverged]
@@ -210,6 +215,8 @@ def differences(config: Config, lines: Sequence[Line]) -> str:
 
 def paired(line: Line, first: Line, name: str) -> list[float]:
     """A metric's value minus that of another row, for every picture that both have."""
+    if not (line.values.get(name) and first.values.get(name)):
+        return []
     others = dict(zip(first.pictures, first.values[name], strict=True))
     return [a - others[picture] for picture, a in zip(line.pictures, line.values[name], strict=True) if picture in others]
 

@@ -42,7 +42,7 @@ class Report:
             found.append(
                 f"the residual rose from {first:.4g} to {last:.4g}, so the result moved away from the measurement; take step auto, or lower zeta"
             )
-        elif any(last > STUCK * first > 0 for first, last in zip(*(self.residuals[i] for i in (0, -1)), strict=True)) and self.missed(noise):
+        elif self.missed(noise) and any(last > STUCK * first for first, last in zip(self.residuals[0], self.residuals[-1], strict=True)):
             found.append("the residual hardly fell, so the measurement was not followed; take step auto, raise zeta, or check the operator")
         if self.missed(noise):
             found.append(

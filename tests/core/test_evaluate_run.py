@@ -24,7 +24,7 @@ from dmap_core.cse.checkpoint import read_cse, write_cse
 from dmap_core.errors import Diverged
 from dmap_core.evaluate import backend, report, results, run, tables
 from dmap_core.evaluate.config import ConfigError, make_config
-from dmap_core.operators import Noisy, SuperResolution
+from dmap_core.operators import Jpeg, Noisy, SuperResolution
 from dmap_core.presets import MODELS, NAMES
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
@@ -174,6 +174,8 @@ def test_the_picture_is_that_of_its_seed(finished, given, table):
         "picture": "1.png",
         "seed": "3",
         "residual": str(entry["residual"]),
+        "mismatch": str(entry["mismatch"]),
+        "mismatch_worst": str(entry["mismatch_worst"]),
         "denoiser_calls": "2",
         "peak_memory": "",
         "psnr": str(entry["metrics"]["psnr"]),
@@ -672,3 +674,19 @@ def test_records_of_others(copy, table):
     file.write_text(json.dumps({"original": entry["original"]}))
     with pytest.raises(ConfigError, match="0.json lacks figures; remove it"):
         run.evaluate(table(), copy)
+
+
+def test_pictures_are_measured_once_more_when_matched(table, copy, calls):
+    """Results of a run without `match` get the figures added, and nothing is restored again; JPEG has no match, and no such figure."""
+    config = table(match=True)
+    jobs = make(config, copy)
+    assert calls == []
+    (given, dps, _) = tables.read_lines(config, jobs, copy)
+    for line in (given, dps):
+        assert len(line.values["psnr matched"]) == 2
+        assert all(b > a for a, b in zip(line.values["psnr"], line.values["psnr matched"], strict=True))
+    text = (copy / "table.md").read_text()
+    assert "PSNR (dB)" in text and "PSNR (dB) matched" in text and "mismatch (levels)" in text and "worst (levels)" in text
+    (entry,) = [json.loads(p.read_text()) for p in (copy / config.rows[0].slug()).glob("*.json") if p.stem == jobs[0].picture.name]
+    assert 0 < entry["mismatch"] < entry["mismatch_worst"] < 255
+    assert config.measured(Jpeg(20)) == ["psnr"] and table().measured(SuperResolution(2)) == ["psnr"]

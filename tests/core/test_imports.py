@@ -103,6 +103,7 @@ ORDER = (
     "gradient",
     "memory",
     "prior",
+    "consistency",
     "metrics",
     "operators",
     "schedule",

@@ -103,7 +103,7 @@ def refusals(lab):
         calls += [("DMAP_OperatorNoise", {"operator": operator, "sigma": sigma}) for sigma in (0.1, -1.0)]
         calls += [("DMAP_OperatorCompose", {"first": operator, "second": found[1]})]
         calls += [
-            ("DMAP_DMAPPreset", {"operator": operator, "model": model, "solver": s, "settings_for": "demo prior, 128 pixels"})
+            ("DMAP_DMAPPreset", {"operator": operator, "model": model, "solver": s, "quality": "paper"})
             for s in ("PSLD", "no such")
         ]
         for y in (
@@ -236,9 +236,9 @@ def test_the_zeta_of_the_guider_says_whose_it_is(lab):
 def test_prompts_with_and_without_the_guiders_zeta_are_taken(lab):
     """Old prompts give it, and old workflows hold it as the first of three widget values."""
     inputs = lab.problem()
-    assert lab.call("DMAP_DPSGuider", **inputs).zeta == 1.0
+    assert lab.call("DMAP_DPSGuider", **inputs).dps.zeta == 1.0
     del inputs["zeta"]
-    assert lab.call("DMAP_DPSGuider", **inputs).zeta == 4.8
+    assert lab.call("DMAP_DPSGuider", **inputs).dps.zeta == 4.8
     info = lab.NODES["DMAP_DPSGuider"].GET_NODE_INFO_V1()["input"]
     widgets = [name for group in ("required", "optional") for name, spec in info[group].items() if spec[0] in ("FLOAT", "COMBO")]
     assert widgets[:3] == ["zeta", "cfg", "memory"]

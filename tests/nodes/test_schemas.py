@@ -8,6 +8,7 @@ NODES = {
     "DMAP_CSEControlNetLoader": "CSEControlNetLoader",
     "DMAP_ComparisonSheet": "DMAP Comparison Sheet",
     "DMAP_DMAPPreset": "DMAPPreset",
+    "DMAP_MatchMeasurement": "Match Measurement",
     "DMAP_DMAPSampler": "DMAPSampler",
     "DMAP_DMAPScheduler": "DMAPScheduler",
     "DMAP_DMAPUnconditional": "DMAPUnconditional",
@@ -52,18 +53,19 @@ INPUTS = {
     "DMAP_ComparisonSheet": " ".join(
         ["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width names"]
     ),
-    "DMAP_DMAPPreset": "model operator solver settings_for steps",
-    "DMAP_DMAPSampler": "K zeta eta optimizer",
+    "DMAP_DMAPPreset": "model operator solver quality steps",
+    "DMAP_DMAPSampler": "K zeta eta optimizer step strength jacobian",
     "DMAP_DMAPScheduler": "model steps start end spacing",
     "DMAP_DMAPUnconditional": "model",
-    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory max_megapixels",
-    "DMAP_DPSSampler": "zeta eta optimizer",
+    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory max_megapixels step strength jacobian",
+    "DMAP_DPSSampler": "zeta eta optimizer step strength jacobian",
     "DMAP_DSGSampler": "zeta eta",
     "DMAP_Decode": "latent vae measurement operator keep_given",
     "DMAP_Degrade": "image operator noise_sigma seed",
     "DMAP_DiversityStudy": "images_1 images_2 images_3 images_4 names",
     "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size max_megapixels",
-    "DMAP_FreeDoMSampler": "zeta K first last travel eta",
+    "DMAP_FreeDoMSampler": "zeta K first last travel eta step strength jacobian",
+    "DMAP_MatchMeasurement": "image measurement operator noise feather",
     "DMAP_OperatorCompose": "first second third fourth",
     "DMAP_OperatorGaussianBlur": "sigma kernel_size",
     "DMAP_OperatorGrayscale": "",
@@ -76,7 +78,7 @@ INPUTS = {
     "DMAP_OperatorSegmentation": "weights",
     "DMAP_OperatorSuperResolution": "scale",
     "DMAP_PSLDSampler": "zeta gamma transpose eta",
-    "DMAP_ReSampleSampler": "zeta first last every iterations learning_rate factor space tweedie eta",
+    "DMAP_ReSampleSampler": "zeta first last every iterations learning_rate factor space tweedie eta step strength jacobian",
     "DMAP_RestorationMetrics": "restored reference perceptual distribution operator measurement report",
     "DMAP_SamplePicture": "picture",
     "DMAP_SamplingReport": "guider latent",
@@ -102,6 +104,7 @@ OUTPUTS = {
     **{node_id: ["OPERATOR"] for node_id in NODES if node_id.startswith("DMAP_Operator")},
     "DMAP_ApplyCSE": ["CONDITIONING"],
     "DMAP_CSEControlNetLoader": ["CONTROL_NET", "OPERATOR", "STRING"],
+    "DMAP_MatchMeasurement": ["IMAGE", "STRING"],
     "DMAP_SamplePicture": ["IMAGE", "MASK"],
     "DMAP_SamplingReport": ["STRING", "STRING"],
     "DMAP_SelfGenerateCSEDataset": ["IMAGE", "STRING"],
@@ -114,6 +117,7 @@ OUTPUTS = {
     "DMAP_StepsStudy": ["IMAGE", "IMAGE", "STRING"],
     "DMAP_SolverStudy": ["IMAGE", "IMAGE", "STRING"],
 }
+STEPPED = ("DMAP_DMAPSampler", "DMAP_DPSGuider", "DMAP_DPSSampler", "DMAP_FreeDoMSampler", "DMAP_ReSampleSampler")
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
 OPTIONS = {
     "optimizer": "gradient adam",
@@ -131,7 +135,9 @@ OPTIONS = {
     "unreadable": "refuse skip",
     "folder": ["the pictures input"],  # before folders of the machine
     "picture": ["dmap-demo-00"],  # the pack's own pictures
-    "settings_for": "Stable Diffusion, 512 pixels|demo prior, 128 pixels",
+    "quality": {"DMAP_DMAPPreset": ["look", "good", "best", "paper"]},
+    "step": {node: ["auto", "zeta"] for node in STEPPED},
+    "jacobian": "exact none",
     "perceptual": "none|LPIPS alex|LPIPS vgg|EfficientNet-Lite0",
     "distribution": "none|FID and KID|EfficientNet-Lite0",
 }

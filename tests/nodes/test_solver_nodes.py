@@ -315,27 +315,33 @@ def operators(lab):
     ]
 
 
-def preset(lab, solver, operator=None, settings_for="demo prior, 128 pixels", **more):
+def preset(lab, solver, operator=None, quality="paper", **more):
     operator = lab.call("DMAP_OperatorSuperResolution", scale=8) if operator is None else operator
-    return lab.call("DMAP_DMAPPreset", model=lab.shared()[0], operator=operator, solver=solver, settings_for=settings_for, **more)
+    return lab.call("DMAP_DMAPPreset", model=lab.shared()[0], operator=operator, solver=solver, quality=quality, **more)
 
 
 def test_there_is_a_preset_for_every_operator_and_solver(lab):
     presets, made = core(lab, "presets"), operators(lab)
     assert {type(operator) for operator in made} == set(lab.core.operators.OPERATORS.values())
     for operator in made:
-        for model in presets.MODELS:
+        for quality in (*presets.QUALITIES, "paper"):
             for solver in presets.NAMES:
-                if operator.name == "Segmentation" and solver != "DSG":  # zeta has other units there
+                if quality == "paper" and operator.name == "Segmentation" and solver != "DSG":  # zeta has other units there
                     with pytest.raises(ValueError, match="(?s)solver: .*Segmentation.*DSG"):
-                        preset(lab, solver, operator, model)
+                        preset(lab, solver, operator, quality)
+                    continue
+                if quality != "paper" and solver == "PSLD":
+                    with pytest.raises(ValueError, match="solver: PSLD has two terms.*'paper'"):
+                        preset(lab, solver, operator, quality)
                     continue
                 for more in ({}, {"steps": 1}, {"steps": 33}):
-                    sampler, sigmas, text = preset(lab, solver, operator, model, **more)
+                    sampler, sigmas, text = preset(lab, solver, operator, quality, **more)
                     steps = len(sigmas) - 1
-                    assert text.startswith(f"{solver.split()[0]}: zeta ") and f", {more.get('steps', steps)} steps, " in text
+                    sets_itself = quality != "paper" and solver != "DSG"
+                    assert text.startswith(f"{solver.split()[0]}: {'strength' if sets_itself else 'zeta'} ")
+                    assert f", {more.get('steps', steps)} steps, " in text
                     assert float(sigmas[-1]) == 0 and (sigmas[1:] < sigmas[:-1]).all()
-                    assert any(source in text for source in ("paper", "demo prior")), text
+                    assert any(source in text for source in ("paper", "demo prior", "sets itself")), text
                     assert ("scaled from" in text) == bool(more)
                     if not (solver == "PSLD" and not operator.linear):
                         sampler.check(operator, steps)
@@ -352,26 +358,37 @@ PAPER = {  # what the paper and its authors' code have for super-resolution x8
 }
 
 
+@pytest.fixture
+def levels(lab, monkeypatch):
+    """Sets how many levels the shared model's UNet says it has: the demo prior has one, Stable Diffusion four."""
+    config = lab.shared()[0].model.model_config.unet_config
+    return lambda n: monkeypatch.setitem(config, "channel_mult", [1] * n)
+
+
 @pytest.mark.parametrize("solver", PAPER)
-def test_the_papers_settings(lab, solver):
-    _, sigmas, text = preset(lab, solver, settings_for="Stable Diffusion, 512 pixels")
+def test_the_papers_settings(lab, levels, solver):
+    levels(4)
+    _, sigmas, text = preset(lab, solver)
     assert text == f"{solver.split()[0]}: {PAPER[solver]}, paper spacing (paper and authors)"
     assert torch.equal(sigmas, lab.sigmas(len(sigmas) - 1, spacing="paper"))
 
 
-def test_a_preset_says_where_it_comes_from(lab):
+def test_a_preset_says_where_it_comes_from(lab, levels):
+    levels(4)
     blur = lab.call("DMAP_OperatorGaussianBlur", sigma=3.0, kernel_size=61)
-    assert "zeta 0.6," in preset(lab, "DPS", blur, "Stable Diffusion, 512 pixels")[2]
+    assert "zeta 0.6," in preset(lab, "DPS", blur)[2]
     motion = lab.call("DMAP_OperatorMotionBlur", length=9.0, angle=0.0)
-    assert "carried over from the demo prior (treated as Motion Blur)" in preset(lab, "DPS", motion, "Stable Diffusion, 512 pixels")[2]
+    assert "carried over from the demo prior (treated as Motion Blur)" in preset(lab, "DPS", motion)[2]
+    levels(1)
     whole = preset(lab, "DMAP", motion)[2]
     assert "searched on the demo prior" in whole and "Motion Blur" in whole and "scaled" not in whole
     assert preset(lab, "DMAP", motion, steps=5)[2].endswith("; scaled from 10 to 5 steps)")
 
 
 @pytest.mark.parametrize("solver", PAPER)
-def test_a_preset_makes_what_the_solvers_own_node_makes(lab, solver):
+def test_a_preset_makes_what_the_solvers_own_node_makes(lab, levels, solver):
     """The settings by hand: those of the whole run, zeta multiplied by what the steps are divided by, the window moved along."""
+    levels(1)
     presets = core(lab, "presets")
     whole = presets.preset(lab.core.operators.SuperResolution(8), solver, presets.MODELS[1])
     for steps in (0, STEPS):
@@ -388,7 +405,8 @@ def test_a_preset_makes_what_the_solvers_own_node_makes(lab, solver):
         assert (by_hand.name, by_hand.solver) == (sampler.name, sampler.solver)
 
 
-def test_a_preset_runs_as_its_settings_by_hand(lab):
+def test_a_preset_runs_as_its_settings_by_hand(lab, levels):
+    levels(1)
     for solver in ("DMAP", "FreeDoM"):
         sampler, sigmas, _ = preset(lab, solver, steps=STEPS)
         names = {"DMAP": ("K", "zeta"), "FreeDoM": ("zeta", "K", "first", "last")}[solver]
@@ -476,8 +494,8 @@ def test_words_that_are_not_known(lab, refused):
             run(lab, sampler(optimizer="sgd"), model=model)
     with refused("solver", "DMAP full"):
         preset(lab, "Euler")
-    with refused("model", "Stable Diffusion, 512 pixels"):
-        preset(lab, "DPS", settings_for="Flux")
+    with refused("quality", "look, good, best, paper"):
+        preset(lab, "DPS", quality="Flux")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -68,7 +68,7 @@ def dmap_prompt(host: Host, info: dict, steps: int = STEPS, seed: int = 0, zeta:
     prompt[titled(prompt, "DMAP: schedule")]["inputs"]["steps"] = steps
     of_class(prompt, "RandomNoise")["inputs"]["noise_seed"] = seed
     if zeta is not None:
-        prompt[titled(prompt, "DMAP: sampler")]["inputs"]["zeta"] = zeta
+        prompt[titled(prompt, "DMAP: sampler")]["inputs"] |= {"zeta": zeta, "step": "zeta"}
     save, report = titled(prompt, "DMAP: save"), titled(prompt, "DMAP: report")
     return upstream(prompt, [save, report]), save, report
 
