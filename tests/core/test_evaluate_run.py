@@ -137,7 +137,7 @@ def test_a_whole_run(finished, given):
     names = {f"sr8-{row}/{picture}.{kind}" for row in ("as-given", "dps", "dmap") for picture in "01" for kind in ("png", "json")}
     names |= {f"sr8-{row}/row.json" for row in ("as-given", "dps", "dmap")} | {"run.json", "versions.json"}
     names |= {"table.md", "table.csv", "pictures.csv", "pictures-sr8.png"}
-    names |= {f"plots/{name}.png" for name in ("psnr", "residual", "seconds")}
+    names |= {f"plots/{name}.png" for name in ("psnr", "residual", "mismatch", "seconds")}
     assert set(files(finished)) == names
     for row, calls in (("as-given", 0), ("dps", 2), ("dmap", 2 + 1 * 2)):
         for i in (0, 1):
