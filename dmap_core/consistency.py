@@ -21,7 +21,9 @@ from torch import Tensor
 from .operators import Inpainting, Noisy, Operator
 from .operators.base import Separable, Size, check_batch
 
-ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise that a picture file has
+ROUNDING = (
+    2 / 255 / math.sqrt(12)
+)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise that a picture file has
 MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
 ITERATIONS = 200  # of conjugate gradients, at most
 AIM = 0.99  # of the noise's norm, so that a matched picture is one that needs no matching

@@ -62,9 +62,7 @@ class Posterior:
         with torch.no_grad():
             return self.distance(self.decode(self.denoise(z, sigma) if sigma > 0 else z))
 
-    def gradient(
-        self, z: Tensor, sigma: float, extra: Extra | None = None, jacobian: str = JACOBIANS[0]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(self, z: Tensor, sigma: float, extra: Extra | None = None, jacobian: str = JACOBIANS[0]) -> tuple[Tensor, Tensor, Tensor]:
         """(grad, denoised, residual) at z (B, C, h, w): d r / d z per sample, z0(z), and r (B,).
 
         jacobian: "exact" takes the derivative through the denoiser, as the paper does; "none" stops at z0, d r / d z0, and costs about half.

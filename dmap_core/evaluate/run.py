@@ -109,9 +109,7 @@ def grey_levels(operator: Operator, image: Tensor, y: Tensor) -> list[dict[str, 
     except NotImplementedError:
         return [{}] * len(image)
     worst = operator.difference(operator(image), y).abs().flatten(1).amax(1)
-    return [
-        {"mismatch": 127.5 * r, "mismatch_worst": 127.5 * w} for r, w in zip(rms.tolist(), worst.tolist(), strict=True)
-    ]
+    return [{"mismatch": 127.5 * r, "mismatch_worst": 127.5 * w} for r, w in zip(rms.tolist(), worst.tolist(), strict=True)]
 
 
 def shared_identity(config: Config) -> dict[str, Any]:

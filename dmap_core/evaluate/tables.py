@@ -16,7 +16,14 @@ from .results import csv_text, read_picture_json
 from .run import Job, cse_warnings, saved
 
 LABELS = {"miou": "mIoU"}
-COSTS = {"residual": "residual", "mismatch": "mismatch (levels)", "mismatch_worst": "worst (levels)", "seconds": "seconds", "denoiser_calls": "denoiser calls", "peak_memory": "peak memory (GiB)"}
+COSTS = {
+    "residual": "residual",
+    "mismatch": "mismatch (levels)",
+    "mismatch_worst": "worst (levels)",
+    "seconds": "seconds",
+    "denoiser_calls": "denoiser calls",
+    "peak_memory": "peak memory (GiB)",
+}
 DIMENSIONS = {"fid": 2048, "fd-efficientnet": 1280}  # of the features of Frechet distances
 BATCH = 16  # pictures whose features are taken at once
 
@@ -120,7 +127,11 @@ def label(name: str) -> str:
 def digits(name: str) -> int:
     name = name.removesuffix(MATCHED)
     metric = PICTURE_METRICS.get(name) or SET_METRICS.get(name)
-    return metric.digits if metric else {"miou": 4, "residual": 3, "mismatch": 2, "mismatch_worst": 1, "seconds": 1, "denoiser_calls": 0, "peak_memory": 2}[name]
+    return (
+        metric.digits
+        if metric
+        else {"miou": 4, "residual": 3, "mismatch": 2, "mismatch_worst": 1, "seconds": 1, "denoiser_calls": 0, "peak_memory": 2}[name]
+    )
 
 
 def cell(line: Line, name: str) -> str:

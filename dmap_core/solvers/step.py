@@ -41,7 +41,9 @@ def check_step(zeta: float | None, strength: float, jacobian: str, optimizer: st
     if zeta is not None:
         check_zeta(zeta)
     elif optimizer != "gradient":
-        raise ValueError(f"optimizer is {optimizer!r}, which has no gradient that the automatic step could measure; give it a zeta, such as 0.05")
+        raise ValueError(
+            f"optimizer is {optimizer!r}, which has no gradient that the automatic step could measure; give it a zeta, such as 0.05"
+        )
     if not (math.isfinite(strength) and 0 < strength <= STRONGEST):
         raise ValueError(f"strength is {strength}; it must be above 0 and at most {STRONGEST:g}")
     if jacobian not in JACOBIANS:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...dmap_core.presets import MODELS
 from ...dmap_core.backends.fingerprint import fingerprint
 from ...dmap_core.memory import blocks_of
+from ...dmap_core.presets import MODELS
 from ...dmap_core.prior import levels_of
 
 # Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them.

@@ -65,7 +65,9 @@ def test_zeta_is_itself():
     assert step_size(4.8, 0.5, randn(1, 1, 2, 2), torch.ones(1), 0.1) == 4.8
 
 
-@pytest.mark.parametrize("solver", [DPS(), DMAP(K=2), DMAP(K=2, jacobian="none"), FreeDoM(K=2, first=1, last=2)], ids=lambda s: s.describe())
+@pytest.mark.parametrize(
+    "solver", [DPS(), DMAP(K=2), DMAP(K=2, jacobian="none"), FreeDoM(K=2, first=1, last=2)], ids=lambda s: s.describe()
+)
 def test_it_has_no_unit(conv_prior, solver):
     """The residual in other units, a thousandth of it say, makes the same picture; with zeta it makes another."""
 
@@ -82,7 +84,9 @@ def test_it_has_no_unit(conv_prior, solver):
 
 
 @pytest.mark.parametrize("solver", [DPS(), DMAP(K=2), DMAP(K=2, jacobian="none")], ids=lambda s: s.describe())
-@pytest.mark.parametrize("f", [SuperResolution(2), GaussianBlur(5, 1.0), Jpeg(20), Inpainting((randn(*IMAGE) > 0.5).float())], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "f", [SuperResolution(2), GaussianBlur(5, 1.0), Jpeg(20), Inpainting((randn(*IMAGE) > 0.5).float())], ids=lambda f: f.name
+)
 def test_it_lowers_the_residual_of_every_operator(conv_prior, solver, f):
     """With one and the same strength; the unguided end is where no gradient is taken."""
     from dmap_core.solvers import Unguided

@@ -102,10 +102,7 @@ def refusals(lab):
     for operator in found:
         calls += [("DMAP_OperatorNoise", {"operator": operator, "sigma": sigma}) for sigma in (0.1, -1.0)]
         calls += [("DMAP_OperatorCompose", {"first": operator, "second": found[1]})]
-        calls += [
-            ("DMAP_DMAPPreset", {"operator": operator, "model": model, "solver": s, "quality": "paper"})
-            for s in ("PSLD", "no such")
-        ]
+        calls += [("DMAP_DMAPPreset", {"operator": operator, "model": model, "solver": s, "quality": "paper"}) for s in ("PSLD", "no such")]
         for y in (
             torch.rand(1, 1, 1, 3),
             torch.rand(1, 33, 31, 3),
