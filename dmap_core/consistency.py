@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,9 @@ from .operators.base import Separable, Size, check_batch
 ROUNDING = (
     2 / 255 / math.sqrt(12)
 )  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise that a picture file has
+HALF = 1 / 255  # half a grey level in units of [-1, 1]: a picture that is no further from its measurement is left as it is
 MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
+ROUNDS = 20  # of projections onto the measurement and onto the range of pictures, at most
 ITERATIONS = 200  # of conjugate gradients, at most
 AIM = 0.99  # of the noise's norm, so that a matched picture is one that needs no matching
 EXACT = 0.1  # of the noise's norm: how well the equation is solved
@@ -33,7 +36,7 @@ LEAST = 1e-4  # of f's largest squared singular value: a smaller lam would ampli
 
 @dataclass(frozen=True)
 class Match:
-    """image: (B, 3, H, W), not clamped. noise: what was assumed, in units of [-1, 1]. before, after: root mean square of f(x) - y per sample, (B,)."""
+    """image: (B, 3, H, W) in [-1, 1]. noise: what was assumed, in units of [-1, 1]. before, after: root mean square of f(x) - y per sample, (B,)."""
 
     image: Tensor
     noise: float
@@ -42,7 +45,7 @@ class Match:
 
     def short(self) -> bool:
         """Whether some measurement could not be reached: it contradicts the operator, or the noise is larger than said."""
-        return bool((self.after > 1.05 * self.noise).any())
+        return bool((self.after > 1.05 * max(self.noise, HALF)).any())
 
 
 def verdict(rms: float, noise: float = 0.0) -> str:
@@ -92,7 +95,7 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
         if isinstance(f, Inpainting) and noise == ROUNDING:
             found = fill(f, x, y, feather)
         else:
-            found = project(f, x, y, noise)
+            found = within_range(f, x, y, noise)
         return Match(found.to(image.dtype), noise, before, mismatch(f, found, y))
 
 
@@ -104,6 +107,7 @@ def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
 
 def fill(f: Inpainting, x: Tensor, y: Tensor, feather: float) -> Tensor:
     """y where it is known, x in the hole; there what they differ by at the edge fades away over `feather` pixels."""
+    x = x.clamp(-1, 1)
     known = (1 - f.mask.to(x)).expand(len(x), -1, -1, -1)
     if feather > 0:
         weight = _smooth(known, feather / 2)
@@ -118,6 +122,20 @@ def _smooth(x: Tensor, sigma: float) -> Tensor:
     taps = (taps / taps.sum()).expand(x.shape[1], 1, 1, -1)
     for _ in range(2):
         x = torch.nn.functional.conv2d(x, taps, padding=(0, radius), groups=x.shape[1]).mT
+    return x
+
+
+def within_range(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
+    """A picture in [-1, 1] that explains y, by projections onto the two in turn (POCS): what `project` adds at white and black is cut off in any file.
+
+    Neither projection moves away from any picture in [-1, 1] with that measurement.
+    """
+    x = x.clamp(-1, 1)
+    for _ in range(ROUNDS):
+        missed = mismatch(f, x, y) > max(noise, HALF)
+        if not missed.any():
+            break
+        x = torch.where(_column(missed, x) > 0, project(f, x, y, noise).clamp(-1, 1), x)
     return x
 
 
@@ -203,11 +221,19 @@ def _lam_of(values: Tensor, power: Tensor, aim: float) -> float:
     return low
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)  # the cache outlives a host's inference mode
+def _eigen(f: Separable, length: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of M M^T along an axis of pictures, float64."""
+    m = f.matrix(length)
+    values, vectors = torch.linalg.eigh(m @ m.mT)
+    return values.clamp(min=0), vectors
+
+
 def solve_separable(f: Separable, b: Tensor, size: Size, target: Tensor) -> Tensor:
     """(f f^T + lam)^-1 b, lam as in `find_lam`, for f(x) = M_h x M_w^T: by the eigenvectors of M_h M_h^T and M_w M_w^T, exactly."""
-    rows, columns = (torch.linalg.eigh(m @ m.mT) for m in (f.matrix(n).to(b.device) for n in size))
-    values = rows.eigenvalues.clamp(min=0)[:, None] * columns.eigenvalues.clamp(min=0)
-    into, across = rows.eigenvectors.to(b), columns.eigenvectors.to(b)
+    (rows, into), (columns, across) = ((values.to(b.device), vectors.to(b)) for values, vectors in (_eigen(f, n) for n in size))
+    values = rows[:, None] * columns
     turned = into.mT @ b @ across
     power = turned.double().square().sum(1)
     lam = [_lam_of(values, p, AIM * aim) for p, aim in zip(power, target.tolist(), strict=True)]
