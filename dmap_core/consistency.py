@@ -92,10 +92,7 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
         y = y.to(x).expand(len(x), -1, -1, -1)
         f = operator.operator if isinstance(operator, Noisy) else operator
         before = mismatch(f, x, y)
-        if isinstance(f, Inpainting) and noise == ROUNDING:
-            found = fill(f, x, y, feather)
-        else:
-            found = within_range(f, x, y, noise)
+        found = fill(f, x, y, feather) if isinstance(f, Inpainting) and noise == ROUNDING else within_range(f, x, y, noise)
         return Match(found.to(image.dtype), noise, before, mismatch(f, found, y))
 
 

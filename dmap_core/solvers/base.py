@@ -131,7 +131,9 @@ class Solver(ABC):
         changed = {}
         for name, (_, about) in self.described().items():
             value = getattr(self, name)
-            if about.scales == STEP and value is not None:
+            if value is None:  # a step that sets itself
+                continue
+            if about.scales == STEP:
                 changed[name] = float(f"{value / ratio:.4g}")
             elif about.scales == WINDOW:
                 changed[name] = max(1, round(value * ratio))

@@ -387,7 +387,10 @@ def test_guidance_lowers_the_residual_and_brings_the_picture_closer(host: Host, 
 
 
 def test_the_shipped_workflow_explains_its_measurement(host: Host, info: dict):
-    """What the save node writes, degraded once more, is the degraded picture to within half a grey level, whatever the model made of it."""
+    """What the save node writes, degraded once more, is the degraded picture to within a grey level, whatever the model made of it.
+
+    Half of it is the match's, and half the save node's, which cuts digits off instead of rounding.
+    """
     prompt, save, report = dmap_prompt(host, info, steps=2)
     entry = host.run(prompt)
     original, restored = (
@@ -395,7 +398,7 @@ def test_the_shipped_workflow_explains_its_measurement(host: Host, info: dict):
         for x in (pixels(host.input / small_original(host)), pixels(host.images(entry, save)[0]))
     )
     f = SuperResolution(4)
-    assert float((f(restored) - f(original)).square().mean().sqrt()) < 0.5
+    assert float((f(restored) - f(original)).square().mean().sqrt()) < 1.0
     assert report_of(entry, report)["mismatch"][0] > 2  # that of the picture before it
 
 
