@@ -23,9 +23,10 @@ from dmap_core.operators import (
 from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
-from dmap_core.presets import DEMO, LIKE, MODELS, NAMES, PAPER_ZETA, kind, preset
+from dmap_core.presets import DEMO, LIKE, MODELS, NAMES, PAPER_ZETA, QUALITIES, automatic, kind, preset
 from dmap_core.schedule import SPACINGS, check_sigmas
 from dmap_core.solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample
+from dmap_core.solvers.step import STRENGTH
 
 SD, DEMO_PRIOR = MODELS
 every_solver = pytest.mark.parametrize("solver", NAMES)
@@ -60,7 +61,7 @@ def test_there_is_an_example_of_every_operator_and_a_preset_of_every_solver():
 @every_model
 def test_every_preset_fits_its_solver(f, solver, model):
     if f.name == "Segmentation" and solver != "DSG":
-        with pytest.raises(ValueError, match=f"no settings of {solver} are known for Segmentation.*take DSG"):
+        with pytest.raises(ValueError, match=f"no zeta of {solver} is known for Segmentation.*take an automatic step .*or DSG"):
             preset(f, solver, model)
         return
     found = preset(f, solver, model)
@@ -256,3 +257,37 @@ def test_what_a_preset_says():
     assert (
         preset(SR, "FreeDoM", SD).with_settings(eta=0.5).text().startswith("FreeDoM: zeta 4.8, K 2, first 25, last 50, eta 0.5, 500 steps")
     )
+
+
+@every_operator
+@pytest.mark.parametrize("quality", QUALITIES)
+@every_solver
+def test_automatic_steps_need_no_zeta(f, solver, quality):
+    """For every operator, Segmentation included. What the step does is the same for all: nothing of it is searched."""
+    if solver == "PSLD":
+        with pytest.raises(ValueError, match="PSLD has two terms, and no automatic step of both is known; take the quality 'paper'"):
+            automatic(f, solver, quality)
+        return
+    found = automatic(f, solver, quality)
+    assert type(found.solver) is SOLVERS[solver.removesuffix(" full")] and found.spacing == "exponential"
+    assert found.steps == QUALITIES[quality] * automatic(f, solver, "look").steps
+    found.solver.check(f, found.steps)
+    if solver == "DSG":
+        assert 0 < found.solver.zeta <= 1
+    else:
+        assert found.solver.zeta is None and found.solver.strength == STRENGTH
+        assert found.solver.jacobian == ("exact" if kind(f) == "Inpainting" else "none")
+        assert f"strength {STRENGTH:g}" in found.text() and "sets itself" in found.text()
+
+
+def test_automatic_names_what_is_wrong():
+    with pytest.raises(ValueError, match="solver is 'Euler'"):
+        automatic(SR, "Euler", "good")
+    with pytest.raises(ValueError, match="quality is 'paper'; it must be one of look, good, best, paper"):
+        automatic(SR, "DMAP", "paper")
+
+
+def test_a_strength_takes_the_place_of_zeta():
+    found = preset(SR, "DMAP", SD).with_settings(strength=0.3)
+    assert found.solver.zeta is None and found.solver.strength == 0.3
+    assert preset(SR, "DMAP", SD).with_settings(strength=0.3, zeta=2.0).solver.zeta == 2.0
