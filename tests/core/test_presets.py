@@ -223,7 +223,7 @@ def test_kind(f, expected):
 
 def test_segmentation_is_found_within_others():
     for f in (Compose([GaussianBlur(), EXAMPLES[9]]), Compose([Compose([EXAMPLES[9]])])):
-        with pytest.raises(ValueError, match="no settings of DPS are known for"):
+        with pytest.raises(ValueError, match="no zeta of DPS is known for"):
             preset(f, "DPS", SD)
 
 
