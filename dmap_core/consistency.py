@@ -4,8 +4,8 @@ A restoration shows what the autoencoder can say; what the measurement knew bett
 
     x + f^T (f f^T + lam)^-1 (y - f(x))
 
-by conjugate gradients on the measurement's side, without a matrix, or at once where f acts on rows and columns apart (Separable). With lam = 0 it is the orthogonal projection onto {x : f(x) = y}; lam > 0 leaves
-as much residual as the noise explains, sqrt(m) noise for m values (Morozov's discrepancy principle), so that no noise is inverted with a blur.
+by conjugate gradients on the measurement's side, without a matrix, or at once where f acts on rows and columns apart (Separable). With lam = 0 it
+is the orthogonal projection onto {x : f(x) = y}; lam > 0 leaves as much residual as the noise explains, sqrt(m) noise for m values (Morozov's discrepancy principle), so that no noise is inverted with a blur.
 For every lam and every picture x* with f(x*) = y the distance to x* does not grow: the error e becomes lam (f^T f + lam)^-1 e on f's row space.
 """
 
@@ -22,9 +22,7 @@ from torch import Tensor
 from .operators import Inpainting, Noisy, Operator
 from .operators.base import Separable, Size, check_batch
 
-ROUNDING = (
-    2 / 255 / math.sqrt(12)
-)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise that a picture file has
+ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise of a picture file
 HALF = 1 / 255  # half a grey level in units of [-1, 1]: a picture that is no further from its measurement is left as it is
 MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
 ROUNDS = 20  # of projections onto the measurement and onto the range of pictures, at most
@@ -100,6 +98,16 @@ def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
     """Root mean square of f(image) - y per sample, (B,) float32, over what was measured."""
     difference = operator.difference(operator(image), y).float().flatten(1)
     return torch.linalg.vector_norm(difference, dim=1) / operator.elements(y).to(difference).sqrt()
+
+
+def grey_levels(operator: Operator, y_hat: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """What y_hat = f(image) and y differ by in grey levels of 255: (root mean square, worst), (B,) each.
+
+    Raises NotImplementedError where the two are not values to subtract.
+    """
+    levels = (operator.difference(y_hat, y).float() * 127.5).flatten(1)
+    rms = torch.linalg.vector_norm(levels, dim=1) / operator.elements(y).to(levels).sqrt()
+    return rms, levels.abs().amax(dim=1)
 
 
 def fill(f: Inpainting, x: Tensor, y: Tensor, feather: float) -> Tensor:

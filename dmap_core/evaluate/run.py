@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..backends.fingerprint import fingerprint
-from ..consistency import match, mismatch
+from ..consistency import grey_levels, match
 from ..cse.checkpoint import read_controlnet, read_description
 from ..errors import Diverged
 from ..metrics import PICTURE_METRICS, SET_METRICS, miou
@@ -98,18 +98,17 @@ def restored(config: Config, backend: Backend, jobs: Sequence[Job], operator: Op
         image, costs = backend.restore(row, plan, operator, y, seeds)
     with torch.no_grad():
         residuals = operator.distance(operator(image), y).tolist()
-        misses = grey_levels(operator, image.clamp(-1, 1), y)
-    return image, [{"residual": r} | miss | cost for r, miss, cost in zip(residuals, misses, costs, strict=True)]
+        missed = misses(operator, operator(image.clamp(-1, 1)), y)
+    return image, [{"residual": r} | miss | cost for r, miss, cost in zip(residuals, missed, costs, strict=True)]
 
 
-def grey_levels(operator: Operator, image: Tensor, y: Tensor) -> list[dict[str, float]]:
-    """How far f(image) is from y in grey levels of 255, per picture: root mean square and worst; empty where they cannot be compared."""
+def misses(operator: Operator, y_hat: Tensor, y: Tensor) -> list[dict[str, float]]:
+    """`consistency.grey_levels` of every picture, for its figures; empty where there are none."""
     try:
-        rms = mismatch(operator, image, y)
+        rms, worst = grey_levels(operator, y_hat, y)
     except NotImplementedError:
-        return [{}] * len(image)
-    worst = operator.difference(operator(image), y).abs().flatten(1).amax(1)
-    return [{"mismatch": 127.5 * r, "mismatch_worst": 127.5 * w} for r, w in zip(rms.tolist(), worst.tolist(), strict=True)]
+        return [{}] * len(y_hat)
+    return [{"mismatch": r, "mismatch_worst": w} for r, w in zip(rms.tolist(), worst.tolist(), strict=True)]
 
 
 def shared_identity(config: Config) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..schedule import ancestral_step, randn_like
 from .adam import OPTIMIZERS, direction, optimizer_setting
 from .base import Cost, Solver, check_choice, check_sphere, eta_setting, setting, zeta_setting
 from .checks import check_finite, check_problem
-from .step import check_step, jacobian_setting, step_size, strength_setting, told
+from .step import check_step, jacobian_setting, step_of, strength_setting, told
 
 
 def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
@@ -64,11 +64,10 @@ class DMAP(Solver):
             mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, self.eta)
             if sigma_up > 0:
                 z = mu + sigma_up * randn_like(z, generator)
-                radius = math.sqrt(z[0].numel()) * sigma_up
                 for _ in range(int(self.K)):
                     grad, denoised, residual = posterior.gradient(z, sigma_next, jacobian=self.jacobian)
                     check_finite(i, len(levels) - 1, self.zeta, grad, residual)
-                    z = project(z - step_size(self.zeta, self.strength, grad, residual, radius) * step(grad), mu, sigma_up)
+                    z = project(z - step_of(self, grad, residual, sigma_up) * step(grad), mu, sigma_up)
             else:
                 z = mu
                 residual = posterior.residual(z, 0.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from ..schedule import ancestral_step, randn_like
 from .adam import OPTIMIZERS, direction, optimizer_setting
 from .base import Cost, Solver, check_choice, check_eta, eta_setting, zeta_setting
 from .checks import check_finite, check_problem
-from .step import check_step, jacobian_setting, step_size, strength_setting, told
+from .step import check_step, jacobian_setting, step_of, strength_setting, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,16 +43,12 @@ class DPS(Solver):
         levels = check_problem(self, posterior, z, sigmas)
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             grad, denoised, residual = posterior.gradient(z, sigma, jacobian=self.jacobian)
-            size = self.step_size(grad, residual, sigma)
+            size = step_of(self, grad, residual, sigma)
             z = guided_step(z, denoised, size * step(grad), sigma, sigma_next, self.eta, generator)
             check_finite(i, len(levels) - 1, self.zeta, z, residual)
             if callback:
                 callback(i, denoised, z, residual)
         return z
-
-    def step_size(self, grad: Tensor, residual: Tensor, sigma: float) -> float | Tensor:
-        """As `step.step_size`; a step is not longer than the noise."""
-        return step_size(self.zeta, self.strength, grad, residual, math.sqrt(grad[0].numel()) * sigma)
 
     def cost(self, steps: int) -> Cost:
         through = steps if self.jacobian == "exact" else 0

@@ -16,7 +16,7 @@ from ..schedule import randn_like
 from .base import Cost, Solver, check_choice, check_eta, choice_setting, eta_setting, setting, window_setting, zeta_setting
 from .checks import check_finite, check_problem, check_window
 from .dps import guided_step
-from .step import check_step, jacobian_setting, step_size, strength_setting, told
+from .step import check_step, jacobian_setting, step_of, strength_setting, told
 
 TRAVELS = ("forward", "published")
 
@@ -60,7 +60,7 @@ class FreeDoM(Solver):
             passes = int(self.K) if self.first <= i <= self.last else 1
             for k in range(passes):
                 grad, denoised, residual = posterior.gradient(z, sigma, jacobian=self.jacobian)
-                size = step_size(self.zeta, self.strength, grad, residual, math.sqrt(z[0].numel()) * sigma)
+                size = step_of(self, grad, residual, sigma)
                 z = guided_step(z, denoised, size * grad, sigma, sigma_next, self.eta, generator)
                 if k + 1 < passes:
                     shrink, noise = (1.0, math.sqrt(sigma**2 - sigma_next**2)) if self.travel == "forward" else published_travel(i)

@@ -28,7 +28,7 @@ from .base import (
 )
 from .checks import check_finite, check_problem, check_window
 from .dps import guided_step
-from .step import check_step, jacobian_setting, step_size, strength_setting, told
+from .step import check_step, jacobian_setting, step_of, strength_setting, told
 
 SPACES = ("both", "latent", "pixel")
 TWEEDIES = ("correct", "published")
@@ -111,7 +111,7 @@ class ReSample(Solver):
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             grad, denoised, residual = posterior.gradient(z, sigma, jacobian=self.jacobian)
             z0 = denoised if self.tweedie == "correct" else z - sigma / math.sqrt(1 + sigma**2) * (z - denoised)
-            size = step_size(self.zeta, self.strength, grad, residual, math.sqrt(z[0].numel()) * sigma)
+            size = step_of(self, grad, residual, sigma)
             z = guided_step(z, denoised, size * grad, sigma, sigma_next, self.eta, generator)
             check_finite(i, steps, self.zeta, z, residual)
             space = self.space_after(i, steps)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..posterior import JACOBIANS
-from .base import check_zeta, choice_setting, setting
+from .base import check_choice, check_zeta, choice_setting, setting
 
 STRENGTH = 0.7
 STRONGEST = 2.0  # twice Polyak's step, where a linear residual comes back to where it was
@@ -46,8 +46,7 @@ def check_step(zeta: float | None, strength: float, jacobian: str, optimizer: st
         )
     if not (math.isfinite(strength) and 0 < strength <= STRONGEST):
         raise ValueError(f"strength is {strength}; it must be above 0 and at most {STRONGEST:g}")
-    if jacobian not in JACOBIANS:
-        raise ValueError(f"jacobian is {jacobian!r}; it must be one of {', '.join(JACOBIANS)}")
+    check_choice("jacobian", jacobian, JACOBIANS)
 
 
 def step_size(zeta: float | None, strength: float, grad: Tensor, residual: Tensor, radius: float) -> float | Tensor:
@@ -62,6 +61,11 @@ def step_size(zeta: float | None, strength: float, grad: Tensor, residual: Tenso
     norm = torch.linalg.vector_norm(grad.flatten(1).to(torch.promote_types(grad.dtype, torch.float32)), dim=1)
     length = (strength * residual.to(norm) / norm).clamp(max=radius)
     return torch.where(norm > 0, length / norm, 0.0).to(grad).view(-1, *[1] * (grad.ndim - 1))
+
+
+def step_of(solver: Any, grad: Tensor, residual: Tensor, sigma: float) -> float | Tensor:
+    """`step_size` of a solver with the fields above; a step is no longer than noise of that level, sqrt(d) sigma (DMAP: its sphere's radius)."""
+    return step_size(solver.zeta, solver.strength, grad, residual, math.sqrt(grad[0].numel()) * sigma)
 
 
 def told(solver: Any) -> str:

@@ -14,10 +14,12 @@ from comfy.k_diffusion.sampling import default_noise_sampler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...dmap_core.consistency import grey_levels
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
 from ...dmap_core.solvers import DPS, Solver, check_finite, guided_denoised
+from ...dmap_core.solvers.step import step_of
 from ..messages import node_of, speaking_of_nodes
 from .controlnet import controls_of
 from .gradients import (
@@ -153,12 +155,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         """What the picture and the measurement differ by in the end, where they can be compared."""
         y_hat = self.operator(self._posterior.prior.decode(z0).clamp(-1, 1))
         try:
-            difference, elements = self.operator.difference(y_hat, self._posterior.y), self.operator.elements(self._posterior.y)
+            rms, worst = grey_levels(self.operator, y_hat, self._posterior.y)
         except NotImplementedError:  # scores of classes against classes
             return
-        levels = (difference.float() * 127.5).flatten(1)
-        self.report.mismatch = (torch.linalg.vector_norm(levels, dim=1) / elements.to(levels).sqrt()).tolist()
-        self.report.mismatch_worst = levels.abs().amax(dim=1).tolist()
+        self.report.mismatch, self.report.mismatch_worst = rms.tolist(), worst.tolist()
 
     def _finish_report(self, seconds: float) -> None:
         self.report.seconds = seconds
@@ -213,7 +213,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         grad, denoised, residual = self._posterior.gradient(x, sigma, jacobian=self.dps.jacobian)
         check_finite(len(self.report.residuals), len(levels) - 1, self.dps.zeta, grad, residual)
         self.report.residuals.append(residual.tolist())
-        return guided_denoised(denoised, grad, self.dps.step_size(grad, residual, sigma), sigma, sigma_next)
+        return guided_denoised(denoised, grad, step_of(self.dps, grad, residual, sigma), sigma, sigma_next)
 
     def solve(self, sampler: PosteriorSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
         """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
