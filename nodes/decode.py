@@ -9,7 +9,7 @@ from ..dmap_core.operators import Operator as CoreOperator
 from .host.prior import latent_size
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
-from .pictures import measurement_to_core
+from .pictures import measurement_to_core, with_given
 from .schema import schema
 
 NAME = "DMAP Decode"
@@ -56,7 +56,7 @@ class Decode(io.ComfyNode):
                 raise ValueError(f"{NAME}: {len(image)} pictures for {len(y)} measurements; give one measurement, or one per picture")
             with speaking_of_nodes(f"{NAME}: "):
                 operator.check((height, width), len(image))
-            image = image.where(operator.mask.movedim(1, -1).to(image) > 0, measurement.to(image))  # y has been to [-1, 1], with rounding
+            image = with_given(image, operator.mask, measurement)  # y has been to [-1, 1], with rounding
         return io.NodeOutput(image)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from comfy_api.latest import io
 
 from ..dmap_core.consistency import ROUNDING, match, verdict
 from ..dmap_core.operators import Operator as CoreOperator
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
-from .pictures import from_core, measurement_to_core, to_core
+from .pictures import from_core, measurement_to_core, to_core, with_given
 from .schema import schema
 
 NAME = "Match Measurement"
@@ -63,8 +62,7 @@ class MatchMeasurement(io.ComfyNode):
             found = match(operator, x, y, noise / LEVELS if noise else None, feather)
         matched = from_core(found.image).clamp(0, 1)
         if operator.name == "Inpainting" and found.noise == ROUNDING:  # y has been to [-1, 1], with rounding
-            known = (operator.mask < 0.5).movedim(1, -1).to(matched.device)
-            matched = torch.where(known, measurement.to(matched), matched)
+            matched = with_given(matched, operator.mask, measurement)
         return io.NodeOutput(matched, told(found, noise))
 
 

@@ -74,6 +74,11 @@ def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
         return operator.read_masks(image.float()) if masks else operator.read(image.movedim(-1, 1).float() * 2 - 1)
 
 
+def with_given(image: Tensor, mask: Tensor, measurement: Tensor) -> Tensor:
+    """The picture (B, H, W, 3) with a measurement's own pixels where an Inpainting's mask (B, 1, H, W) is 0: to the bit, as they were never elsewhere."""
+    return image.where(mask.movedim(1, -1).to(image) > 0, measurement.to(image))
+
+
 def from_core(image: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) in [0, 1], not clamped."""
     return ((image + 1) / 2).movedim(1, -1)
