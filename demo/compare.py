@@ -3,9 +3,11 @@
     python demo/compare.py --n 32                                     # the table, hours on a small machine; goes on where it was cut
     python demo/compare.py --search --solvers DPS --sweep zeta=0.5,1,2   # zeta of the preset times these, on other held-out pictures
     python demo/compare.py --cse demo/run/cse-100.safetensors --operators super-resolution-x4 --solvers "CSE alone,DPS,DMAP"
+    python demo/compare.py --photographs --noise 5 --solvers "as given,DMAP automatic"   # natural photographs, whose model this is not
     python demo/compare.py --table                                    # only print what there is
 
-This is `dmap evaluate` with ComfyUI in this process as its backend: the pack's own nodes, one picture at a time, all from the same noise. What
+Every figure is there twice, of the picture as the model leaves it and `matched` to its measurement. DMAP automatic is DMAPPreset's *look*, whose
+steps set themselves; DMAP automatic exact and none are the same with the gradient through the denoiser, and without. This is `dmap evaluate` with ComfyUI in this process as its backend: the pack's own nodes, one picture at a time, all from the same noise. What
 it writes is below --out: every picture with its figures, and table.md. The table takes the first held-out pictures, the search the last ones.
 """
 
@@ -17,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from photographs import PHOTOGRAPHS, prepare
 from run import HERE, PRIOR_FILE, ROOT, names
 
 OPERATORS: dict[str, dict[str, Any]] = {
@@ -30,6 +33,11 @@ OPERATORS: dict[str, dict[str, Any]] = {
 }
 AS_GIVEN, CSE_ALONE = "as given", "CSE alone"
 SOLVERS = (AS_GIVEN, "DPS", "PSLD", "FreeDoM", "ReSample", "DSG", "DMAP", "DMAP full")
+AUTOMATIC = {
+    "DMAP automatic": None,
+    "DMAP automatic exact": "exact",
+    "DMAP automatic none": "none",
+}  # jacobian; None: what DMAPPreset takes
 MODEL = "demo prior, 128 pixels"
 HELD_OUT = len(list((HERE / "held-out").glob("*.png")))
 WEIGHTS = "random-kernel-wizard.safetensors"  # of nonlinear-deblur, seed 0, as the published ones are not shipped
@@ -64,8 +72,8 @@ def backend(config):
     return ComfyUI(config, model, null_conditioning(model), vae)
 
 
-def specs(names: list[str], weights: Path) -> dict[str, dict[str, Any]]:
-    """The damage of the demo workflows."""
+def specs(names: list[str], weights: Path, noise: float = 0.0) -> dict[str, dict[str, Any]]:
+    """The damage of the demo workflows. noise: of the measurements, in grey levels of 255."""
     from dmap_pack.dmap_core import operators
     from dmap_pack.dmap_core.operators.nonlinear_blur import random_kernel_wizard, save_kernel_wizard
 
@@ -76,20 +84,26 @@ def specs(names: list[str], weights: Path) -> dict[str, dict[str, Any]]:
         network = random_kernel_wizard(seed=0)
         save_kernel_wizard(network, weights / WEIGHTS)
         found["nonlinear-deblur"] = operators.NonlinearBlur(network, seed=0, weights=WEIGHTS).spec()
+    if noise:
+        found = {name: {"operator": "Noisy", "of": spec, "sigma": noise / 255} for name, spec in found.items()}
     return found
 
 
 def rows(operators: dict[str, dict[str, Any]], solvers: list[str], steps: int | None, cse: Path | None, weights: Path) -> list[dict]:
     """What PSLD cannot do is left out."""
     from dmap_pack.dmap_core.operators import from_spec
+    from dmap_pack.dmap_core.presets import automatic
 
     found = []
     for operator, spec in operators.items():
-        linear = from_spec(dict(spec), lambda name: weights / name).linear
+        f = from_spec(dict(spec), lambda name: weights / name)
         for solver in solvers:
-            if solver == "PSLD" and not linear:
+            if solver == "PSLD" and not f.linear:
                 continue
             row = {"operator": operator, "solver": solver, "name": solver}
+            if solver in AUTOMATIC:
+                look = automatic(f, "DMAP", "look").solver
+                row |= {"solver": "DMAP", "settings": {"strength": look.strength, "jacobian": AUTOMATIC[solver] or look.jacobian}}
             if solver != AS_GIVEN:
                 if cse:
                     row |= {"cse": cse, "name": f"{row['name']} + {cse.stem}"}
@@ -107,6 +121,8 @@ def check_folder(out: Path) -> None:
 
 def compare(
     n: int | None = None,
+    photographs: bool = False,
+    noise: float = 0.0,
     operators: str = ",".join(OPERATORS),
     solvers: str = ",".join(SOLVERS),
     steps: int | None = None,
@@ -118,13 +134,19 @@ def compare(
     table: bool = False,
 ) -> None:
     """Restores what is asked for, and prints its table. The arguments are the options of this program."""
-    n = n or (4 if search else 32)
-    if not 0 < n <= HELD_OUT // 2:
-        raise SystemExit(f"--n: {n} pictures wanted; there are {HELD_OUT // 2} for the table and as many for a search")
-    wanted, asked = names(operators, tuple(OPERATORS), "--operators"), names(solvers, (*SOLVERS, CSE_ALONE), "--solvers")
+    if photographs and search:
+        raise SystemExit("--search: settings are searched on held-out pictures, and --photographs are for a table")
+    most = sum(map(len, PHOTOGRAPHS.values())) if photographs else HELD_OUT // 2
+    n = n or (4 if search else min(32, most))
+    if not 0 < n <= most:
+        raise SystemExit(f"--n: {n} pictures wanted; there are {most} for the table" + ("" if photographs else " and as many for a search"))
+    if not 0 <= noise <= 255:
+        raise SystemExit(f"--noise is {noise}; it must be 0 to 255 grey levels")
+    wanted, asked = names(operators, tuple(OPERATORS), "--operators"), names(solvers, (*SOLVERS, *AUTOMATIC, CSE_ALONE), "--solvers")
     if CSE_ALONE in asked and not cse:
         raise SystemExit("--solvers: 'CSE alone' needs --cse FILE")
-    out = out or ROOT / "output" / "compare" / ("search" if search else "table")
+    what = "search" if search else "photographs" if photographs else "table"
+    out = out or ROOT / "output" / "compare" / (f"{what}-noise-{noise:g}" if noise else what)
     check_folder(out)
     import_pack()
     from dmap_pack.dmap_core.evaluate.config import ConfigError, make_config
@@ -134,10 +156,12 @@ def compare(
     from dmap_pack.dmap_core.evaluate.tables import markdown, read_lines
 
     weights = out / "weights"
-    damage = specs(wanted, weights)
-    given = {"operators": damage, "rows": rows(damage, asked, steps, cse, weights), "images": HERE / "held-out", "checkpoint": PRIOR_FILE}
-    given |= {"count": n, "last": search, "seed": seed, "stride": 0, "metrics": ["psnr", "features"]}
-    given |= {"settings_for": MODEL, "weights": weights, "title": f"Demo prior, {'search' if search else 'table'}"}
+    damage = specs(wanted, weights, noise)
+    images = prepare() if photographs else HERE / "held-out"
+    given = {"operators": damage, "rows": rows(damage, asked, steps, cse, weights), "images": images, "checkpoint": PRIOR_FILE}
+    given |= {"count": n, "last": search, "seed": seed, "stride": 0, "metrics": ["psnr", "features"], "match": True}
+    given |= {"rounded": True} if photographs else {}
+    given |= {"settings_for": MODEL, "weights": weights, "title": f"Demo prior, {what}"}
     try:
         config = make_config(given)
         swept = Sweep.parse(sweep) if sweep else None
@@ -158,6 +182,10 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, help="pictures (32 for the table, 4 for a search)")
+    parser.add_argument(
+        "--photographs", action="store_true", help="instead of held-out pictures: natural photographs, with 8-bit measurements"
+    )
+    parser.add_argument("--noise", type=float, default=0.0, help="of the measurements, in grey levels of 255 (default: 0)")
     parser.add_argument("--operators", default=",".join(OPERATORS))
     parser.add_argument("--solvers", default=",".join(SOLVERS))
     parser.add_argument("--steps", type=int, help="instead of the preset's; zeta and windows are scaled with it")

@@ -7,6 +7,7 @@ A restoration shows what the autoencoder can say; what the measurement knew bett
 by conjugate gradients on the measurement's side, without a matrix, or at once where f acts on rows and columns apart (Separable). With lam = 0 it
 is the orthogonal projection onto {x : f(x) = y}; lam > 0 leaves as much residual as the noise explains, sqrt(m) noise for m values (Morozov's discrepancy principle), so that no noise is inverted with a blur.
 For every lam and every picture x* with f(x*) = y the distance to x* does not grow: the error e becomes lam (f^T f + lam)^-1 e on f's row space.
+Of a JPEG the pictures with a measurement are a box of coefficients (`operators/jpeg_cells.py`), onto which the projection is a clamp.
 """
 
 from __future__ import annotations
@@ -19,12 +20,16 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .operators import Inpainting, Noisy, Operator
-from .operators.base import Separable, Size, check_batch
+from .operators import Compose, Inpainting, Jpeg, Noisy, Operator
+from .operators.base import Separable, Size, check_batch, squared_norm
+from .operators.jpeg_cells import nearest_picture, read_file
 
 ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise of a picture file
 HALF = 1 / 255  # half a grey level in units of [-1, 1]: a picture that is no further from its measurement is left as it is
 MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
+FILE = 8 * HALF  # what is reached of a JPEG: some of what was clipped is a guess, and a wrong coefficient is seen in its whole block
+FILE_ROUNDS = 100  # the same for a JPEG, where a round is cheap
+RELAXED = 1.8  # of the 2 that a step may have; the norm is known to a few per cent
 ROUNDS = 20  # of projections onto the measurement and onto the range of pictures, at most
 ITERATIONS = 200  # of conjugate gradients, at most
 AIM = 0.99  # of the noise's norm, so that a matched picture is one that needs no matching
@@ -34,16 +39,20 @@ LEAST = 1e-4  # of f's largest squared singular value: a smaller lam would ampli
 
 @dataclass(frozen=True)
 class Match:
-    """image: (B, 3, H, W) in [-1, 1]. noise: what was assumed, in units of [-1, 1]. before, after: root mean square of f(x) - y per sample, (B,)."""
+    """image: (B, 3, H, W) in [-1, 1]. noise: what was assumed, in units of [-1, 1]. before, after: root mean square of f(x) - y per sample, (B,).
+
+    floor: what `after` may be for a measurement to count as reached.
+    """
 
     image: Tensor
     noise: float
     before: Tensor
     after: Tensor
+    floor: float
 
     def short(self) -> bool:
         """Whether some measurement could not be reached: it contradicts the operator, or the noise is larger than said."""
-        return bool((self.after > 1.05 * max(self.noise, HALF)).any())
+        return bool((self.after > 1.05 * self.floor).any())
 
 
 def verdict(rms: float, noise: float = 0.0) -> str:
@@ -61,7 +70,22 @@ def matchable(operator: Operator) -> str | None:
     f = operator.operator if isinstance(operator, Noisy) else operator
     if f.linear:
         return None
-    return f"{f.describe()} is not linear: there is no nearest picture that can be computed"
+    if split(f) is None:
+        return f"{f.describe()} is not linear: there is no nearest picture that can be computed"
+    return f"{operator.describe()}: noise on top of a JPEG hides what its file held" if operator is not f else None
+
+
+def split(f: Operator) -> tuple[Operator | None, Jpeg] | None:
+    """(what comes before it, JPEG) of an operator that compresses last what linear ones made of known pixels; None of any other."""
+    *before, last = flat(f)
+    if not isinstance(last, Jpeg) or not all(g.linear and g.hidden() is None for g in before):
+        return None
+    return Compose(tuple(before)) if before else None, last
+
+
+def flat(f: Operator) -> list[Operator]:
+    """The operators that are applied one after the other."""
+    return [g for part in f.operators for g in flat(part)] if isinstance(f, Compose) else [f]
 
 
 def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = None, feather: float = 0.0) -> Match:
@@ -91,7 +115,7 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
         f = operator.operator if isinstance(operator, Noisy) else operator
         before = mismatch(f, x, y)
         found = fill(f, x, y, feather) if isinstance(f, Inpainting) and noise == ROUNDING else within_range(f, x, y, noise)
-        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y))
+        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, FILE if split(f) else HALF))
 
 
 def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
@@ -131,17 +155,35 @@ def _smooth(x: Tensor, sigma: float) -> Tensor:
 
 
 def within_range(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
-    """A picture in [-1, 1] that explains y, by projections onto the two in turn (POCS): what `project` adds at white and black is cut off in any file.
+    """A picture in [-1, 1] that explains y, by projections onto the two in turn (POCS): what a projection adds at white and black is cut off in any file.
 
     Neither projection moves away from any picture in [-1, 1] with that measurement.
     """
-    x = x.clamp(-1, 1)
-    for _ in range(ROUNDS):
+    x, found = x.clamp(-1, 1), split(f)
+    nearer = towards_file(*found, x, y) if found else lambda x: project(f, x, y, noise)
+    for _ in range(FILE_ROUNDS if found else ROUNDS):
         missed = mismatch(f, x, y) > max(noise, HALF)
         if not missed.any():
             break
-        x = torch.where(_column(missed, x) > 0, project(f, x, y, noise).clamp(-1, 1), x)
+        x = torch.where(_column(missed, x) > 0, nearer(x).clamp(-1, 1), x)
     return x
+
+
+def towards_file(before: Operator | None, jpeg: Jpeg, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:
+    """A step of a picture like x towards those that `before` and `jpeg` make y of: the projection, or x + gamma f^T (P f(x) - f(x)) with P that onto
+    the file's cells and gamma < 2 / ||f||^2 (the CQ algorithm; Byrne 2002), after which no picture with that measurement is farther than before.
+    """
+    kept = read_file(jpeg, y)
+    if before is None:
+        return lambda x: nearest_picture(jpeg, x, kept)
+    size = (x.shape[-2], x.shape[-1])
+    gamma = RELAXED / squared_norm(before, size, before(x))
+
+    def step(x: Tensor) -> Tensor:
+        w = before(x)
+        return x + gamma * before.adjoint(nearest_picture(jpeg, w, kept) - w, size)
+
+    return step
 
 
 def project(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:

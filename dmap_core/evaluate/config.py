@@ -82,6 +82,7 @@ class Config:
     batch: pictures restored at once, which changes results by rounding, amplified (docs/solvers.md). repeats: restorations of every picture, each
     with a seed of its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images`
     that cannot be read, one of UNREADABLE. match: measure every picture once more after it was matched to its measurement.
+    rounded: measurements have 8 bits, as if they had come from a picture file.
     """
 
     operators: dict[str, dict[str, Any]]
@@ -108,6 +109,7 @@ class Config:
     published_n: int | None = None
     unreadable: str = UNREADABLE[0]
     match: bool = False
+    rounded: bool = False
 
     def operator(self, name: str) -> Operator:
         return from_spec(dict(self.operators[name]), lambda file: find_weights(file, self.weights))
@@ -256,7 +258,7 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
             values[name] = _whole(name, values.get(name, default), least)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
-    for name in ("last", "match"):
+    for name in ("last", "match", "rounded"):
         if not isinstance(values.get(name, False), bool):
             raise ConfigError(f"{where}: {name} is {str(values[name])[:SHOWN]}; it must be true or false")
     config = Config(**values)

@@ -81,17 +81,24 @@ def versions() -> dict[str, str]:
     return found
 
 
-def measurement(operator: Operator, x: Tensor, seeds: Sequence[int]) -> Tensor:
-    """y of clean pictures x (B, 3, H, W), with the noise that the operator says it has. seeds: of the restorations."""
+def measurement(operator: Operator, x: Tensor, seeds: Sequence[int], rounded: bool = False) -> Tensor:
+    """y of clean pictures x (B, 3, H, W), with the noise that the operator says it has. seeds: of the restorations. rounded: as a file of 8 bits holds it."""
     y = operator.measure(x)
-    return y + operator.noise * randn_like(y, [g for seed in seeds for g in generators(seed + 2, 1)]) if operator.noise else y
+    if operator.noise:
+        y = y + operator.noise * randn_like(y, [g for seed in seeds for g in generators(seed + 2, 1)])
+    return in_eight_bits(y) if rounded else y
+
+
+def in_eight_bits(x: Tensor) -> Tensor:
+    """Values in [-1, 1] as a picture file holds them: clamped and rounded."""
+    return x.clamp(-1, 1).add(1).mul(127.5).round() / 127.5 - 1
 
 
 def restored(config: Config, backend: Backend, jobs: Sequence[Job], operator: Operator, x: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
     """(pictures (B, 3, H, W) in [-1, 1], what each cost) of jobs of one row."""
     row, plan = jobs[0].row, jobs[0].plan
     seeds = [job.seed(config) for job in jobs]
-    y = measurement(operator, x, seeds)
+    y = measurement(operator, x, seeds, config.rounded)
     if plan is None:
         image, costs = operator.hint(y), [{"seconds": 0.0, "denoiser_calls": 0, "decoder_calls": 0}] * len(jobs)
     else:
@@ -113,10 +120,10 @@ def misses(operator: Operator, y_hat: Tensor, y: Tensor) -> list[dict[str, float
 
 def shared_identity(config: Config) -> dict[str, Any]:
     """Settings that decide the results of all rows."""
-    return {name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt")}
+    return {name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt", "rounded")}
 
 
-RUN_DEFAULTS = {"stride": Config.stride}  # of settings that results of earlier versions do not name
+RUN_DEFAULTS = {"stride": Config.stride, "rounded": Config.rounded}  # of settings that results of earlier versions do not name
 
 
 def row_defaults(row: Row) -> dict[str, Any]:
@@ -299,7 +306,11 @@ def do(config: Config, backend: Backend, operator: Operator, jobs: Sequence[Job]
         if missing:
             # figures are of the 8-bit picture that is there for everyone to see
             image, x = (t.to(backend.device) for t in (saved(job.file(out).with_suffix(".png")), job.picture.open(config.size)))
-            matched = matched_picture(operator, image, measurement(operator, x, [job.seed(config)])) if _any_matched(missing) else image
+            matched = (
+                matched_picture(operator, image, measurement(operator, x, [job.seed(config)], config.rounded))
+                if _any_matched(missing)
+                else image
+            )
             for name in missing:
                 shown = matched if name.endswith(MATCHED) else image
                 pair = (operator.measure(shown), operator.measure(x)) if name == MIOU else ((shown + 1) / 2, (x + 1) / 2)
@@ -312,8 +323,8 @@ def _any_matched(names: Sequence[str]) -> bool:
 
 
 def matched_picture(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
-    """The picture that explains y, as a file would hold it: clamped, and rounded to 8 bits."""
-    return match(operator, image, y).image.clamp(-1, 1).add(1).mul(127.5).round() / 127.5 - 1
+    """The picture that explains y, as a file would hold it."""
+    return in_eight_bits(match(operator, image, y).image)
 
 
 def saved(file: Path) -> Tensor:

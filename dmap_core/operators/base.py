@@ -264,3 +264,15 @@ class Separable(Operator):
             return None
         rows, columns = ((m != 0).float() for m in self._matrices(size_of(before), before.double()))
         return nothing_left(rows @ (1 - before) @ columns.mT)
+
+
+def squared_norm(f: Operator, size: Size, y: Tensor, iterations: int = 30) -> Tensor:
+    """Largest eigenvalue of f^T f for every sample, (B, 1, 1, 1), by power iteration from a fixed start, to a few per cent from below.
+
+    y (B, c, h, w) is an example of a measurement. The start is positive, as the pictures that blurs and averages shrink least are.
+    """
+    with torch.no_grad():
+        x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(y).expand(len(y), -1, -1, -1)
+        for _ in range(iterations):
+            x = f.adjoint(f(x / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)), size)
+        return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)

@@ -63,6 +63,16 @@ def edge(x: Tensor, down: int, across: int) -> Tensor:
     return F.pad(x, (0, -x.shape[-1] % across, 0, -x.shape[-2] % down), mode="replicate")
 
 
+def in_blocks(x: Tensor) -> Tensor:
+    """(..., h, w) -> (..., h / 8, w / 8, 8, 8)."""
+    return x.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2)
+
+
+def of_blocks(x: Tensor) -> Tensor:
+    """The inverse of `in_blocks`."""
+    return x.transpose(-3, -2).flatten(-4, -3).flatten(-2, -1)
+
+
 def blocks_with_any(x: Tensor, height: int, width: int) -> Tensor:
     """x (B, 1, h, w), whose sides are multiples of the block's, with the largest value of every block in all of it."""
     return F.max_pool2d(x, (height, width)).repeat_interleave(height, -2).repeat_interleave(width, -1)
@@ -143,12 +153,12 @@ class Jpeg(Operator):
         """The plane (B, c, h, w) in 0 .. 255 after its blocks' DCT coefficients were rounded to multiples of `table` (8, 8)."""
         dct = dct_matrix().to(plane)
         padded = edge(plane, 8, 8) - 128
-        blocks = padded.unflatten(-1, (-1, 8)).unflatten(-3, (-1, 8)).transpose(-3, -2)
+        blocks = in_blocks(padded)
         # the digits of libjpeg's integer DCT: with more, a coefficient near the middle of two steps is often rounded to the other one
         x = self._digits(dct @ self._digits(blocks @ dct.mT, 4 * 8**0.5), 8) / table
         whole_steps = nearest(x.detach())
         x = whole_steps + (x - whole_steps) ** 3 if self.rounding == "cubic" else straight_through(x, whole_steps)
-        decoded = (dct.mT @ (x * table) @ dct).transpose(-3, -2).reshape(padded.shape) + 128
+        decoded = of_blocks(dct.mT @ (x * table) @ dct) + 128
         return self._bytes(decoded[..., : plane.shape[-2], : plane.shape[-1]])
 
     def _subsampled(self, colour: Tensor, table: Tensor) -> Tensor:

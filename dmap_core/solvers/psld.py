@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..operators import Operator
-from ..operators.base import Size
+from ..operators.base import Size, squared_norm
 from ..posterior import Posterior
 from .base import STEP, Cost, Solver, check_choice, check_eta, check_zeta, choice_setting, eta_setting, setting, zeta_setting
 from .checks import check_finite, check_problem
@@ -94,15 +94,3 @@ def transposed(f: Operator, size: Size, y: Tensor, kind: str = "adjoint"):
         return lambda y: F.interpolate(y, size, mode="nearest").expand(-1, 3, -1, -1)
     scale = 1 / squared_norm(f, size, y)
     return lambda y: scale * f.adjoint(y, size)
-
-
-def squared_norm(f: Operator, size: Size, y: Tensor, iterations: int = 30) -> Tensor:
-    """Largest eigenvalue of f^T f for every sample, (B, 1, 1, 1), by power iteration from a fixed start, to a few per cent from below.
-
-    y (B, c, h, w) is an example of a measurement. The start is positive, as the pictures that blurs and averages shrink least are.
-    """
-    with torch.no_grad():
-        x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)).to(y).expand(len(y), -1, -1, -1)
-        for _ in range(iterations):
-            x = f.adjoint(f(x / torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)), size)
-        return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)

@@ -17,13 +17,14 @@ from dmap_core.operators import (
     Segmentation,
     SuperResolution,
 )
+from dmap_core.operators.base import squared_norm
 from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
 from dmap_core.restore import restore
 from dmap_core.schedule import generators
 from dmap_core.solvers import SOLVERS, Unguided
-from dmap_core.solvers.psld import squared_norm, transposed
+from dmap_core.solvers.psld import transposed
 
 LATENT, IMAGE = (2, 16, 24), (32, 48)
 SIGMAS = [9.0, 3.0, 1.0, 0.3, 0.0]

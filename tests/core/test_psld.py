@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, MotionBlur, SuperResolution, centred_box
+from dmap_core.operators.base import squared_norm
 from dmap_core.posterior import Posterior
 from dmap_core.schedule import generators
 from dmap_core.solvers import DPS, PSLD
-from dmap_core.solvers.psld import TRANSPOSES, squared_norm, transposed
+from dmap_core.solvers.psld import TRANSPOSES, transposed
 
 LATENT, IMAGE = (2, 4, 6), (8, 12)
 OPERATORS = [
