@@ -91,8 +91,8 @@ def specs(names: list[str], weights: Path, noise: float = 0.0) -> dict[str, dict
 
 def rows(operators: dict[str, dict[str, Any]], solvers: list[str], steps: int | None, cse: Path | None, weights: Path) -> list[dict]:
     """What PSLD cannot do is left out."""
-    from dmap_pack.dmap_core.operators import from_spec
-    from dmap_pack.dmap_core.presets import automatic
+    from dmap_core.operators import from_spec
+    from dmap_core.presets import automatic
 
     found = []
     for operator, spec in operators.items():

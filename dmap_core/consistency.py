@@ -32,6 +32,7 @@ FILE_ROUNDS = 100  # the same for a JPEG, where a round is cheap
 RELAXED = 1.8  # of the 2 that a step may have; the norm is known to a few per cent
 ROUNDS = 20  # of projections onto the measurement and onto the range of pictures, at most
 ITERATIONS = 200  # of conjugate gradients, at most
+LANCZOS = 80  # of those that look for lam, at most: with 200 the residual of a motion blur is 0.2 % nearer to what is aimed at
 AIM = 0.99  # of the noise's norm, so that a matched picture is one that needs no matching
 EXACT = 0.1  # of the noise's norm: how well the equation is solved
 LEAST = 1e-4  # of f's largest squared singular value: a smaller lam would amplify what is no part of any measurement more than fiftyfold
@@ -208,8 +209,10 @@ def project(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
     return x + f.adjoint(visible * u, size)
 
 
-def solve(A: Callable[[Tensor], Tensor], b: Tensor, lam: Tensor, accuracy: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """(u, alphas, betas): (A + lam) u = b by conjugate gradients, until ||b - (A + lam) u|| of every sample is at most its accuracy.
+def solve(
+    A: Callable[[Tensor], Tensor], b: Tensor, lam: Tensor, accuracy: Tensor, most: int = ITERATIONS
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """(u, alphas, betas): (A + lam) u = b by conjugate gradients, until ||b - (A + lam) u|| of every sample is at most its accuracy, or `most` times.
 
     A: linear, symmetric and positive semidefinite, acting on every sample (B, ...) alone. lam, accuracy: (B,) float64. alphas, betas: (B,) of every
     iteration, 0 of a sample that has finished: the coefficients of Lanczos' tridiagonal matrix.
@@ -217,7 +220,7 @@ def solve(A: Callable[[Tensor], Tensor], b: Tensor, lam: Tensor, accuracy: Tenso
     u, r = torch.zeros_like(b), b
     p, rr = r, _norm(r) ** 2
     alphas, betas = [], []
-    for _ in range(ITERATIONS):
+    for _ in range(most):
         going = rr.sqrt() > accuracy
         if not going.any():
             break
@@ -240,7 +243,7 @@ def find_lam(A: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> Tensor
     Conjugate gradients without lam make Lanczos' tridiagonal matrix of A and b, whose eigenvalues stand for A's (Golub & Meurant 2010): a whole
     curve of residuals for the price of one solution.
     """
-    _, alphas, betas = solve(A, b, torch.zeros_like(target), target / 2)
+    _, alphas, betas = solve(A, b, torch.zeros_like(target), target / 2, LANCZOS)
     found = []
     for i, (norm, aim) in enumerate(zip(_norm(b).tolist(), target.tolist(), strict=True)):
         alpha = torch.tensor([a[i].item() for a in alphas], dtype=torch.float64)

@@ -202,6 +202,8 @@ def plan_jobs(config: Config) -> list[Job]:
             raise ConfigError(f"row {row.name!r} ({row.operator}): {error}") from error
         if MIOU in config.metrics and operator.name != "Segmentation":
             raise ConfigError(f"metrics: miou is of segmentations, and row {row.name!r} has {operator.describe()}; make a table of its own")
+        if config.rounded and operator.name == "Segmentation":
+            raise ConfigError(f"rounded: labels are no grey levels, and row {row.name!r} has {operator.describe()}; leave it out")
     checkpoints = list(dict.fromkeys(row.checkpoint or config.checkpoint for row in config.rows))
     jobs = [Job(row, plans[row], picture) for picture in pictures for row in config.rows]
     return sorted(jobs, key=lambda job: checkpoints.index(job.row.checkpoint or config.checkpoint))

@@ -677,7 +677,7 @@ def test_records_of_others(copy, table):
 
 
 def test_pictures_are_measured_once_more_when_matched(table, copy, calls):
-    """Results of a run without `match` get the figures added, and nothing is restored again; JPEG has no match, and no such figure."""
+    """Results of a run without `match` get the figures added, and nothing is restored again; noise on a JPEG has no match, and no such figure."""
     config = table(match=True)
     jobs = make(config, copy)
     assert calls == []
@@ -689,4 +689,20 @@ def test_pictures_are_measured_once_more_when_matched(table, copy, calls):
     assert "PSNR (dB)" in text and "PSNR (dB) matched" in text and "mismatch (levels)" in text and "worst (levels)" in text
     (entry,) = [json.loads(p.read_text()) for p in (copy / config.rows[0].slug()).glob("*.json") if p.stem == jobs[0].picture.name]
     assert 0 < entry["mismatch"] < entry["mismatch_worst"] < 255
-    assert config.measured(Jpeg(20)) == ["psnr"] and table().measured(SuperResolution(2)) == ["psnr"]
+    assert config.measured(Noisy(Jpeg(20), 0.1)) == ["psnr"] and table().measured(SuperResolution(2)) == ["psnr"]
+
+
+def test_measurements_of_eight_bits(table, copy):
+    """With noise, and what a file cannot hold is cut off."""
+    x = torch.linspace(-1, 1, 3 * 64).view(1, 3, 8, 8)
+    y = run.measurement(Noisy(SuperResolution(2), 0.2), x, [0], rounded=True)
+    levels = (y + 1) * 127.5
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    exact = run.measurement(Noisy(SuperResolution(2), 0.2), x, [0])
+    assert y.abs().max() <= 1 < exact.abs().max()
+    torch.testing.assert_close(y, exact.clamp(-1, 1), rtol=0, atol=1.001 / 255)
+    with pytest.raises(ConfigError, match="rounded was False and is True"):  # they are another table
+        run.evaluate(table(rounded=True), copy)
+    segmentation = {"operator": "Segmentation", "weights": "x.safetensors"}
+    with pytest.raises(ConfigError, match="rounded is Yes; it must be true or false"):
+        make_config({"operators": {"s": segmentation}, "rows": [{"operator": "s", "solver": "DMAP"}], "rounded": "Yes"})

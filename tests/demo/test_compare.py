@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 from host import ROOT
+from PIL import Image
+
+from dmap_core.evaluate.config import make_config
+from dmap_core.operators import Inpainting, centred_box
 
 # The program several times in one process: what takes long is to start it. After each run, what it printed and when its figures were written.
 SEVERAL = """
@@ -69,11 +73,29 @@ def test_a_run_is_kept_and_not_computed_again(tmp_path):
         (("--operators", "blur"), "unknown blur"),
         (("--n", 1000), "--n: 1000"),
         (("--solvers", "CSE alone"), "needs --cse FILE"),
+        (("--photographs", "--search"), "--search: settings are searched on held-out pictures"),
+        (("--photographs", "--n", 11), "--n: 11 pictures wanted; there are 10 for the table"),
+        (("--noise", -1), "--noise is -1.0; it must be 0 to 255 grey levels"),
     ],
 )
 def test_what_it_cannot_do_is_said_before_anything_is_loaded(program, monkeypatch, tmp_path, arguments, message):
     assert message in refusal(program, monkeypatch, *arguments, "--out", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_photographs_and_automatic_steps(program, monkeypatch, tmp_path):
+    """Measurements of 8 bits with noise, of natural photographs, and rows whose steps set themselves; every figure once more, matched."""
+    import photographs
+
+    folder = photographs.prepare(tmp_path / "photographs")
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == 10 and {Image.open(file).size for file in files} == {(128, 128)} and {Image.open(file).mode for file in files} == {"RGB"}
+    operators = {"sr4": program.OPERATORS["super-resolution-x4"], "hole": Inpainting(centred_box((128, 128), (48, 48))).spec()}
+    found = program.rows(operators, list(program.AUTOMATIC), None, None, tmp_path)
+    assert [row["settings"]["jacobian"] for row in found] == ["none", "exact", "none", "exact", "exact", "none"]
+    config = make_config({"operators": operators, "rows": found, "images": folder, "rounded": True, "match": True, "settings_for": program.MODEL})
+    plans = [config.plan(row) for row in config.rows]
+    assert all(plan.solver.zeta is None and plan.steps == 10 and plan.spacing == "exponential" for plan in plans)
 
 
 def test_figures_of_an_earlier_version_are_not_mixed_with_new_ones(program, monkeypatch, tmp_path):
