@@ -7,6 +7,7 @@ A restoration shows what the autoencoder can say; what the measurement knew bett
 by conjugate gradients on the measurement's side, without a matrix, or at once where f acts on rows and columns apart (Separable). With lam = 0 it
 is the orthogonal projection onto {x : f(x) = y}; lam > 0 leaves as much residual as the noise explains, sqrt(m) noise for m values (Morozov's discrepancy principle), so that no noise is inverted with a blur.
 For every lam and every picture x* with f(x*) = y the distance to x* does not grow: the error e becomes lam (f^T f + lam)^-1 e on f's row space.
+For a nonlinear blur the same with its derivative, a few times (Gauss-Newton), which promises nothing and is kept only where it helps.
 Of a JPEG the pictures with a measurement are a box of coefficients (`operators/jpeg_cells.py`), onto which the projection is a clamp.
 """
 
@@ -20,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .operators import Compose, Inpainting, Jpeg, Noisy, Operator
+from .operators import Compose, Inpainting, Jpeg, Noisy, NonlinearBlur, Operator
 from .operators.base import Separable, Size, check_batch, squared_norm
 from .operators.jpeg_cells import nearest_picture, read_file
 
@@ -28,6 +29,8 @@ ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], o
 HALF = 1 / 255  # half a grey level in units of [-1, 1]: a picture that is no further from its measurement is left as it is
 MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
 FILE = 8 * HALF  # what is reached of a JPEG: some of what was clipped is a guess, and a wrong coefficient is seen in its whole block
+NEWTON, NEWTON_ITERATIONS = 3, 15  # rounds of a nonlinear blur, and of conjugate gradients in each; those few regularise, too
+NEWTON_LAM = 1e-3  # of f's squared gain in the residual's direction
 FILE_ROUNDS = 100  # the same for a JPEG, where a round is cheap
 RELAXED = 1.8  # of the 2 that a step may have; the norm is known to a few per cent
 ROUNDS = 20  # of projections onto the measurement and onto the range of pictures, at most
@@ -69,7 +72,7 @@ def verdict(rms: float, noise: float = 0.0) -> str:
 def matchable(operator: Operator) -> str | None:
     """Why pictures cannot be matched to an operator's measurements, for people; None if they can."""
     f = operator.operator if isinstance(operator, Noisy) else operator
-    if f.linear:
+    if f.linear or differentiable(f):
         return None
     if split(f) is None:
         return f"{f.describe()} is not linear: there is no nearest picture that can be computed"
@@ -82,6 +85,14 @@ def split(f: Operator) -> tuple[Operator | None, Jpeg] | None:
     if not isinstance(last, Jpeg) or not all(g.linear and g.hidden() is None for g in before):
         return None
     return Compose(tuple(before)) if before else None, last
+
+
+def differentiable(f: Operator) -> bool:
+    """Whether f is a nonlinear blur, or one with linear operators of known pixels."""
+    parts = flat(f)
+    return any(isinstance(g, NonlinearBlur) for g in parts) and all(
+        (g.linear or isinstance(g, NonlinearBlur)) and g.hidden() is None for g in parts
+    )
 
 
 def flat(f: Operator) -> list[Operator]:
@@ -161,13 +172,40 @@ def within_range(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
     Neither projection moves away from any picture in [-1, 1] with that measurement.
     """
     x, found = x.clamp(-1, 1), split(f)
-    nearer = towards_file(*found, x, y) if found else lambda x: project(f, x, y, noise)
-    for _ in range(FILE_ROUNDS if found else ROUNDS):
+    if found:
+        rounds, nearer = FILE_ROUNDS, towards_file(*found, x, y)
+    elif f.linear:
+        rounds, nearer = ROUNDS, lambda x: project(f, x, y, noise)
+    else:
+        rounds, nearer = NEWTON, lambda x: gauss_newton(f, x, y, noise)
+    for _ in range(rounds):
         missed = mismatch(f, x, y) > max(noise, HALF)
         if not missed.any():
             break
         x = torch.where(_column(missed, x) > 0, nearer(x).clamp(-1, 1), x)
     return x
+
+
+def gauss_newton(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
+    """The formula above with the derivative J of f at x in the place of f, or x where that explains y no better."""
+    with torch.enable_grad():
+        at = x.detach().requires_grad_()
+        y_hat = f(at)
+
+    def transposed(u: Tensor) -> Tensor:
+        return torch.autograd.grad(y_hat, at, u, retain_graph=True)[0]
+
+    def gram(u: Tensor) -> Tensor:
+        with torch.enable_grad():  # without it there are no forward derivatives either
+            return torch.func.jvp(f, (x,), (transposed(u),))[1].detach()
+
+    residual = -f.difference(y_hat.detach(), y)
+    target = f.elements(y).sqrt().double().to(residual.device) * noise
+    lam = NEWTON_LAM * _dot(residual, gram(residual)) / _dot(residual, residual)
+    u, *_ = solve(gram, residual, lam, target / 2, NEWTON_ITERATIONS)
+    found = (x + transposed(u)).clamp(-1, 1)
+    better = mismatch(f, found, y) < mismatch(f, x, y)
+    return torch.where(_column(better, x) > 0, found, x)
 
 
 def towards_file(before: Operator | None, jpeg: Jpeg, x: Tensor, y: Tensor) -> Callable[[Tensor], Tensor]:

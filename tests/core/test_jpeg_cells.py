@@ -99,7 +99,7 @@ def test_black_and_white(most):
     truth = smooth(seed=1, most=most).clamp(-1, 1)
     y = f(truth)
     moved = nearest_picture(f, truth, read_file(f, y), margin=0.0) - truth
-    plain = nearest_picture(f, truth, [k for k in read_file(f, 0.7 * y)], margin=0.0) - truth  # another file's
+    plain = nearest_picture(f, truth, read_file(f, 0.7 * y), margin=0.0) - truth  # another file's
     assert float(moved.square().mean().sqrt()) < 2 * LEVEL < float(plain.square().mean().sqrt())
     x = (truth + 0.3 * smooth(seed=2)).clamp(-1, 1)
     found = match(f, x, y)

@@ -89,11 +89,17 @@ def test_photographs_and_automatic_steps(program, monkeypatch, tmp_path):
 
     folder = photographs.prepare(tmp_path / "photographs")
     files = sorted(folder.glob("*.png"))
-    assert len(files) == 10 and {Image.open(file).size for file in files} == {(128, 128)} and {Image.open(file).mode for file in files} == {"RGB"}
+    assert (
+        len(files) == 10
+        and {Image.open(file).size for file in files} == {(128, 128)}
+        and {Image.open(file).mode for file in files} == {"RGB"}
+    )
     operators = {"sr4": program.OPERATORS["super-resolution-x4"], "hole": Inpainting(centred_box((128, 128), (48, 48))).spec()}
     found = program.rows(operators, list(program.AUTOMATIC), None, None, tmp_path)
     assert [row["settings"]["jacobian"] for row in found] == ["none", "exact", "none", "exact", "exact", "none"]
-    config = make_config({"operators": operators, "rows": found, "images": folder, "rounded": True, "match": True, "settings_for": program.MODEL})
+    config = make_config(
+        {"operators": operators, "rows": found, "images": folder, "rounded": True, "match": True, "settings_for": program.MODEL}
+    )
     plans = [config.plan(row) for row in config.rows]
     assert all(plan.solver.zeta is None and plan.steps == 10 and plan.spacing == "exponential" for plan in plans)
 

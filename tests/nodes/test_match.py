@@ -73,7 +73,10 @@ def test_what_is_refused(lab):
         ({"image": torch.rand(1, 16, 32, 3)}, "Match Measurement: image: it is 32x16, and the measurement is that of a picture of 32x32"),
         ({"measurement": torch.rand(2, 8, 8, 3)}, "Match Measurement: measurement: 2 measurements for a batch of 1"),
         ({"image": torch.rand(1, 32, 32, 4)}, "Match Measurement: image: the picture has an alpha channel"),
-        ({"operator": noisy, "measurement": torch.rand(1, 32, 32, 3)}, "Match Measurement: operator: Known Noise .* noise on top of a JPEG"),
+        (
+            {"operator": noisy, "measurement": torch.rand(1, 32, 32, 3)},
+            "Match Measurement: operator: Known Noise .* noise on top of a JPEG",
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             lab.call("DMAP_MatchMeasurement", **call | change)
