@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .operators import Compose, Inpainting, Jpeg, Noisy, NonlinearBlur, Operator
 from .operators.base import Separable, Size, check_batch, squared_norm
+from .operators.jpeg import ROUNDINGS
 from .operators.jpeg_cells import nearest_picture, read_file
 
 ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise of a picture file
@@ -80,11 +81,14 @@ def matchable(operator: Operator) -> str | None:
 
 
 def split(f: Operator) -> tuple[Operator | None, Jpeg] | None:
-    """(what comes before it, JPEG) of an operator that compresses last what linear ones made of known pixels; None of any other."""
+    """(what comes before it, JPEG) of an operator that compresses last what linear ones made of known pixels; None of any other.
+
+    The JPEG is as an encoder and a decoder make it, whatever its gradient would be.
+    """
     *before, last = flat(f)
     if not isinstance(last, Jpeg) or not all(g.linear and g.hidden() is None for g in before):
         return None
-    return Compose(tuple(before)) if before else None, last
+    return Compose(tuple(before)) if before else None, replace(last, rounding=ROUNDINGS[0])
 
 
 def differentiable(f: Operator) -> bool:
@@ -125,9 +129,12 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
         x = image.to(torch.promote_types(image.dtype, torch.float32))
         y = y.to(x).expand(len(x), -1, -1, -1)
         f = operator.operator if isinstance(operator, Noisy) else operator
+        file = split(f)
+        if file:
+            f = Compose(file) if file[0] else file[1]
         before = mismatch(f, x, y)
         found = fill(f, x, y, feather) if isinstance(f, Inpainting) and noise == ROUNDING else within_range(f, x, y, noise)
-        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, FILE if split(f) else HALF))
+        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, FILE if file else HALF))
 
 
 def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:

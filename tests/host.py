@@ -203,7 +203,9 @@ class Host:
             if f'"{option}"' in known:
                 arguments += [option, *values]
         command = [comfyui_python(), __file__, "--serve", tree, *arguments, *self._extra_args]
-        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        if os.environ.get("COMFYUI_PATH"):  # nothing is written to the user's own tree
+            environment["PYTHONDONTWRITEBYTECODE"] = "1"
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command],

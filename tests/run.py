@@ -24,6 +24,8 @@ ALONE = [str(TESTS / name) for name in ("demo", "core")]
 
 def pytest_in(python: str, arguments: list[str]) -> int:
     environment = dict(os.environ)
+    if not environment.get("COMFYUI_PATH"):  # into which nothing is written; elsewhere, what every process would compile is compiled once
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
     if python != sys.executable:
         environment |= {PACKAGES: sysconfig.get_paths()["purelib"], PYTHON: sys.executable}
     return subprocess.run([python, __file__, "--here", *arguments], env=environment).returncode

@@ -232,6 +232,7 @@ def test_killed_and_started_again_in_processes(killed, forks, whole):
     assert sorted(validations) == [HALF, STEPS]
 
 
+@pytest.mark.thorough
 def test_the_average_is_what_is_written(half, given, tmp_path):
     plain = tmp_path / "plain.safetensors"
     run(given.options(plain, "--steps", HALF, "--validate-every", 0))
@@ -359,6 +360,7 @@ def start_two(forks, argv, folder):
     return [forks.start(argv, log, TRAIN, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank, log in enumerate(logs)], logs
 
 
+@pytest.mark.thorough
 def test_two_processes_and_ctrl_c_that_one_of_them_sees(given, forks, start_weights, tmp_path):
     """They stop at the end of the same step, with what one process makes in as many."""
     out, alone = tmp_path / "cse.safetensors", tmp_path / "alone.safetensors"
@@ -396,6 +398,7 @@ def test_workers_change_nothing(given, half, tmp_path):
     assert not different(out, state_of(half))
 
 
+@pytest.mark.thorough
 def test_bf16_leaves_the_autoencoder_in_full_precision(given, half, tmp_path, monkeypatch):
     from dmap_core.backends.diffusers import DiffusersPrior
 

@@ -144,6 +144,16 @@ def test_what_has_the_measurement_stays():
     assert torch.equal(match(f, truth, f(truth)).image, truth)
 
 
+def test_the_gradient_chosen_for_it_does_not_matter():
+    x, y = smooth(seed=2), Jpeg(50)(smooth(seed=1))
+    for f, cubic in (
+        (Jpeg(50), Jpeg(50, rounding="cubic")),
+        (Compose((GaussianBlur(3, 0.5), Jpeg(50))), Compose((GaussianBlur(3, 0.5), Jpeg(50, rounding="cubic")))),
+    ):
+        a, b = match(f, x, y), match(cubic, x, y)
+        assert torch.equal(a.image, b.image) and torch.equal(a.after, b.after)
+
+
 def test_another_quality_is_noticed():
     """A picture that is no JPEG of that quality."""
     found = match(Jpeg(10), smooth(seed=2), smooth(seed=1))

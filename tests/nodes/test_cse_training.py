@@ -169,6 +169,7 @@ def test_what_it_is_for(lab, cses, whole):
 # ---- the model is left alone
 
 
+@pytest.mark.thorough
 def test_after_bf16_and_checkpointing(cses, folders, whole, start, untouched):
     """The arithmetic is another for the time of the training only."""
     cses.train(save_name="half", steps=1, precision="bf16", gradient_checkpointing=True)
@@ -504,6 +505,7 @@ def test_unreadable_files(cses, folders, caplog):
     assert f"TrainCSE: 1 file of {folder} ignored" in caplog.text and "moving.gif" in caplog.text
 
 
+@pytest.mark.thorough
 def test_what_makes_it_run_again(lab, cses, folders, monkeypatch):
     """New pictures, and a trained file that is not there any more. Not the training itself: its file is there afterwards, and was not before."""
     node = lab.NODES["DMAP_TrainCSE"]

@@ -237,7 +237,7 @@ def t2i_adapter(families):
     return families.random_weights(adapter, seed=3)
 
 
-@pytest.mark.parametrize("kind", ["float16", "float32", "adapter"])
+@pytest.mark.parametrize("kind", ["float32", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("float16", "adapter"))])
 @pytest.mark.parametrize("loaded", ["SD2.0"], indirect=True)
 def test_other_kinds_of_control(lab, families, loaded, kind):
     """Control LoRAs make their network when a run begins, from weights of any precision; T2I adapters know nothing of the latent."""
@@ -306,10 +306,11 @@ SAMPLINGS = {
     "edm": ("ModelSamplingContinuousEDM", {"sampling": "edm", "sigma_max": 80.0, "sigma_min": 0.002}),
     "playground": ("ModelSamplingContinuousEDM", {"sampling": "edm_playground_v2.5", "sigma_max": 80.0, "sigma_min": 0.002}),
 }
+USUAL = ("eps", "v, zero terminal SNR", "edm")
 
 
 @small
-@pytest.mark.parametrize("kind", SAMPLINGS)
+@pytest.mark.parametrize("kind", [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.thorough) for kind in SAMPLINGS])
 def test_sampling_nodes(lab, families, loaded, z, kind):
     """Whatever the network's output is taken for, and whatever the latents are scaled by: denoised and gradient belong together."""
     node, settings = SAMPLINGS[kind]

@@ -85,7 +85,7 @@ def test_a_run(lab, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_is_the_solver_with_these_settings(lab, name):
-    """The same bits as from the solver, which is given the posterior and the noise by hand; and no setting is without effect."""
+    """The same bits as from the solver, which is given the posterior and the noise by hand; and every setting reaches it."""
     guiders = importlib.import_module(f"{lab.pack.__name__}.nodes.host.guider")
     given = []
 
@@ -102,6 +102,14 @@ def test_it_is_the_solver_with_these_settings(lab, name):
     assert given == [pytest.approx(float(lab.sigmas(STEPS)[0]), rel=0.3)]
     for setting, value in OTHERS[name].items():
         assert SETTINGS[name][setting] != value
+        assert make(lab, name, **{setting: value}).solver == core(lab, "solvers").SOLVERS[name](**SETTINGS[name] | {setting: value})
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", NAMES)
+def test_no_setting_is_without_effect(lab, name):
+    result = run(lab, make(lab, name))
+    for setting, value in OTHERS[name].items():
         assert not torch.equal(run(lab, make(lab, name, **{setting: value})), result), f"{setting} changes nothing"
 
 
