@@ -11,8 +11,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from .operators import Compose, Noisy, Operator, SuperResolution
 from .operators.base import whole
+from .schedule import SPACINGS
 from .solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample, Solver
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
@@ -49,12 +52,20 @@ LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation":
 
 @dataclass(frozen=True)
 class Preset:
-    """A solver with its settings, and the noise levels it goes with; spacing is a key of `schedule.SPACINGS`."""
+    """A solver with its settings, and the noise levels it goes with; spacing is a key of `schedule.SPACINGS`.
+
+    start: below 1 a run begins with the measurement's own picture, noised to that fraction of the timesteps, and not with pure noise.
+    """
 
     solver: Solver
     steps: int
     spacing: str
     source: str
+    start: float = 1.0
+
+    def sigmas(self, model_sigmas: Tensor) -> Tensor:
+        """(steps + 1,) noise levels, falling to 0. model_sigmas: (N,) rising VE sigmas of the model's timesteps. Raises ValueError for a start out of (0, 1]."""
+        return SPACINGS[self.spacing](model_sigmas, self.steps, self.start)
 
     def with_steps(self, steps: int) -> Preset:
         """The same with another number of steps."""
@@ -63,7 +74,9 @@ class Preset:
             return self
         solver = self.solver.rescaled(steps / self.steps, steps)
         spacing = self.spacing if steps > 100 else "exponential"
-        return Preset(solver, steps, spacing, f"{self.source}; scaled from {self.steps} to {steps} steps")
+        return replace(
+            self, solver=solver, steps=steps, spacing=spacing, source=f"{self.source}; scaled from {self.steps} to {steps} steps"
+        )
 
     def with_settings(self, **settings: Any) -> Preset:
         """The same with other settings of the solver. Raises ValueError for those that it does not have."""
@@ -77,7 +90,7 @@ class Preset:
 
     def text(self) -> str:
         """One line for people: solver, settings and where they come from."""
-        return f"{self.solver.name()}: {self.solver.told()}, {self.steps} steps, {self.spacing} spacing ({self.source})"
+        return f"{self.solver.name()}: {self.solver.told()}, {self.steps} steps, {self.spacing} spacing{f', start {self.start:g}' if self.start < 1 else ''} ({self.source})"
 
 
 def parts(operator: Operator) -> list[Operator]:

@@ -36,6 +36,17 @@ def initial_latent(shape: tuple[int, int, int], sigma: float, seeds: Sequence[in
     return (1 + sigma**2) ** 0.5 * randn_like(noise, [g for seed in seeds for g in generators(seed, 1)])
 
 
+def noised(latent: Tensor, sigma: float, seeds: Sequence[int]) -> Tensor:
+    """A latent z0 (B, C, h, w) with the noise of a level, of the same seeds as `initial_latent`'s: where a run with `start` below 1 begins."""
+    return latent + sigma * randn_like(latent, [g for seed in seeds for g in generators(seed, 1)])
+
+
+def warm_latent(prior: Prior, operator: Operator, y: Tensor) -> Tensor:
+    """z0 of the measurement's own picture, enlarged where it is smaller."""
+    with torch.no_grad():
+        return prior.encode(operator.hint(y).clamp(-1, 1)).to(y.device, torch.float32)
+
+
 def _check_latent(size: tuple[int, int], shape: tuple[int, int, int]) -> None:
     """Raises ValueError unless some factor makes a latent (C, h, w) of a picture of `size` (H, W), rounded up."""
     factor = max(-(-n // m) for n, m in zip(size, shape[1:], strict=True))
@@ -55,12 +66,13 @@ def restore(
     seeds: Sequence[int],
     memory: str = "auto",
     callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    latent: Tensor | None = None,
 ) -> Restoration:
     """A restoration for every seed, of one measurement y (1, c, h, w) or of one each (B, c, h, w). shape: (C, h, w) of a latent.
 
     sigmas: (T + 1,) falling to 0. The noise of x_T comes from a sample's seed, that of
     the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others,
-    but for rounding, which a guided run amplifies (docs/solvers.md).
+    but for rounding, which a guided run amplifies (docs/solvers.md). latent: (B, C, h, w) z0 to begin from, noised to the first level, in the place of pure noise.
     Raises ValueError, before anything is computed, for a y that the operator does not make; errors.Diverged for NaN, and what the solver raises.
     """
     operator.check_measurement(y)
@@ -72,7 +84,7 @@ def restore(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    z = initial_latent(shape, float(sigmas[0]), seeds, device)
+    z = initial_latent(shape, float(sigmas[0]), seeds, device) if latent is None else noised(latent, float(sigmas[0]), seeds)
     noise = [g for seed in seeds for g in generators(seed + 1, 1)]
     z0 = solver(posterior, z, sigmas, generator=noise, callback=callback)
     with torch.no_grad():

@@ -27,7 +27,7 @@ from ..dmap_core.operators.segmentation import load_room_layout
 from ..dmap_core.schedule import generators, randn_like
 from .host.compute import with_operator
 from .host.folders import NO_WEIGHTS, WEIGHTS_FOLDER, find_weights, weights_files
-from .host.prior import latent_size
+from .host.prior import latent_size, warm_latent
 from .messages import speaking_of_nodes
 from .pictures import check_mask, check_picture, from_core, measurement_to_core, to_core
 from .schema import schema
@@ -434,6 +434,14 @@ class EmptyMeasurementLatent(io.ComfyNode):
                     tooltip="How many different restorations of one measurement to make at once. A batch of measurements gives one each; leave this at 1 then.",
                 ),
                 max_megapixels_input(),
+                io.Combo.Input(
+                    "content",
+                    options=["empty", "measurement"],
+                    default="empty",
+                    optional=True,
+                    tooltip="empty: a run begins with noise alone. measurement: with your picture, enlarged and encoded; give DMAPPreset or DMAPScheduler a start below 1. "
+                    "Half as many steps are then about as good, but not for holes, which it would be filled from.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent"),
@@ -443,7 +451,7 @@ class EmptyMeasurementLatent(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, measurement, operator: CoreOperator, vae, batch_size, max_megapixels=MAX_MEGAPIXELS) -> io.NodeOutput:
+    def execute(cls, measurement, operator: CoreOperator, vae, batch_size, max_megapixels=MAX_MEGAPIXELS, content="empty") -> io.NodeOutput:
         y = measurement_to_core(measurement, operator, "Empty Measurement Latent: measurement")
         if batch_size > 1 and len(y) > 1:
             raise ValueError(
@@ -452,6 +460,9 @@ class EmptyMeasurementLatent(io.ComfyNode):
         with speaking_of_nodes("Empty Measurement Latent: measurement: "):
             height, width = operator.image_size(y)
         check_megapixels("Empty Measurement Latent", (height, width), tuple(y.shape[-2:]), max_megapixels)
+        if content == "measurement":
+            latent = warm_latent(vae, operator, y)
+            return io.NodeOutput({"samples": latent.expand(max(len(y), batch_size), -1, -1, -1).clone()}, width, height)
         h, w = latent_size(vae, (height, width))
         return io.NodeOutput({"samples": torch.zeros(max(len(y), batch_size), vae.latent_channels, h, w)}, width, height)
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from ..operators import Operator
 from ..presets import Preset
 from ..prior import DTYPES
-from ..restore import restore
-from ..schedule import SPACINGS
+from ..restore import restore, warm_latent
 from .config import Config, Row
 
 
@@ -75,8 +74,10 @@ class Diffusers:
         prior = base.sized(operator.image_size(y))
         if controlnet:
             prior = prior.controlled(controlnet, hint_for(operator.hint(y), metadata))
-        sigmas = SPACINGS[plan.spacing](base.sigmas.cpu(), plan.steps)
-        done = restore(prior, operator, y, prior.latent_shape(), sigmas, plan.solver, seeds, self.config.memory)
+        latent = warm_latent(prior, operator, y) if plan.start < 1 else None
+        done = restore(
+            prior, operator, y, prior.latent_shape(), plan.sigmas(base.sigmas.cpu()), plan.solver, seeds, self.config.memory, latent=latent
+        )
         cost = {"seconds": done.seconds / len(seeds), "memory": done.memory, "peak_memory": done.peak_memory}
         cost |= {"denoiser_calls": done.denoiser_calls, "decoder_calls": done.decoder_calls, "batch": len(seeds)}
         return done.image, [cost] * len(seeds)

@@ -13,7 +13,7 @@ from ..files import slug
 from ..gradient import STRATEGIES
 from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
 from ..operators import Operator, from_spec
-from ..operators.base import whole
+from ..operators.base import real, whole
 from ..presets import MODELS, Preset, preset
 from ..presets import NAMES as PRESETS
 from ..schedule import SPACINGS
@@ -52,7 +52,7 @@ class ConfigError(ValueError):
 class Row:
     """One line of a table: an operator, a solver and its settings.
 
-    settings, steps and spacing replace those of the solver's preset; with steps, spacing and zeta given, no preset is asked. cse: a ControlNet file; checkpoint: another base model than the
+    settings, steps and spacing replace those of the solver's preset; start: below 1 it begins with the measurement's own picture (`presets.Preset`); with steps, spacing and zeta given, no preset is asked. cse: a ControlNet file; checkpoint: another base model than the
     table's (Table 9). published: the paper's figures, by the name of the metric.
     """
 
@@ -62,6 +62,7 @@ class Row:
     settings: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
     spacing: str | None = None
+    start: float = 1.0
     cse: Path | None = None
     checkpoint: Path | None = None
     prediction: str | None = None
@@ -129,12 +130,12 @@ class Config:
             steps, spacing = ALONE_STEPS[self.settings_for]
             found = Preset(Unguided(), steps, spacing, "the number of steps of DPS")
         elif row.steps and row.spacing and _essential(row.solver) <= row.settings.keys():
-            return Preset(solver_class(row.solver)(**row.settings), row.steps, row.spacing, "config")
+            return Preset(solver_class(row.solver)(**row.settings), row.steps, row.spacing, "config", row.start)
         else:
             found = preset(self.operator(row.operator), row.solver, self.settings_for)
         if row.steps:
             found = found.with_steps(row.steps)
-        return replace(found.with_settings(**row.settings), spacing=row.spacing or found.spacing)
+        return replace(found.with_settings(**row.settings), spacing=row.spacing or found.spacing, start=row.start)
 
     def checkpoint_of(self, row: Row) -> Path:
         """The row's base model. Raises ConfigError where there is none."""
@@ -293,8 +294,11 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     steps = given.get("steps")
     try:
         steps = None if steps is None else _whole("steps", steps, 2)
+        start = real("start", given.get("start", 1.0), 1.0)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
+    if start < 1 and given["solver"] in (AS_GIVEN, ALONE):
+        raise ConfigError(f"{where}: start is {start:g}, and {given['solver']!r} does not begin with the measurement; leave it out")
     if given["solver"] == ALONE and not given.get("cse"):
         raise ConfigError(f"{where}: {ALONE!r} needs a cse, the ControlNet file")
     paths = {name: Path(given[name]) for name in ("cse", "checkpoint") if given.get(name) is not None}
@@ -311,7 +315,9 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     if isinstance(name, (int, float)) and not isinstance(name, bool):  # as of `name: 4.8`
         name = str(name)
     _text(name, f"{where}: name")
-    values: dict[str, Any] = dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "published": published}
+    values: dict[str, Any] = (
+        dict(given) | paths | {"name": name, "settings": settings, "steps": steps, "start": start, "published": published}
+    )
     return Row(**values)
 
 

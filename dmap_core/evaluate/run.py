@@ -63,7 +63,7 @@ class Job:
 
 def described(plan: Preset) -> dict[str, Any]:
     """A plan in plain values."""
-    return {"solver": plan.solver.spec(), "steps": plan.steps, "spacing": plan.spacing, "source": plan.source}
+    return {"solver": plan.solver.spec(), "steps": plan.steps, "spacing": plan.spacing, "start": plan.start, "source": plan.source}
 
 
 def versions() -> dict[str, str]:
@@ -131,7 +131,7 @@ def row_defaults(row: Row) -> dict[str, Any]:
     if row.solver == AS_GIVEN:
         return {}
     described = solver_class(row.solver).described()
-    return {"settings": {name: field.default for name, (field, _) in described.items() if field.default is not MISSING}}
+    return {"settings": {name: field.default for name, (field, _) in described.items() if field.default is not MISSING}, "start": Row.start}
 
 
 def row_identity(
@@ -142,7 +142,7 @@ def row_identity(
 
     found = {"operator": config.operator(row.operator).spec(), "solver": row.solver}
     if plan is not None:
-        found |= {"settings": plan.solver.settings(), "steps": plan.steps, "spacing": plan.spacing}
+        found |= {"settings": plan.solver.settings(), "steps": plan.steps, "spacing": plan.spacing, "start": plan.start}
         found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
         found |= backend or {}
     if row.cse:

@@ -160,7 +160,8 @@ def published(config: Config, line: Line, name: str) -> str:
 def settings_text(job: Job) -> str:
     if job.plan is None:
         return ""
-    return ", ".join([job.plan.solver.told(), f"{job.plan.steps} steps", job.plan.spacing])
+    start = [f"start {job.plan.start:g}"] if job.plan.start < 1 else []
+    return ", ".join([job.plan.solver.told(), f"{job.plan.steps} steps", job.plan.spacing, *start])
 
 
 def markdown(config: Config, jobs: Sequence[Job], lines: Sequence[Line]) -> str:

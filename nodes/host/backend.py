@@ -15,11 +15,10 @@ from torch import Tensor
 from ...dmap_core.evaluate.config import ALONE, Config, Row
 from ...dmap_core.operators import Operator
 from ...dmap_core.presets import Preset
-from ...dmap_core.schedule import SPACINGS
 from ..pictures import from_core, measurement_to_core
 from .compute import device
 from .controlnet import attach, load_cse
-from .prior import latent_size, model_sigmas
+from .prior import latent_size, model_sigmas, warm_latent
 from .run import Problem, restore
 
 STOCK = "euler_ancestral"  # the sampler of a CSE alone
@@ -48,11 +47,12 @@ class ComfyUI:
         conditioning = self.conditioning
         if row.cse:
             conditioning = attach(conditioning, self._cse(row.cse), (operator.hint(y) + 1) / 2, 1.0, 0.0, 1.0)
-        sigmas = SPACINGS[plan.spacing](model_sigmas(self.model), plan.steps)
+        sigmas = plan.sigmas(model_sigmas(self.model))
         if row.solver == ALONE:
             return self._alone(conditioning, operator.image_size(y), sigmas, seed)
         problem = Problem.of(self.model, conditioning, self.vae, operator, y.cpu(), self.config.memory)
-        done = restore(problem, plan.solver, sigmas, seed)
+        latent = warm_latent(self.vae, operator, y) if plan.start < 1 else None
+        done = restore(problem, plan.solver, sigmas, seed, latent=latent)
         report = done.report
         cost = {"seconds": report.seconds, "denoiser_calls": report.denoiser_calls, "decoder_calls": report.decoder_calls}
         # of what the solver saw: ComfyUI's decoders clamp the picture

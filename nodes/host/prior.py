@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ...dmap_core.backends.fingerprint import fingerprint
 from ...dmap_core.memory import blocks_of
+from ...dmap_core.operators import Operator
 from ...dmap_core.presets import MODELS
 from ...dmap_core.prior import levels_of
 
@@ -115,6 +116,13 @@ def check_conditioning(conditioning: list, model, name: str) -> None:
 def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:
     """(h, w) of the latents of a picture of `size` (H, W): divided by the VAE's factor, rounded up."""
     return tuple(math.ceil(n / vae.downscale_ratio) for n in size)
+
+
+def warm_latent(vae, operator: Operator, y: Tensor) -> Tensor:
+    """(B, C, h, w) of the measurement's own picture, enlarged where it is smaller, as VAE Encode gives it. y: (B, c, h, w) in [-1, 1]."""
+    picture = operator.hint(y).clamp(-1, 1)
+    h, w = (-n % vae.downscale_ratio for n in picture.shape[-2:])  # VAE Encode would crop
+    return vae.encode((F.pad(picture, (0, w, 0, h), mode="replicate").movedim(1, -1) + 1) / 2)
 
 
 def model_sigmas(model) -> Tensor:

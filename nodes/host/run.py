@@ -200,17 +200,18 @@ def restore(
     seed: int,
     on_step: Callable[[], None] | None = None,
     warm_up: bool = False,
+    latent: Tensor | None = None,
 ) -> Restored:
     """The pictures that a graph of the same model and measurement makes with RandomNoise of that seed, SamplerCustomAdvanced and VAE Decode, bit by bit.
 
     Where the picture's size is no multiple of the VAE's factor, they are cut to it, as DMAP Decode does.
 
     sigmas: (T + 1,) falling to 0, of the model (`prior.model_sigmas` and `schedule.SPACINGS`). on_step is called after every step.
-    warm_up: compute a gradient before the clock starts, so that `seconds` do not hold what the first use of loaded models takes.
+    latent: what is noised to the first level, in the place of an empty one. warm_up: compute a gradient before the clock starts, so that `seconds` do not hold what the first use of loaded models takes.
     The guider's own report stays that of its last run in a graph.
     Raises what the solver raises, before models are loaded where that can be known; errors.Diverged for NaN.
     """
-    guider, latent = problem.guider, problem.latent()
+    guider, latent = problem.guider, problem.latent() if latent is None else latent
     sampler = _Timed(SolverSampler(solver), warm_up)
     noise = comfy.sample.prepare_noise(latent, seed)
     callback = (lambda *_: on_step()) if on_step else None

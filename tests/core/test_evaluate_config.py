@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from dmap_core.evaluate import command
@@ -13,6 +14,7 @@ from dmap_core.evaluate.tables import COSTS
 from dmap_core.metrics import SET_METRICS
 from dmap_core.presets import MODELS, preset
 from dmap_core.presets import NAMES as PRESETS
+from dmap_core.schedule import SPACINGS
 from dmap_core.solvers import DMAP, SOLVERS, Unguided
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,6 +108,10 @@ def test_settings_of_another_kind(settings, message):
         ({"row": {"solver": ["DPS"]}}, "row 1: solver is ['DPS']; it must be one of as given"),
         ({"row": {"spacing": ["paper"]}}, "row 1: spacing is ['paper']; it must be one of paper"),
         ({"row": {"steps": 1}}, "row 1: steps is 1; it must be a whole number of at least 2"),
+        ({"row": {"start": 0}}, "row 1: start is 0; it must be a number above 0 and at most 1"),
+        ({"row": {"start": 1.5}}, "row 1: start is 1.5; it must be a number"),
+        ({"row": {"start": "0.5"}}, "row 1: start is '0.5'; it must be a number"),
+        ({"row": {"start": 0.5, "solver": "as given"}}, "row 1: start is 0.5, and 'as given' does not begin with the measurement"),
         ({"row": {"steps": 2.5}}, "row 1: steps is 2.5; it must be a whole number"),
         ({"row": {"steps": "20"}}, "row 1: steps is '20'; it must be a whole number"),
         ({"row": {"published": [3]}}, "row 1: published must map metrics to numbers"),
@@ -237,6 +243,16 @@ def test_a_row_comes_before_its_preset():
     plan = only({"solver": "DMAP", "settings": {"K": 3, "eta": 0.5}})[2]
     assert plan.solver == DMAP(zeta=9.6, K=3, eta=0.5) and plan.steps == 250
     assert only({"spacing": "karras"})[2].spacing == "karras"
+
+
+def test_a_start_below_one():
+    plan = only({"start": 0.4, "steps": 20})[2]
+    levels = torch.linspace(0.03, 14.6, 1000)
+    assert plan.start == 0.4 and "start 0.4" in plan.text() and plan.solver == only({"steps": 20})[2].solver
+    assert torch.equal(plan.sigmas(levels), SPACINGS[plan.spacing](levels, 20, 0.4))
+    assert only({"steps": 20})[2].start == 1 and "start" not in only({"steps": 20})[2].text()
+    whole = {"steps": 20, "spacing": "karras", "settings": {"zeta": 1.0}, "start": 0.4}
+    assert only(whole)[2].start == 0.4
 
 
 def test_steps_scale_the_preset():

@@ -692,6 +692,16 @@ def test_pictures_are_measured_once_more_when_matched(table, copy, calls):
     assert config.measured(Noisy(Jpeg(20), 0.1)) == ["psnr"] and table().measured(SuperResolution(2)) == ["psnr"]
 
 
+def test_a_warm_start(table, tmp_path):
+    """Another picture, from the measurement's own; and another row than one from noise, whose results are not taken for it."""
+    (job,) = make(table([DPS | {"start": 0.3}], count=1), tmp_path)
+    row = json.loads((tmp_path / "sr8-dps" / "row.json").read_text())
+    assert row["start"] == 0.3 and "start 0.3" in (tmp_path / "table.md").read_text()
+    assert json.loads(job.file(tmp_path).read_text())["plan"]["start"] == 0.3
+    with pytest.raises(ConfigError, match=r"start was 0\.3 and is 1\.0"):
+        run.evaluate(table([DPS], count=1), tmp_path)
+
+
 def test_measurements_of_eight_bits(table, copy):
     """With noise, and what a file cannot hold is cut off."""
     x = torch.linspace(-1, 1, 3 * 64).view(1, 3, 8, 8)

@@ -8,7 +8,7 @@ import torch
 from dmap_core.errors import Diverged
 from dmap_core.operators import SuperResolution
 from dmap_core.posterior import Posterior
-from dmap_core.restore import initial_latent, restore
+from dmap_core.restore import initial_latent, noised, restore, warm_latent
 from dmap_core.schedule import generators
 from dmap_core.solvers import DMAP, DPS
 
@@ -53,6 +53,20 @@ def test_a_seed_is_torchs():
 def test_the_same_seed_makes_the_same_picture_and_another_another(run):
     assert torch.equal(run([5]).image, run([5]).image)
     assert not torch.allclose(run([5]).image, run([6]).image, atol=0.01)
+
+
+def test_a_run_that_begins_from_a_latent(prior, sigmas, run, monkeypatch):
+    """It is noised to the first level, by the seed of x_T; the steps have the next one, as always."""
+    monkeypatch.setattr(prior, "encode", lambda image: image[:, :2, ::2, ::2])
+    y = torch.linspace(-1, 1, 3 * 16).view(1, 3, 4, 4)
+    latent = warm_latent(prior, SuperResolution(2), y)
+    torch.testing.assert_close(latent, prior.encode(SuperResolution(2).hint(y).clamp(-1, 1)))
+    z = noised(latent, float(sigmas[0]), [5])
+    torch.testing.assert_close(z - latent, 10.0 * torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(5)), rtol=1e-5, atol=1e-5)
+    posterior = Posterior(prior, SuperResolution(2), y)
+    z0 = DPS(zeta=0.3)(posterior, z, sigmas, generator=generators(6, 1))
+    assert torch.equal(run([5], y, latent=latent).image, prior.decode(z0))
+    assert not torch.equal(run([5], y).image, run([5], y, latent=latent).image)
 
 
 @pytest.mark.parametrize("solver", [DPS, DMAP])

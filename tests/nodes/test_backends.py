@@ -25,7 +25,7 @@ def base(lab, core):
         )
 
 
-def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11):
+def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.0, seed=11):
     """(picture (1, H, W, 3) in [0, 1], denoiser calls)."""
     with torch.inference_mode(False), torch.no_grad():
         y = operator.measure(lab.as_core(lab.picture().clone()))
@@ -34,13 +34,14 @@ def on_diffusers(lab, core, base, operator, solver, settings, cse=None, seed=11)
         if cse:
             controlnet, metadata = core["use"].open_cse(cse, base)
             prior = prior.controlled(controlnet, core["use"].hint_for(operator.hint(y), metadata))
-        sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS)
+        sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS, start)
+        latent = core["restore"].warm_latent(prior, operator, y) if start < 1 else None
         solve = core["solvers"].SOLVERS[solver](**settings)
-        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, [seed])
+        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, [seed], latent=latent)
         return ((done.image + 1) / 2).movedim(1, -1).clamp(0, 1), done.denoiser_calls
 
 
-def in_comfyui(lab, operator, solver, settings, cse=None, seed=11):
+def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11):
     problem = lab.problem(operator=operator)
     if cse:
         control, _, _ = lab.call("DMAP_CSEControlNetLoader", cse=cse.name)
@@ -55,8 +56,13 @@ def in_comfyui(lab, operator, solver, settings, cse=None, seed=11):
             end_percent=1.0,
         )
     guider = lab.call("DMAP_DPSGuider", **problem)
-    sampler = lab.call(f"DMAP_{solver}Sampler", **settings)
-    latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(STEPS, spacing="exponential"))
+    given = {"step": "auto", "zeta": 1.0, "strength": 0.7} if settings.get("zeta", 0) is None else {}
+    sampler = lab.call(f"DMAP_{solver}Sampler", **settings | given)
+    warm = {}
+    if start < 1:
+        given = {"measurement": problem["measurement"], "operator": operator, "vae": problem["vae"], "batch_size": 1}
+        warm = {"latent": lab.call("DMAP_EmptyMeasurementLatent", **given, content="measurement")[0]}
+    latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(STEPS, spacing="exponential", start=start), **warm)
     return lab.call("VAEDecode", samples={"samples": latents}, vae=problem["vae"]).clamp(0, 1), guider.report.denoiser_calls
 
 
@@ -65,17 +71,18 @@ CASES = {
     "DMAP": ("SuperResolution", {"scale": 4}, "DMAP", {"zeta": 8.0, "K": 2}, False),
     "DSG": ("GaussianBlur", {"kernel_size": 31, "sigma": 2.0}, "DSG", {"zeta": 0.5}, False),
     "PSLD": ("SuperResolution", {"scale": 4}, "PSLD", {"zeta": 2.0, "gamma": 0.1}, False),
+    "DMAP from the measurement": ("SuperResolution", {"scale": 4}, "DMAP", {"zeta": None, "jacobian": "none"}, False, 0.4),
     "DMAP with a CSE": ("SuperResolution", {"scale": 4}, "DMAP", {"zeta": 8.0, "K": 2}, True),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_both_backends_make_the_same_picture(lab, core, base, case):
-    name, settings, solver, how, with_cse = CASES[case]
+    name, settings, solver, how, with_cse, *start = CASES[case]
     operator = getattr(core["operators"], name)(**settings)
     cse = lab.ROOT / "models" / "controlnet" / "dmap-demo-cse-sr4.safetensors" if with_cse else None
-    theirs, their_calls = on_diffusers(lab, core, base, operator, solver, how, cse)
-    ours, our_calls = in_comfyui(lab, operator, solver, how, cse)
+    theirs, their_calls = on_diffusers(lab, core, base, operator, solver, how, cse, *start)
+    ours, our_calls = in_comfyui(lab, operator, solver, how, cse, *start)
     assert ours.shape == theirs.shape and our_calls == their_calls
     assert float(ours.std()) > 0.02, "a picture of one colour would prove nothing"
     difference = float((ours - theirs).abs().max())

@@ -28,6 +28,22 @@ def decode(lab, latent, measurement, operator, keep_given=True):
     return lab.call("DMAP_Decode", latent=latent, vae=lab.shared()[1], measurement=measurement, operator=operator, keep_given=keep_given)
 
 
+def test_a_latent_of_the_measurement(lab):
+    """What VAE Encode makes of the enlarged picture, in the size of an empty one, once for every restoration."""
+    import torch
+
+    operator = lab.call("DMAP_OperatorSuperResolution", scale=2)
+    measurement, vae = lab.picture(1, 15, 18), lab.shared()[1]  # of a picture of 36x30
+    call = {"measurement": measurement, "operator": operator, "vae": vae}
+    warm, width, height = lab.call("DMAP_EmptyMeasurementLatent", **call, batch_size=2, content="measurement")
+    empty, *size = lab.call("DMAP_EmptyMeasurementLatent", **call, batch_size=2)
+    assert warm["samples"].shape == empty["samples"].shape and [width, height] == size == [36, 30]
+    assert torch.equal(warm["samples"][0], warm["samples"][1]) and not empty["samples"].any()
+    decoded = vae.decode(warm["samples"])[:, :30, :36]
+    enlarged = ((operator.hint(measurement.movedim(-1, 1) * 2 - 1) + 1) / 2).movedim(1, -1).clamp(0, 1)
+    assert (decoded - enlarged).abs().mean() < 0.1 < (0.5 - enlarged).abs().mean()
+
+
 def test_pixels_outside_the_mask_are_the_given_ones_to_the_bit(lab):
     measurement, operator = given(lab, 29, 37)
     z, _ = latent(lab, measurement, operator)

@@ -53,7 +53,7 @@ INPUTS = {
     "DMAP_ComparisonSheet": " ".join(
         ["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width names"]
     ),
-    "DMAP_DMAPPreset": "model operator solver quality steps",
+    "DMAP_DMAPPreset": "model operator solver quality steps start",
     "DMAP_DMAPSampler": "K zeta eta optimizer step strength jacobian",
     "DMAP_DMAPScheduler": "model steps start end spacing",
     "DMAP_DMAPUnconditional": "model",
@@ -63,7 +63,7 @@ INPUTS = {
     "DMAP_Decode": "latent vae measurement operator keep_given",
     "DMAP_Degrade": "image operator noise_sigma seed",
     "DMAP_DiversityStudy": "images_1 images_2 images_3 images_4 names",
-    "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size max_megapixels",
+    "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size max_megapixels content",
     "DMAP_FreeDoMSampler": "zeta K first last travel eta step strength jacobian",
     "DMAP_MatchMeasurement": "image measurement operator noise feather",
     "DMAP_OperatorCompose": "first second third fourth",
@@ -135,6 +135,7 @@ OPTIONS = {
     "unreadable": "refuse skip",
     "folder": ["the pictures input"],  # before folders of the machine
     "picture": ["dmap-demo-00"],  # the pack's own pictures
+    "content": "empty measurement",
     "quality": {"DMAP_DMAPPreset": ["look", "good", "best", "paper"]},
     "step": {node: ["auto", "zeta"] for node in STEPPED},
     "jacobian": "exact none",

@@ -328,6 +328,12 @@ def preset(lab, solver, operator=None, quality="paper", **more):
     return lab.call("DMAP_DMAPPreset", model=lab.shared()[0], operator=operator, solver=solver, quality=quality, **more)
 
 
+def test_a_preset_from_the_measurement(lab):
+    _, sigmas, text = preset(lab, "DMAP", quality="look", start=0.4)
+    assert torch.equal(sigmas, lab.sigmas(10, spacing="exponential", start=0.4)) and "start 0.4" in text
+    assert "start" not in preset(lab, "DMAP", quality="look")[2]
+
+
 def test_there_is_a_preset_for_every_operator_and_solver(lab):
     presets, made = core(lab, "presets"), operators(lab)
     assert {type(operator) for operator in made} == set(lab.core.operators.OPERATORS.values())
