@@ -7,8 +7,9 @@
     python demo/compare.py --table                                    # only print what there is
 
 Every figure is there twice, of the picture as the model leaves it and `matched` to its measurement. DMAP automatic is DMAPPreset's *look*, whose
-steps set themselves; DMAP automatic exact and none are the same with the gradient through the denoiser, and without. This is `dmap evaluate` with ComfyUI in this process as its backend: the pack's own nodes, one picture at a time, all from the same noise. What
-it writes is below --out: every picture with its figures, and table.md. The table takes the first held-out pictures, the search the last ones.
+steps set themselves; DMAP automatic exact and none are the same with the gradient through the denoiser, and without. This is `dmap evaluate` with
+ComfyUI in this process as its backend: the pack's own nodes, one picture at a time, all from the same noise. What it writes is below --out: every
+picture with its figures, and table.md. The table takes the first held-out pictures, the search the last ones.
 """
 
 import argparse

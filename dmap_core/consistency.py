@@ -29,7 +29,9 @@ from .operators.jpeg_cells import nearest_picture, read_file
 ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise of a picture file
 HALF = 1 / 255  # half a grey level in units of [-1, 1]: a picture that is no further from its measurement is left as it is
 MISFIT = 16  # grey levels (RMS), above the noise, from which on a result shows something else than the measurement
-FILE = 8 * HALF  # what is reached of a JPEG: some of what was clipped is a guess, and a wrong coefficient is seen in its whole block
+REACHED = (
+    8 * HALF
+)  # what counts as that where f is not linear: some of what a JPEG clipped is a guess, and seen in a whole block; Gauss-Newton ends before half a level
 NEWTON, NEWTON_ITERATIONS = 3, 15  # rounds of a nonlinear blur, and of conjugate gradients in each; those few regularise, too
 NEWTON_LAM = 1e-3  # of f's squared gain in the residual's direction
 FILE_ROUNDS = 100  # the same for a JPEG, where a round is cheap
@@ -134,7 +136,7 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
             f = Compose(file) if file[0] else file[1]
         before = mismatch(f, x, y)
         found = fill(f, x, y, feather) if isinstance(f, Inpainting) and noise == ROUNDING else within_range(f, x, y, noise)
-        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, FILE if file else HALF))
+        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, HALF if f.linear else REACHED))
 
 
 def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def _smooth(x: Tensor, sigma: float) -> Tensor:
 def within_range(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
     """A picture in [-1, 1] that explains y, by projections onto the two in turn (POCS): what a projection adds at white and black is cut off in any file.
 
-    Neither projection moves away from any picture in [-1, 1] with that measurement.
+    Neither projection moves away from any picture in [-1, 1] with that measurement; Gauss-Newton, of a nonlinear blur, may.
     """
     x, found = x.clamp(-1, 1), split(f)
     if found:

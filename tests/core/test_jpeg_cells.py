@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmap_core.consistency import FILE, HALF, match, mismatch, split, towards_file
+from dmap_core.consistency import HALF, REACHED, match, mismatch, split, towards_file
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, Jpeg, Noisy, SuperResolution, centred_box
 from dmap_core.operators.jpeg import ycbcr_matrix
 from dmap_core.operators.jpeg_cells import MARGIN, nearest_picture, read_file
@@ -157,8 +157,8 @@ def test_the_gradient_chosen_for_it_does_not_matter():
 def test_another_quality_is_noticed():
     """A picture that is no JPEG of that quality."""
     found = match(Jpeg(10), smooth(seed=2), smooth(seed=1))
-    assert found.short() and float(found.after) > FILE > HALF
-    assert float(match(Jpeg(10), smooth(seed=2), Jpeg(10)(smooth(seed=1))).after) <= FILE
+    assert found.short() and float(found.after) > REACHED > HALF
+    assert float(match(Jpeg(10), smooth(seed=2), Jpeg(10)(smooth(seed=1))).after) <= REACHED
 
 
 def test_what_comes_before_is_told_apart():
