@@ -131,9 +131,8 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
         x = image.to(torch.promote_types(image.dtype, torch.float32))
         y = y.to(x).expand(len(x), -1, -1, -1)
         f = operator.operator if isinstance(operator, Noisy) else operator
-        file = split(f)
-        if file:
-            f = Compose(file) if file[0] else file[1]
+        if file := split(f):
+            f = Compose(tuple(g for g in file if g))
         before = mismatch(f, x, y)
         found = fill(f, x, y, feather) if isinstance(f, Inpainting) and noise == ROUNDING else within_range(f, x, y, noise)
         return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, HALF if f.linear else REACHED))
