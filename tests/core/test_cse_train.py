@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import pictures, tiny_checkpoint
+from variants import some_at_once
 
 from dmap_core import backends, cli
 from dmap_core.cse import options, trainer, validation
@@ -264,7 +265,7 @@ def in_a_host(given, out, steps):
     made.train(SAVED, HALF)
 
 
-@pytest.mark.parametrize("first", ["a host", "the command line"])
+@pytest.mark.parametrize("first", some_at_once(["a host", "the command line"], ["a host"]))
 def test_a_training_crosses_over(given, half, whole, copy, tmp_path, first):
     """Begun by a host and ended at the command line, or the other way; and with one implementation of the networks it is equal to the bit."""
     if first == "a host":

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from variants import some_at_once
 
 from dmap_core.operators import (
     Compose,
@@ -184,7 +185,7 @@ def painted(f, value):
     return y, torch.where(f.hidden().bool(), torch.full_like(y, value), y)
 
 
-@every_case
+@pytest.mark.parametrize("case", some_at_once(CASES, ["DMAP", "PSLD"]))
 @every_hole
 def test_a_hole_counts_for_no_solver(prior, case, f):
     """White against 0, and against what was measured there."""

@@ -180,6 +180,7 @@ def trainings(lab, cses, tmp_path_factory):
     return {name: folders.controlnet / f"{name}.safetensors" for name in ("node", "line", "to-line", "to-node")}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["line", "to-line", "to-node"])
 def test_trainings_agree(lab, cses, trainings, name):
     """The node and the command line, and a training that crosses over, in either direction: equal but for the rounding of two implementations."""

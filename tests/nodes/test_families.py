@@ -8,11 +8,12 @@ import math
 
 import pytest
 import torch
+from variants import some_at_once
 
 
 def families_of(*at_once):
     """All of them in .ci/run; those that are named, always."""
-    return [pytest.param(name, marks=() if name in at_once else pytest.mark.thorough) for name in ("SD1.5", "SD2.0", "SD2.1", "SDXL")]
+    return some_at_once(("SD1.5", "SD2.0", "SD2.1", "SDXL"), at_once)
 
 
 FAMILIES = families_of("SD2.1")
@@ -237,7 +238,7 @@ def t2i_adapter(families):
     return families.random_weights(adapter, seed=3)
 
 
-@pytest.mark.parametrize("kind", ["float32", *(pytest.param(kind, marks=pytest.mark.thorough) for kind in ("float16", "adapter"))])
+@pytest.mark.parametrize("kind", some_at_once(["float16", "float32", "adapter"], ["float32"]))
 @pytest.mark.parametrize("loaded", ["SD2.0"], indirect=True)
 def test_other_kinds_of_control(lab, families, loaded, kind):
     """Control LoRAs make their network when a run begins, from weights of any precision; T2I adapters know nothing of the latent."""
@@ -310,7 +311,7 @@ USUAL = ("eps", "v, zero terminal SNR", "edm")
 
 
 @small
-@pytest.mark.parametrize("kind", [kind if kind in USUAL else pytest.param(kind, marks=pytest.mark.thorough) for kind in SAMPLINGS])
+@pytest.mark.parametrize("kind", some_at_once(SAMPLINGS, USUAL))
 def test_sampling_nodes(lab, families, loaded, z, kind):
     """Whatever the network's output is taken for, and whatever the latents are scaled by: denoised and gradient belong together."""
     node, settings = SAMPLINGS[kind]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from variants import some_at_once
 
 STEPS = 4
 EVERY_SAMPLE = 0x9E3779B97F4A7C15  # between the seeds of two samples of a batch
@@ -122,7 +123,13 @@ FREEDOM_BATCH = {"zeta": 0.5}
 
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("DSG", {}), ("PSLD", {}), ("PSLD", {"transpose": "adjoint"}), ("FreeDoM", FREEDOM_BATCH), ("ReSample", RESAMPLE_BATCH)],
+    [
+        ("DSG", {}),
+        pytest.param("PSLD", {}, marks=pytest.mark.thorough),
+        pytest.param("PSLD", {"transpose": "adjoint"}, marks=pytest.mark.thorough),
+        pytest.param("FreeDoM", FREEDOM_BATCH, marks=pytest.mark.thorough),
+        ("ReSample", RESAMPLE_BATCH),
+    ],
 )
 def test_a_batch_is_as_good_as_single_runs(lab, monkeypatch, name, changes):
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
@@ -528,7 +535,7 @@ def test_a_nan_is_reported_with_its_step(lab, name):
     assert len(guider.report.residuals) == step - 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some_at_once(NAMES, ["DSG", "ReSample"]))
 def test_an_interruption(lab, name):
     """While the third picture is decoded: ReSample's in the middle of an optimisation, FreeDoM's on the second pass over a step."""
     management = lab.comfy.model_management
