@@ -72,6 +72,17 @@ def _scaled(span: slice, factor: int) -> slice:
     return slice(span.start * factor, span.stop * factor)
 
 
+def denoising(size: int) -> Tiles:
+    """Tiles of a denoiser: a quarter is shared, and blended over all of it."""
+    return Tiles(size, size // 4)
+
+
+def decoding(size: int) -> Tiles:
+    """Tiles of a decoder, which sees a few latents around: TAESD's tiles with a margin of 6 differ from the whole by 0.0004 of 255 levels, of 3 by 0.07."""
+    overlap = max(size // 4, min(16, size // 2))
+    return Tiles(size, overlap, min(6, (overlap - 2) // 2))
+
+
 def tiled(network: Network, x: Tensor, tiles: Tiles, factor: int = 1) -> Tensor:
     """What `network` says of x (B, C, h, w), tile by tile, blended: (B, c, factor h, factor w), differentiable with respect to x.
 

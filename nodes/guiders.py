@@ -104,6 +104,16 @@ class DPSGuider(io.ComfyNode):
                 ),
                 max_megapixels_input(),
                 *(advanced(i) for i in stock_inputs()),
+                io.Int.Input(
+                    "tile",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    optional=True,
+                    tooltip="0: networks see the whole picture. Above: they see overlapping tiles of so many pixels, with one measurement of the whole, and memory is that of a tile. "
+                    "Take the size that the model was trained for: 512 (SD 1.5, 2.0 base), 768 (SD 2.1), 1024 (SDXL), 128 (demo prior).",
+                ),
             ],
             outputs=[io.Guider.Output()],
         )
@@ -124,6 +134,7 @@ class DPSGuider(io.ComfyNode):
         step="zeta",
         strength=STRENGTH,
         jacobian=JACOBIANS[0],
+        tile=0,
     ) -> io.NodeOutput:
         dps = DPS(**chosen_step({"zeta": zeta, "step": step, "strength": strength, "jacobian": jacobian}))
         if negative is None and cfg != 1:
@@ -135,13 +146,22 @@ class DPSGuider(io.ComfyNode):
         check_conditioning(positive, model, "DPSGuider: positive")
         if negative is not None:
             check_conditioning(negative, model, "DPSGuider: negative")
-        guider = PosteriorGuider(model, vae, operator, y, dps, memory)
+        guider = PosteriorGuider(model, vae, operator, y, dps, memory, tile_latents(tile, vae))
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
         guider.warnings += check_controls(positive, model, operator, "DPSGuider: positive")
         if negative is not None:
             check_controls(negative, model, operator, "DPSGuider: negative")
         return io.NodeOutput(guider)
+
+
+def tile_latents(tile: int, vae) -> int | None:
+    """Latents of a side of a tile of so many pixels; None for whole pictures. Raises ValueError for sizes that networks cannot halve three times."""
+    latents, rest = divmod(tile, vae.downscale_ratio)
+    if tile and (rest or latents % 8 or latents < 16):
+        least = 16 * vae.downscale_ratio
+        raise ValueError(f"DPSGuider: tile is {tile}; it must be 0, or a multiple of {least // 2} pixels of at least {least}")
+    return latents or None
 
 
 class SamplingReport(io.ComfyNode):

@@ -93,6 +93,19 @@ def controls_of(conds: dict[str, list[dict]]) -> Iterator[Any]:
             control = control.previous_controlnet
 
 
+WHOLE = {"control": "a ControlNet", "area": "areas", "mask": "a mask"}  # of a conditioning: what is made for the whole picture
+
+
+def check_untied(conds: dict[str, list[dict]]) -> None:
+    """Raises ValueError for conditioning that cannot be cut into tiles."""
+    for cond in itertools.chain(*conds.values()):
+        found = [words for name, words in WHOLE.items() if cond.get(name) is not None]
+        if found:
+            raise ValueError(
+                f"DPSGuider: tile: the conditioning has {', '.join(found)}, made for the whole picture, which tiles cannot be given yet; set tile to 0, or leave it out"
+            )
+
+
 def check_base(control: Any, model: Any, name: str) -> None:
     """Raises ValueError for a ControlNet made for another kind of base model. Adapters of other architectures are not looked at."""
     network = getattr(control, "control_model", None)

@@ -20,8 +20,9 @@ from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
 from ...dmap_core.solvers import DPS, Solver, check_finite, guided_denoised
 from ...dmap_core.solvers.step import step_of
+from ...dmap_core.tiles import denoising, tiled
 from ..messages import node_of, speaking_of_nodes
-from .controlnet import controls_of
+from .controlnet import check_untied, controls_of
 from .gradients import (
     add_own_skip,
     check_quantised,
@@ -64,9 +65,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
 
     A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1), with the step of `dps`; a PosteriorSampler is given the Posterior.
+    tile: latents of a side of the tiles on which networks run; None runs them on whole pictures.
     """
 
-    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str):
+    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | None = None):
         check_model(model)
         check_vae(vae, model)
         model, caches = without_caches(model)
@@ -74,7 +76,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
         self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = pytorch_attention
         self.vae, self.operator, self.y, self.dps, self.memory = vae, operator, y, dps, memory
-        self.size = operator.image_size(y)
+        self.size, self.tile = operator.image_size(y), tile
         self.warnings: list[str] = [f"{name} is left out: outputs that it reuses have no gradient" for name in caches]
         self.report: Report | None = None
         self._posterior: Posterior | None = None
@@ -122,6 +124,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
     def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
         check_sigmas(sigmas, to_zero=ours)
+        if self.tile:
+            check_untied(self.original_conds)
         channels = self.model_patcher.get_model_object("latent_format").latent_channels
         if noise.ndim != 4 or noise.shape[1] != channels:
             raise ValueError(
@@ -164,7 +168,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report.seconds = seconds
         if self._posterior:
             p = self._posterior
-            self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan, p.denoiser_calls, p.decoder_calls
+            tiles = f", tiles of {self.tile * self.vae.downscale_ratio} pixels" if self.tile else ""
+            self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan + tiles, p.denoiser_calls, p.decoder_calls
         self.report.noise = 127.5 * self.operator.noise
         self.report.warnings = [*self.warnings, *self.report.misfits(self.report.noise)]
         log.info("%s", self.report.text())
@@ -173,7 +178,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
         vae = self._static(self.vae.patcher)
         patchers = [self.model_patcher, *self.loaded_models, vae]
-        estimate = self.inner_model.memory_required(noise.shape) + self.vae.memory_used_decode(noise.shape, self.vae.vae_dtype)
+        shape = [*noise.shape[:2], *(min(n, self.tile or n) for n in noise.shape[2:])]
+        estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
         check_whole(patchers)
         controls = list(controls_of(self.conds))
@@ -186,7 +192,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         latent_format.update(normal(latent_format))  # some have a mean and a deviation per channel
         networks = [p.model for p in self.loaded_models]
         networks += [m for control in controls for m in vars(control).values() if isinstance(m, nn.Module) and m not in networks]
-        prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size)
+        prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size, self.tile)
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         try:
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
@@ -201,8 +207,11 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             self.operator.to("cpu")
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
-        def plain(z, sigma):
+        def whole(z, sigma):
             return super(PosteriorGuider, self).predict_noise(z, sigma, model_options or {}, seed)
+
+        def plain(z, sigma):
+            return tiled(lambda z, _: whole(z, sigma).float(), z, denoising(self.tile)) if self.tile else whole(z, sigma)
 
         if self._solving:
             return plain(x, timestep)

@@ -20,6 +20,7 @@ from ...dmap_core.memory import blocks_of
 from ...dmap_core.operators import Operator
 from ...dmap_core.presets import MODELS
 from ...dmap_core.prior import levels_of
+from ...dmap_core.tiles import decoding, tiled
 
 # Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them.
 BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
@@ -28,10 +29,14 @@ ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
 
 
 class HostPrior:
-    """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it."""
+    """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it.
 
-    def __init__(self, base_model, vae, autoencoder: nn.Module, controls: list[nn.Module], size: tuple[int, int]):
+    tile: latents of a side of the tiles that are decoded one after the other; None decodes whole pictures.
+    """
+
+    def __init__(self, base_model, vae, autoencoder: nn.Module, controls: list[nn.Module], size: tuple[int, int], tile: int | None = None):
         self.base_model, self.vae, self.autoencoder, self.size = base_model, vae, autoencoder, size
+        self.tiles = decoding(tile) if tile else None
         self._networks = [base_model.diffusion_model, autoencoder, *controls]
         self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
 
@@ -42,7 +47,11 @@ class HostPrior:
     def decode(self, z0: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         latent = self.base_model.process_latent_out(z0).to(self.vae.device, self.vae.vae_dtype)
-        image = self.autoencoder.decode(latent).to(z0.device, torch.float32)
+
+        def decode(latent: Tensor, _=None) -> Tensor:
+            return self.autoencoder.decode(latent).to(z0.device, torch.float32)
+
+        image = tiled(decode, latent, self.tiles, self.vae.downscale_ratio) if self.tiles else decode(latent)
         return image[..., : self.size[0], : self.size[1]]
 
     def encode(self, image: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ INPUTS = {
     "DMAP_DMAPSampler": "K zeta eta optimizer step strength jacobian",
     "DMAP_DMAPScheduler": "model steps start end spacing",
     "DMAP_DMAPUnconditional": "model",
-    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory max_megapixels step strength jacobian",
+    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory max_megapixels step strength jacobian tile",
     "DMAP_DPSSampler": "zeta eta optimizer step strength jacobian",
     "DMAP_DSGSampler": "zeta eta",
     "DMAP_Decode": "latent vae measurement operator keep_given",
