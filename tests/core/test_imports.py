@@ -100,6 +100,7 @@ ORDER = (
     "solvers",
     "backends",
     "posterior",
+    "tiles",
     "gradient",
     "memory",
     "prior",
