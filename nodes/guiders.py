@@ -157,11 +157,13 @@ class DPSGuider(io.ComfyNode):
 
 def tile_latents(tile: int, vae) -> int | None:
     """Latents of a side of a tile of so many pixels; None for whole pictures. Raises ValueError for sizes that networks cannot halve three times."""
+    if not tile:
+        return None
     latents, rest = divmod(tile, vae.downscale_ratio)
-    if tile and (rest or latents % 8 or latents < 16):
+    if rest or latents % 8 or latents < 16:
         least = 16 * vae.downscale_ratio
         raise ValueError(f"DPSGuider: tile is {tile}; it must be 0, or a multiple of {least // 2} pixels of at least {least}")
-    return latents or None
+    return latents
 
 
 class SamplingReport(io.ComfyNode):

@@ -378,7 +378,11 @@ def test_two_processes_and_ctrl_c_that_one_of_them_sees(given, forks, start_weig
     assert not equal(state["losses"], state_of(alone)["losses"])  # the sum of two halves, and no training by itself
 
 
-@pytest.mark.parametrize("more", [["--accumulation", 2], ["--gradient-checkpointing"]], ids=["accumulation", "checkpointing"])
+@pytest.mark.parametrize(
+    "more",
+    [["--accumulation", 2], pytest.param(["--gradient-checkpointing"], marks=pytest.mark.thorough)],
+    ids=["accumulation", "checkpointing"],
+)
 def test_to_need_less_memory_changes_nothing_but_rounding(given, half, start_weights, tmp_path, monkeypatch, more):
     from dmap_core import memory
 

@@ -196,6 +196,7 @@ def test_a_lora(lab, cses, folders, whole):
 # ---- the same result in other ways
 
 
+@pytest.mark.thorough
 def test_to_need_less_memory_changes_nothing_but_rounding(cses, folders, whole, start):
     cses.train(save_name="lean", gradient_checkpointing=True, accumulation=2)
     ours, theirs = cses.state(folders.controlnet / "lean"), cses.state(whole[0])

@@ -253,6 +253,7 @@ def test_other_kinds_of_control(lab, families, loaded, kind):
     assert differs(denoised, plain)
 
 
+@pytest.mark.thorough
 @small
 def test_memory_plans_with_a_controlnet(families, loaded, z):
     """It adds to the UNet's skip connections in place, where autograd and checkpoints still need them."""

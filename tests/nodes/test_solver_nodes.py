@@ -254,7 +254,7 @@ def test_the_second_term_of_psld_is_the_slope_of_what_the_encoder_says(lab, heig
         assert slope == pytest.approx(float((grad * direction).sum()), rel=0, abs=0.02 * float(grad.norm()))
 
 
-@pytest.mark.parametrize("name", ["PSLD", "ReSample"])
+@pytest.mark.parametrize("name", some_at_once(["PSLD", "ReSample"], ["PSLD"]))
 def test_plans_agree_and_leave_the_encoder_alone(lab, name):
     model, vae = lab.shared()
     weights = {k: v.clone() for k, v in vae.first_stage_model.state_dict().items()}

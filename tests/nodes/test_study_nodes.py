@@ -267,6 +267,7 @@ def test_the_runs_of_a_budget_are_those_of_a_graph(lab):
     assert all(0 < value < 1 for value in figures(text, "SSIM"))
 
 
+@pytest.mark.thorough
 def test_a_batch_of_measurements_of_an_odd_size(lab, undrawn):
     operator = lab.call("DMAP_OperatorGaussianBlur", sigma=1.0, kernel_size=5)
     images = torch.cat([lab.picture(i, 36, 44) for i in range(2)])

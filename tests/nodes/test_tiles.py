@@ -66,6 +66,7 @@ def test_a_stock_sampler(lab, large):
     assert torch.isfinite(found).all() and report.residuals[-1][0] < 0.7 * report.residuals[0][0]
 
 
+@pytest.mark.thorough
 def test_a_latent_with_a_mask_keeps_the_rest(lab, large):
     given = latent(lab, large)
     given = {"samples": torch.randn(given["samples"].shape, generator=torch.Generator().manual_seed(3))}
