@@ -116,7 +116,9 @@ def masks(batch):
 
 
 @every_case
-@pytest.mark.parametrize("f", [SuperResolution(2), Inpainting(masks(3)), GaussianBlur(5, 1.0)], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "f", [SuperResolution(2), Inpainting(masks(3)), pytest.param(GaussianBlur(5, 1.0), marks=pytest.mark.thorough)], ids=lambda f: f.name
+)
 def test_a_batch_is_as_many_single_runs(autoencoder, case, f):
     posterior, z = problem(autoencoder(), 3, f)
     whole = solve(case, posterior, z, generator=generators(11, 3))

@@ -193,6 +193,7 @@ def inception(tmp_path_factory):
     return network, metric, file, loaded
 
 
+@pytest.mark.thorough
 def test_inceptions_features_are_torch_fidelitys_of_8_bit_pictures(inception):
     network, metric, _, _ = inception
     image = torch.rand(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))

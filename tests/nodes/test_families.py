@@ -171,6 +171,7 @@ def test_unconditional(lab, families, loaded, z):
 # LoRA
 
 
+@pytest.mark.thorough
 def test_a_lora(families, loaded, z):
     before = {k: v.clone() for k, v in loaded.model.model.state_dict().items()}
     denoised, plain = families.denoised(z, SIGMA, **loaded.problem()), families.guided(z, SIGMA, **loaded.problem())

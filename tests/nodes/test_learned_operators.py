@@ -180,6 +180,7 @@ def test_the_blur_is_the_networks(lab, learned, blurred):
     assert not any(p.is_inference() or p.requires_grad for p in made.network.parameters())
 
 
+@pytest.mark.thorough
 def test_a_step_through_the_blur(lab, learned, blurred):
     made, measurement, _ = blurred
     latent, width, height = empty(lab, measurement, made)
