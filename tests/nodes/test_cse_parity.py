@@ -138,6 +138,10 @@ def trainings(lab, cses, tmp_path_factory):
     """Two steps with the same pictures, settings and seed: by the node, by the command line, begun by one and ended by the other. Paths by name."""
     import importlib
 
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)  # what a new process has: tests of other files may have trained in another precision
+    GradientState._reset_state()
     main = importlib.import_module(f"{cses.PACK}.dmap_core.cli").main
     root = tmp_path_factory.mktemp("trainings")
     with pytest.MonkeyPatch.context() as patch, cses.Folders(root) as folders, torch.inference_mode():
