@@ -25,6 +25,7 @@ from .operators import Compose, Inpainting, Jpeg, Noisy, NonlinearBlur, Operator
 from .operators.base import Separable, Size, check_batch, squared_norm
 from .operators.jpeg import ROUNDINGS
 from .operators.jpeg_cells import nearest_picture, read_file
+from .operators.noisy import parts
 
 ROUNDING = 2 / 255 / math.sqrt(12)  # standard deviation, in units of [-1, 1], of rounding to 8 bits: the least noise of a picture file
 HALF = 1 / 255  # half a grey level in units of [-1, 1]: a picture that is no further from its measurement is left as it is
@@ -87,7 +88,7 @@ def split(f: Operator) -> tuple[Operator | None, Jpeg] | None:
 
     The JPEG is as an encoder and a decoder make it, whatever its gradient would be.
     """
-    *before, last = flat(f)
+    *before, last = parts(f)
     if not isinstance(last, Jpeg) or not all(g.linear and g.hidden() is None for g in before):
         return None
     return Compose(tuple(before)) if before else None, replace(last, rounding=ROUNDINGS[0])
@@ -95,15 +96,10 @@ def split(f: Operator) -> tuple[Operator | None, Jpeg] | None:
 
 def differentiable(f: Operator) -> bool:
     """Whether f is a nonlinear blur, or one with linear operators of known pixels."""
-    parts = flat(f)
-    return any(isinstance(g, NonlinearBlur) for g in parts) and all(
-        (g.linear or isinstance(g, NonlinearBlur)) and g.hidden() is None for g in parts
+    made_of = parts(f)
+    return any(isinstance(g, NonlinearBlur) for g in made_of) and all(
+        (g.linear or isinstance(g, NonlinearBlur)) and g.hidden() is None for g in made_of
     )
-
-
-def flat(f: Operator) -> list[Operator]:
-    """The operators that are applied one after the other."""
-    return [g for part in f.operators for g in flat(part)] if isinstance(f, Compose) else [f]
 
 
 def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = None, feather: float = 0.0) -> Match:

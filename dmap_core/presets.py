@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .operators import Compose, Noisy, Operator, SuperResolution
+from .operators import Operator, SuperResolution
 from .operators.base import whole
+from .operators.noisy import parts
 from .schedule import SPACINGS
 from .solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample, Solver
 
@@ -91,13 +92,6 @@ class Preset:
     def text(self) -> str:
         """One line for people: solver, settings and where they come from."""
         return f"{self.solver.name()}: {self.solver.told()}, {self.steps} steps, {self.spacing} spacing{f', start {self.start:g}' if self.start < 1 else ''} ({self.source})"
-
-
-def parts(operator: Operator) -> list[Operator]:
-    """The operators that an operator is made of."""
-    if isinstance(operator, Noisy):
-        return parts(operator.operator)
-    return [g for f in operator.operators for g in parts(f)] if isinstance(operator, Compose) else [operator]
 
 
 def kind(operator: Operator) -> str:

@@ -17,8 +17,8 @@ from ..dmap_core.metrics.pictures import saved
 from ..dmap_core.metrics.summary import Column, Summary, distances
 from ..dmap_core.operators import Operator as CoreOperator
 from ..dmap_core.operators import Segmentation
+from ..dmap_core.operators.noisy import parts
 from ..dmap_core.operators.segmentation import CLASSES
-from ..dmap_core.presets import parts
 from .host.compute import Bar, measuring, place, residuals, with_operator
 from .host.folders import weights_folder
 from .host.gradients import normal

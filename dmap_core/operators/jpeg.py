@@ -86,6 +86,16 @@ def triangle(x: Tensor, dim: int) -> Tensor:
     return torch.stack([(3 * x + before) / 4, (3 * x + after) / 4], dim + 1).flatten(dim, dim + 1)
 
 
+def enlarged(colour: Tensor, down: int, across: int) -> Tensor:
+    """Colour at its lower resolution, as libjpeg enlarges it by default."""
+    for dim, times in ((-2, down), (-1, across)):
+        if colour.shape[-1] <= 2:  # too narrow for libjpeg's triangles
+            colour = colour.repeat_interleave(times, dim)
+        elif times == 2:
+            colour = triangle(colour, dim)
+    return colour
+
+
 @dataclass(frozen=True)
 class Jpeg(Operator):
     """Baseline JPEG (ITU-T T.81, JFIF) and back, (B, 3, H, W) -> (B, 3, H, W) of any size; (B, 1, H, W) is compressed as luma alone.
@@ -167,9 +177,5 @@ class Jpeg(Operator):
         # libjpeg fills the columns of the last block before it averages, and its rows afterwards
         x = self._bytes(F.avg_pool2d(edge(colour, down, 8 * across), (down, across)), LEAN)
         x = self._compressed(x, table)[..., : -(-width // across)]  # without what filled the block: triangles end at what is seen
-        for dim, times in ((-2, down), (-1, across)):
-            if x.shape[-1] <= 2:  # too narrow for libjpeg's triangles
-                x = x.repeat_interleave(times, dim)
-            elif times == 2:
-                x = triangle(x, dim)
+        x = enlarged(x, down, across)
         return self._bytes(x, LEAN if down == 1 else -LEAN)[..., :height, :width]

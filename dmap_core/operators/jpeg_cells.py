@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .jpeg import SUBSAMPLINGS, Jpeg, dct_matrix, edge, in_blocks, of_blocks, quantisation_tables, triangle, ycbcr_matrix
+from .jpeg import SUBSAMPLINGS, Jpeg, dct_matrix, edge, enlarged, in_blocks, of_blocks, quantisation_tables, triangle, ycbcr_matrix
 
 MARGIN = 1.5  # grey levels: four standard deviations of what two roundings to 8 bits (R, G, B; Y, Cb, Cr) do to a coefficient
 ROUNDS = 8  # of guesses of what was clipped; after four hardly anything moves (measured, qualities 10 and 75)
@@ -95,13 +95,7 @@ def _planes(f: Jpeg, x: Tensor) -> list[Tensor]:
 
 def _decoded(f: Jpeg, planes: list[Tensor]) -> Tensor:
     """The picture of a file's planes, before it is clipped."""
-    full = planes[:1]
-    for colour in planes[1:]:
-        smooth = colour.shape[-1] > 2  # as in Jpeg
-        for dim, times in zip((-2, -1), SUBSAMPLINGS[f.subsampling], strict=True):
-            if times == 2:
-                colour = triangle(colour, dim) if smooth else colour.repeat_interleave(2, dim)
-        full.append(colour)
+    full = [*planes[:1], *(enlarged(colour, *SUBSAMPLINGS[f.subsampling]) for colour in planes[1:])]
     return _rgb(torch.cat(full, 1)) + 128
 
 

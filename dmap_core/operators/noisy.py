@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import Find, Operator, Size, real, shown
-from .compose import check_extent
+from .compose import Compose, check_extent
 
 LOUDEST = 1000.0  # sigma: a thousand times the range of picture values
 
@@ -123,3 +123,10 @@ class Noisy(Operator):
 
     def describe(self) -> str:
         return f"{self.title} ({self.operator.describe()}, sigma {self.sigma})"
+
+
+def parts(operator: Operator) -> list[Operator]:
+    """The operators that an operator applies one after the other."""
+    if isinstance(operator, Noisy):
+        return parts(operator.operator)
+    return [g for f in operator.operators for g in parts(f)] if isinstance(operator, Compose) else [operator]

@@ -56,8 +56,7 @@ class HostPrior:
 
     def encode(self, image: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        h, w = (-n % self.vae.downscale_ratio for n in image.shape[-2:])  # what `decode` cropped
-        image = F.pad(image, (0, w, 0, h), mode="replicate")
+        image = of_whole_latents(image, self.vae)  # what `decode` cropped
         latent = self.autoencoder.encode(image.to(self.vae.device, self.vae.vae_dtype))
         return self.base_model.process_latent_in(latent.to(image.device, torch.float32))
 
@@ -127,11 +126,16 @@ def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:
     return tuple(math.ceil(n / vae.downscale_ratio) for n in size)
 
 
+def of_whole_latents(image: Tensor, vae) -> Tensor:
+    """The picture (B, C, H, W), its edges repeated up to multiples of the VAE's factor."""
+    h, w = (-n % vae.downscale_ratio for n in image.shape[-2:])
+    return F.pad(image, (0, w, 0, h), mode="replicate")
+
+
 def warm_latent(vae, operator: Operator, y: Tensor) -> Tensor:
     """(B, C, h, w) of the measurement's own picture, enlarged where it is smaller, as VAE Encode gives it. y: (B, c, h, w) in [-1, 1]."""
-    picture = operator.hint(y).clamp(-1, 1)
-    h, w = (-n % vae.downscale_ratio for n in picture.shape[-2:])  # VAE Encode would crop
-    return vae.encode((F.pad(picture, (0, w, 0, h), mode="replicate").movedim(1, -1) + 1) / 2)
+    picture = of_whole_latents(operator.hint(y).clamp(-1, 1), vae)  # VAE Encode would crop
+    return vae.encode((picture.movedim(1, -1) + 1) / 2)
 
 
 def model_sigmas(model) -> Tensor:
