@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .gradient import AUTO, LOSS_SCALE, STRATEGIES, Counted, Keep, decoder_gradient, latent_gradient, picture_gradient
+from .gradient import AUTO, LOSS_SCALE, STRATEGIES, Counted, Keep, Network, decoder_gradient, latent_gradient, picture_gradient
 from .memory import SHARE, Budget, ShortOfMemory
 from .operators import Operator
 from .prior import Prior
@@ -23,10 +23,11 @@ class Posterior:
     """p(z | y) up to what DPS-like solvers need: r(z) = ||f(D(z0(z))) - y|| and its gradient (Eq. 19).
 
     y: (B, c, h, w), the measurement of every sample. memory: one of `gradient.STRATEGIES`, or "auto": the first of them whose activations fit
-    into `prior.free_memory()`, found out at the first gradient. `denoiser_calls` and `decoder_calls` count evaluations.
+    into `prior.free_memory()`, found out at the first gradient. `denoiser_calls`, `decoder_calls` and `guidance_calls` count evaluations.
+    guidance: z0 -> picture, a decoder in the place of the prior's for gradients, cheaper and nearly the same; None: the prior's own.
     """
 
-    def __init__(self, prior: Prior, operator: Operator, y: Tensor, memory: str = "auto"):
+    def __init__(self, prior: Prior, operator: Operator, y: Tensor, memory: str = "auto", guidance: Network | None = None):
         if memory not in ("auto", *STRATEGIES):
             raise ValueError(f"memory is {memory!r}; it must be one of auto, {', '.join(STRATEGIES)}")
         self.prior, self.operator, self.y = prior, operator, y
@@ -34,8 +35,10 @@ class Posterior:
             AUTO if memory == "auto" else (STRATEGIES[memory],)
         )  # the first is used, the others wait until it does not fit
         self._undecided = len(self._left) > 1
+        self._guidance = guidance
         self.denoiser_calls = 0
         self.decoder_calls = 0
+        self.guidance_calls = 0
 
     @property
     def plan(self) -> str:
@@ -53,6 +56,13 @@ class Posterior:
         self.decoder_calls += 1
         return self.prior.decode(z0)
 
+    def _guide(self, z0: Tensor) -> Tensor:
+        """The picture whose residual is differentiated."""
+        if self._guidance is None:
+            return self.decode(z0)
+        self.guidance_calls += 1
+        return self._guidance(z0)
+
     def distance(self, image: Tensor) -> Tensor:
         """||f(image) - y|| of every sample, (B,)."""
         return self.operator.distance(self.operator(image), self.y)
@@ -66,7 +76,7 @@ class Posterior:
         """(grad, denoised, residual) at z (B, C, h, w): d r / d z per sample, z0(z), and r (B,).
 
         jacobian: "exact" takes the derivative through the denoiser, as the paper does; "none" stops at z0, d r / d z0, and costs about half.
-        extra(z0, D(z0)) -> (B,) is added to r before the derivative is taken, but not to the residual that is returned.
+        With a guidance decoder D is that one. extra(z0, D(z0)) -> (B,) is added to r before the derivative is taken, but not to the residual that is returned.
         The residual of one sample does not depend on another's latent, so the gradient of their sum is every sample's own.
         Raises ValueError for an operator through which no gradient flows.
         """
@@ -75,8 +85,8 @@ class Posterior:
             self.denoiser_calls += 1
             denoise, objective = (lambda z: self.prior.denoise(z, sigma)), self._objective(extra=extra)
             if jacobian == "none":
-                return decoder_gradient(denoise, self.decode, objective, z, self._counted())
-            return self._left[0].gradient(denoise, self.decode, objective, z, self._counted)
+                return decoder_gradient(denoise, self._guide, objective, z, self._counted())
+            return self._left[0].gradient(denoise, self._guide, objective, z, self._counted)
 
         found = self._fitting(attempt)
         self._undecided = False
@@ -89,7 +99,7 @@ class Posterior:
         """
 
         def attempt() -> tuple[Tensor, Tensor]:
-            residual, cotangent = latent_gradient(self.decode, self._objective(squared), z0, self._counted())
+            residual, cotangent = latent_gradient(self._guide, self._objective(squared), z0, self._counted())
             return cotangent / LOSS_SCALE, residual
 
         return self._fitting(attempt)

@@ -26,6 +26,7 @@ class Restoration:
     seconds: float
     denoiser_calls: int
     decoder_calls: int
+    guidance_calls: int
     memory: str
     peak_memory: int | None
 
@@ -67,19 +68,21 @@ def restore(
     memory: str = "auto",
     callback: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
     latent: Tensor | None = None,
+    guidance: Callable[[Tensor], Tensor] | None = None,
 ) -> Restoration:
     """A restoration for every seed, of one measurement y (1, c, h, w) or of one each (B, c, h, w). shape: (C, h, w) of a latent.
 
     sigmas: (T + 1,) falling to 0. The noise of x_T comes from a sample's seed, that of
     the steps from the seed after it, as in ComfyUI: it is the picture that a graph with that seed makes. No sample depends on the others,
     but for rounding, which a guided run amplifies (docs/solvers.md). latent: (B, C, h, w) z0 to begin from, noised to the first level, in the place of pure noise.
+    guidance: see Posterior.
     Raises ValueError, before anything is computed, for a y that the operator does not make; errors.Diverged for NaN, and what the solver raises.
     """
     operator.check_measurement(y)
     check_batch(y, len(seeds))
     _check_latent(operator.image_size(y), shape)
     device = y.device
-    posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory)
+    posterior = Posterior(prior, operator, y.expand(len(seeds), -1, -1, -1), memory, guidance)
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
@@ -95,4 +98,5 @@ def restore(
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return Restoration(image, seconds, posterior.denoiser_calls, posterior.decoder_calls, posterior.plan, peak)
+    calls = posterior.denoiser_calls, posterior.decoder_calls, posterior.guidance_calls
+    return Restoration(image, seconds, *calls, posterior.plan, peak)

@@ -114,6 +114,12 @@ class DPSGuider(io.ComfyNode):
                     tooltip="0: networks see the whole picture. Above: they see overlapping tiles of so many pixels, with one measurement of the whole, and memory is that of a tile. "
                     "Take the size that the model was trained for: 512 (SD 1.5, 2.0 base), 768 (SD 2.1), 1024 (SDXL), 128 (demo prior).",
                 ),
+                io.Vae.Input(
+                    "guidance_vae",
+                    optional=True,
+                    tooltip="A small decoder of the same latents (Load VAE: taesd for SD 1.5 and 2, taesdxl for SDXL), through which gradients go instead: most of a step's time and memory is the "
+                    "large one's. The result is decoded by vae.",
+                ),
             ],
             outputs=[io.Guider.Output()],
         )
@@ -135,6 +141,7 @@ class DPSGuider(io.ComfyNode):
         strength=STRENGTH,
         jacobian=JACOBIANS[0],
         tile=0,
+        guidance_vae=None,
     ) -> io.NodeOutput:
         dps = DPS(**chosen_step({"zeta": zeta, "step": step, "strength": strength, "jacobian": jacobian}))
         if negative is None and cfg != 1:
@@ -146,7 +153,7 @@ class DPSGuider(io.ComfyNode):
         check_conditioning(positive, model, "DPSGuider: positive")
         if negative is not None:
             check_conditioning(negative, model, "DPSGuider: negative")
-        guider = PosteriorGuider(model, vae, operator, y, dps, memory, tile_latents(tile, vae))
+        guider = PosteriorGuider(model, vae, operator, y, dps, memory, tile_latents(tile, vae), guidance_vae)
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
         guider.warnings += check_controls(positive, model, operator, "DPSGuider: positive")

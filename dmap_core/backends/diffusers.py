@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,8 +112,16 @@ class DiffusersPrior:
         return (self._log_sigmas - levels.log().unsqueeze(1)).abs().argmin(1)
 
     def decode(self, z0: Tensor) -> Tensor:
-        image = self.vae.decode(z0.float() / self.vae.config.scaling_factor).sample
-        return image if self.size is None else image[..., : self.size[0], : self.size[1]]
+        return self.decoded_by(self.vae)(z0)
+
+    def decoded_by(self, vae: Network) -> Callable[[Tensor], Tensor]:
+        """z0 -> the picture that another autoencoder of the same latents makes of it, as `decode` does."""
+
+        def decode(z0: Tensor) -> Tensor:
+            image = vae.decode(z0.float() / vae.config.scaling_factor).sample
+            return image if self.size is None else image[..., : self.size[0], : self.size[1]]
+
+        return decode
 
     def encode(self, image: Tensor) -> Tensor:
         """Latents of images; the mean of the encoder, where it gives a distribution."""

@@ -130,10 +130,7 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> Diffuse
 def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
     if any(name.startswith(TINY_ENCODER) for name in state):
         tiny = {f"encoder.layers.{name[len(TINY_ENCODER) :]}": t for name, t in state.items() if name.startswith(TINY_ENCODER)}
-        for name, tensor in state.items():
-            if name.startswith(TINY_DECODER):  # whose first module clamps and has no weights; diffusers does that in forward
-                n, rest = name[len(TINY_DECODER) :].split(".", 1)
-                tiny[f"decoder.layers.{int(n) - 1}.{rest}"] = tensor
+        tiny |= {f"decoder.{name}": tensor for name, tensor in _tiny_layers(state, TINY_DECODER).items()}
         if _number(state, "vae_shift", 0.0):
             raise ValueError("its tiny autoencoder has a shift, which diffusers has no place for")
         vae = AutoencoderTiny(scaling_factor=1.0)
@@ -149,6 +146,35 @@ def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
     vae = AutoencoderKL(**KL_VAE)
     load_into(vae, convert_ldm_vae_checkpoint({k: v for k, v in state.items() if k.startswith(VAE)}, KL_VAE), path)
     return vae
+
+
+def open_decoder(path: Path) -> nn.Module:
+    """An autoencoder of which only the decoder is of use: the TAESD of a file, a whole checkpoint's, or alone as Load VAE knows it.
+
+    Its latents are those of Stable Diffusion 1 and 2. Raises ValueError for files without one.
+    """
+    state = {name.removeprefix(VAE): tensor for name, tensor in read_tensors(path).items()}
+    prefix = TINY_DECODER.removeprefix(VAE)
+    if not any(name.startswith(prefix) for name in state):
+        state = {f"{prefix}{name}": tensor for name, tensor in state.items()}  # of a file that holds nothing else
+    vae = AutoencoderTiny(scaling_factor=1.0)
+    try:
+        load_into(vae.decoder, _tiny_layers(state, prefix), path)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} holds no TAESD decoder ({error}); give taesd_decoder.safetensors, or a checkpoint with a TAESD"
+        ) from error
+    return vae
+
+
+def _tiny_layers(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The decoder's tensors under diffusers' names: the first module clamps and has no weights, and diffusers does that in forward."""
+    found = {}
+    for name, tensor in state.items():
+        n, _, rest = name[len(prefix) :].partition(".")
+        if name.startswith(prefix) and n.isdigit():
+            found[f"layers.{int(n) - 1}.{rest}"] = tensor
+    return found
 
 
 def _number(state: Mapping[str, Tensor], name: str, default: float) -> float:

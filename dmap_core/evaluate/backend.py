@@ -44,6 +44,7 @@ class Diffusers:
         self.config, self.device = config, device
         self.base = lru_cache(maxsize=1)(self._base)
         self.cse = lru_cache(maxsize=4)(self._cse)
+        self.guidance = lru_cache(maxsize=1)(self._guidance)
 
     def _base(self, path: Path, prediction: str):
         from ..backends.diffusers_files import open_base
@@ -60,6 +61,11 @@ class Diffusers:
 
         return open_cse(path, self.base(base_path, prediction))
 
+    def _guidance(self, path: Path):
+        from ..backends.diffusers_files import open_decoder
+
+        return open_decoder(path).to(self.device)
+
     def of(self, row: Row) -> tuple[Any, ...]:
         """(base model, ControlNet or None, its metadata) of a row."""
         base_path, prediction = self.config.checkpoint_of(row), row.prediction or self.config.prediction
@@ -75,9 +81,12 @@ class Diffusers:
         if controlnet:
             prior = prior.controlled(controlnet, hint_for(operator.hint(y), metadata))
         latent = warm_latent(prior, operator, y) if plan.start < 1 else None
+        guidance = prior.decoded_by(self.guidance(row.guidance)) if row.guidance else None
+        sigmas = plan.sigmas(base.sigmas.cpu())
         done = restore(
-            prior, operator, y, prior.latent_shape(), plan.sigmas(base.sigmas.cpu()), plan.solver, seeds, self.config.memory, latent=latent
+            prior, operator, y, prior.latent_shape(), sigmas, plan.solver, seeds, self.config.memory, latent=latent, guidance=guidance
         )
         cost = {"seconds": done.seconds / len(seeds), "memory": done.memory, "peak_memory": done.peak_memory}
         cost |= {"denoiser_calls": done.denoiser_calls, "decoder_calls": done.decoder_calls, "batch": len(seeds)}
+        cost |= {"guidance_calls": done.guidance_calls} if row.guidance else {}
         return done.image, [cost] * len(seeds)

@@ -30,6 +30,7 @@ MISMATCHES = ("mismatch", "mismatch_worst")  # in grey levels of 255
 COSTS = ("residual", *MISMATCHES, "seconds", "denoiser_calls", "peak_memory")  # columns that every table has
 SEEDS = 3  # of every picture
 SHOWN = 80  # characters of a value in a message
+FILES = ("cse", "guidance", "checkpoint")  # of a row
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")
 PREDICTIONS = ("auto", "eps", "v")
@@ -52,7 +53,7 @@ class ConfigError(ValueError):
 class Row:
     """One line of a table: an operator, a solver and its settings.
 
-    settings, steps and spacing replace those of the solver's preset; start: below 1 it begins with the measurement's own picture (`presets.Preset`); with steps, spacing and zeta given, no preset is asked. cse: a ControlNet file; checkpoint: another base model than the
+    settings, steps and spacing replace those of the solver's preset; start: below 1 it begins with the measurement's own picture (`presets.Preset`); with steps, spacing and zeta given, no preset is asked. cse: a ControlNet file; guidance: a TAESD file, whose decoder gradients take; checkpoint: another base model than the
     table's (Table 9). published: the paper's figures, by the name of the metric.
     """
 
@@ -64,6 +65,7 @@ class Row:
     spacing: str | None = None
     start: float = 1.0
     cse: Path | None = None
+    guidance: Path | None = None
     checkpoint: Path | None = None
     prediction: str | None = None
     published: dict[str, float] = field(default_factory=dict)
@@ -188,7 +190,7 @@ def read_config(file: Path, **changes: Any) -> Config:
     rows = given.get("rows")
     for row in rows if isinstance(rows, list) else []:
         if isinstance(row, dict):
-            row |= {name: _relative(row[name], file, name) for name in ("cse", "checkpoint") if row.get(name) is not None}
+            row |= {name: _relative(row[name], file, name) for name in FILES if row.get(name) is not None}
     return make_config(given | {name: value for name, value in changes.items() if value is not None}, str(file))
 
 
@@ -299,9 +301,11 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
         raise ConfigError(f"{where}: {error}") from error
     if start < 1 and given["solver"] in (AS_GIVEN, ALONE):
         raise ConfigError(f"{where}: start is {start:g}, and {given['solver']!r} does not begin with the measurement; leave it out")
+    if given.get("guidance") is not None and given["solver"] in (AS_GIVEN, ALONE):
+        raise ConfigError(f"{where}: guidance is given, and {given['solver']!r} has none; leave it out")
     if given["solver"] == ALONE and not given.get("cse"):
         raise ConfigError(f"{where}: {ALONE!r} needs a cse, the ControlNet file")
-    paths = {name: Path(given[name]) for name in ("cse", "checkpoint") if given.get(name) is not None}
+    paths = {name: Path(given[name]) for name in FILES if given.get(name) is not None}
     settings = given.get("settings") or {}
     _check_settings(given["solver"], settings, where)
     published = given.get("published") or {}

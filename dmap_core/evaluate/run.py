@@ -145,8 +145,9 @@ def row_identity(
         found |= {"settings": plan.solver.settings(), "steps": plan.steps, "spacing": plan.spacing, "start": plan.start}
         found |= {"checkpoint": fingerprints(config.checkpoint_of(row)), "prediction": row.prediction or config.prediction}
         found |= backend or {}
-    if row.cse:
-        found["cse"] = f"{row.cse.name} {hashlib.sha256(row.cse.read_bytes()).hexdigest()[:16]}"
+    for name in ("cse", "guidance"):
+        if path := getattr(row, name):
+            found[name] = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     return plain(found)
 
 
@@ -173,6 +174,8 @@ def check_files(config: Config) -> Path:
     for row in config.rows:
         if row.cse and not row.cse.is_file():
             raise ConfigError(f"cse: there is no {row.cse} (row {row.name}); train it, or take the row out")
+        if row.guidance and not row.guidance.is_file():
+            raise ConfigError(f"guidance: there is no {row.guidance} (row {row.name}); name the file of a small decoder, or take it out")
     return config.images
 
 

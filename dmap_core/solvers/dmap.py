@@ -15,7 +15,8 @@ from ..schedule import ancestral_step, randn_like
 from .adam import OPTIMIZERS, direction, optimizer_setting
 from .base import Cost, Solver, check_choice, check_sphere, eta_setting, setting, zeta_setting
 from .checks import check_finite, check_problem
-from .step import check_step, jacobian_setting, step_of, strength_setting, told
+from .guidance import check_guidance, every_setting, guide_setting, guided_levels, inner_setting, shift_of, told_guidance
+from .step import check_step, jacobian_setting, strength_setting, told
 
 
 def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
@@ -32,8 +33,8 @@ def project(z: Tensor, mu: Tensor, sigma_up: float) -> Tensor:
 class DMAP(Solver):
     """One ancestral step without gradient, then K times: a gradient step at the *new* noise level, and back onto the sphere.
 
-    zeta, strength, jacobian and optimizer as in DPS. K >= 1: the paper's "same" has K = 2, half the steps and twice the zeta of DPS; its "full" has K = 3 and all
-    steps. eta in (0, 1]: at 0 the sphere is a point. The last step has sigma_up = 0, where the projection undoes every gradient step: it is the
+    zeta, strength, jacobian, optimizer, every, guide_start, guide_end and inner as in DPS. K >= 1: the paper's "same" has K = 2, half the steps and twice
+    the zeta of DPS; its "full" has K = 3 and all steps. eta in (0, 1]: at 0 the sphere is a point. The last step has sigma_up = 0, where the projection undoes every gradient step: it is the
     denoised latent. So T steps cost T + (T - 1) K denoiser calls, (T - 1) K of them with gradient.
     """
 
@@ -48,38 +49,42 @@ class DMAP(Solver):
     optimizer: str = optimizer_setting()
     strength: float = strength_setting()
     jacobian: str = jacobian_setting()
+    every: int = every_setting()
+    guide_start: float = guide_setting("guide_start")
+    guide_end: float = guide_setting("guide_end")
+    inner: int = inner_setting()
 
     def __post_init__(self):
         check_step(self.zeta, self.strength, self.jacobian, self.optimizer)
         check_sphere(self.name(), self.eta)
         whole("K", self.K, 1)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_guidance(self)
 
     @torch.no_grad()
     def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:
         step = direction(self.optimizer)
         levels = check_problem(self, posterior, z, sigmas)
+        guided, residual = [*guided_levels(self, len(levels) - 2), False], None
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             denoised = posterior.denoise(z, sigma)
             mu, sigma_up = ancestral_step(z, denoised, sigma, sigma_next, self.eta)
-            if sigma_up > 0:
-                z = mu + sigma_up * randn_like(z, generator)
-                for _ in range(int(self.K)):
-                    grad, denoised, residual = posterior.gradient(z, sigma_next, jacobian=self.jacobian)
-                    check_finite(i, len(levels) - 1, self.zeta, grad, residual)
-                    z = project(z - step_of(self, grad, residual, sigma_up) * step(grad), mu, sigma_up)
-            else:
-                z = mu
-                residual = posterior.residual(z, 0.0)
+            z = mu + sigma_up * randn_like(z, generator) if sigma_up > 0 else mu
+            for _ in range(int(self.K) if guided[i] else 0):
+                shift, denoised, residual = shift_of(self, posterior, z, sigma_next, sigma_up, step)
+                check_finite(i, len(levels) - 1, self.zeta, shift, residual)
+                z = project(z - shift, mu, sigma_up)
+            if residual is None or sigma_next == 0:
+                residual = posterior.residual(denoised if sigma_next > 0 else z, 0.0)
             check_finite(i, len(levels) - 1, self.zeta, z, residual)
             if callback:
                 callback(i, denoised, z, residual)
         return z
 
     def cost(self, steps: int) -> Cost:
-        gradients = (steps - 1) * int(self.K)
-        through = gradients if self.jacobian == "exact" else 0
-        return Cost(denoiser=steps + gradients, denoiser_gradients=through, decoder=gradients + 1, decoder_gradients=gradients)
+        calls = sum(guided_levels(self, steps - 1)) * int(self.K)
+        gradients, through = calls * int(self.inner), calls if self.jacobian == "exact" else 0
+        return Cost(denoiser=steps + calls, denoiser_gradients=through, decoder=gradients + 1, decoder_gradients=gradients)
 
     def describe(self) -> str:
-        return f"DMAP (K {self.K}, {told(self)})"
+        return f"DMAP ({', '.join([f'K {self.K}', told(self), *told_guidance(self)])})"

@@ -18,7 +18,7 @@ from ...dmap_core.presets import Preset
 from ..pictures import from_core, measurement_to_core
 from .compute import device
 from .controlnet import attach, load_cse
-from .prior import latent_size, model_sigmas, warm_latent
+from .prior import latent_size, load_vae, model_sigmas, warm_latent
 from .run import Problem, restore
 
 STOCK = "euler_ancestral"  # the sampler of a CSE alone
@@ -33,6 +33,7 @@ class ComfyUI:
         self.config, self.model, self.conditioning, self.vae = config, model, conditioning, vae
         self.device = device()
         self._cse = lru_cache(maxsize=4)(lambda path: load_cse(path)[0])
+        self._guidance = lru_cache(maxsize=1)(load_vae)
 
     def restore(self, row: Row, plan: Preset, operator: Operator, y: Tensor, seeds: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """One after the other, for a seed in ComfyUI is one of a whole batch."""
@@ -50,11 +51,20 @@ class ComfyUI:
         sigmas = plan.sigmas(model_sigmas(self.model))
         if row.solver == ALONE:
             return self._alone(conditioning, operator.image_size(y), sigmas, seed)
-        problem = Problem.of(self.model, conditioning, self.vae, operator, y.cpu(), self.config.memory)
+        problem = Problem.of(
+            self.model,
+            conditioning,
+            self.vae,
+            operator,
+            y.cpu(),
+            self.config.memory,
+            guidance_vae=row.guidance and self._guidance(row.guidance),
+        )
         latent = warm_latent(self.vae, operator, y) if plan.start < 1 else None
         done = restore(problem, plan.solver, sigmas, seed, latent=latent)
         report = done.report
         cost = {"seconds": report.seconds, "denoiser_calls": report.denoiser_calls, "decoder_calls": report.decoder_calls}
+        cost |= {"guidance_calls": report.guidance_calls} if row.guidance else {}
         # of what the solver saw: ComfyUI's decoders clamp the picture
         cost |= {"memory": report.memory, "peak_memory": report.peak_memory, "residual": report.residuals[-1][0]}
         return done.images, cost

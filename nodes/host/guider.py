@@ -34,7 +34,7 @@ from .gradients import (
     pytorch_attention,
     without_caches,
 )
-from .prior import HostPrior, check_model, check_vae, latent_size, round_trip
+from .prior import HostPrior, check_model, check_vae, latent_size, round_trip, stand_in
 from .report import REPORT, Report
 from .static import static_controls, static_patchers
 
@@ -65,18 +65,25 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
 
     A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1), with the step of `dps`; a PosteriorSampler is given the Posterior.
-    tile: latents of a side of the tiles on which networks run; None runs them on whole pictures.
+    tile: latents of a side of the tiles on which networks run; None runs them on whole pictures. guidance_vae: whose decoder gradients take instead.
     """
 
-    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | None = None):
+    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | None = None, guidance_vae=None):
         check_model(model)
         check_vae(vae, model)
+        if guidance_vae is not None:
+            check_vae(guidance_vae, model, "guidance_vae")
+            if guidance_vae.downscale_ratio != vae.downscale_ratio:
+                raise ValueError(
+                    f"guidance_vae: a latent is {guidance_vae.downscale_ratio} pixels wide in it and {vae.downscale_ratio} in vae; "
+                    "load a small decoder of the same latents, such as taesd for Stable Diffusion"
+                )
         model, caches = without_caches(model)
         super().__init__(model)
         self.model_options = comfy.model_patcher.create_model_options_clone(model.model_options)
         self.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = pytorch_attention
         self.vae, self.operator, self.y, self.dps, self.memory = vae, operator, y, dps, memory
-        self.size, self.tile = operator.image_size(y), tile
+        self.size, self.tile, self.guidance_vae = operator.image_size(y), tile, guidance_vae
         self.warnings: list[str] = [f"{name} is left out: outputs that it reuses have no gradient" for name in caches]
         self.report: Report | None = None
         self._posterior: Posterior | None = None
@@ -150,6 +157,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def _try_vae(self, prior: HostPrior, y: Tensor) -> None:
         if not self.vae_tried:
             warnings = round_trip(prior, self.operator.hint(y))
+            warnings += stand_in(prior, self.operator.hint(y)) if self.guidance_vae else []
             for warning in warnings:
                 log.warning("DPSGuider: vae: %s", warning)
             self.warnings += warnings
@@ -170,14 +178,15 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             p = self._posterior
             tiles = f", tiles of {self.tile * self.vae.downscale_ratio} pixels" if self.tile else ""
             self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan + tiles, p.denoiser_calls, p.decoder_calls
+            self.report.guidance_calls = p.guidance_calls
         self.report.noise = 127.5 * self.operator.noise
         self.report.warnings = [*self.warnings, *self.report.misfits(self.report.noise)]
         log.info("%s", self.report.text())
 
     def inner_sample(self, noise, latent_image, device, *args, **kwargs):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
-        vae = self._static(self.vae.patcher)
-        patchers = [self.model_patcher, *self.loaded_models, vae]
+        vaes = [self._static(vae.patcher) for vae in (self.vae, self.guidance_vae) if vae]
+        patchers = [self.model_patcher, *self.loaded_models, *vaes]
         shape = [*noise.shape[:2], *(min(n, self.tile or n) for n in noise.shape[2:])]
         estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
@@ -192,10 +201,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         latent_format.update(normal(latent_format))  # some have a mean and a deviation per channel
         networks = [p.model for p in self.loaded_models]
         networks += [m for control in controls for m in vars(control).values() if isinstance(m, nn.Module) and m not in networks]
-        prior = HostPrior(self.inner_model, self.vae, vae.model, networks, self.size, self.tile)
+        prior = HostPrior(self.inner_model, self.vae, [vae.model for vae in vaes], networks, self.size, self.tile, self.guidance_vae)
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         try:
-            self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory)
+            self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory, prior.guide if self.guidance_vae else None)
             with frozen(prior.networks()), differentiable_attention(networks), exact_layers(prior.networks()):
                 check_quantised(prior.networks())
                 self._try_vae(prior, y[:1])

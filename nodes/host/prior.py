@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_sampling
+import comfy.sd
+import comfy.utils
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,18 +29,30 @@ from ...dmap_core.tiles import decoding, tiled
 BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
+GUIDANCE_PSNR = 15.0  # dB between two decoders below which one does not stand for the other
 
 
 class HostPrior:
     """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it.
 
-    tile: latents of a side of the tiles that are decoded one after the other; None decodes whole pictures.
+    autoencoders: the loaded networks of `vae`, and of `guidance_vae` where there is one. tile: latents of a side of the tiles that are decoded one after the
+    other; None decodes whole pictures.
     """
 
-    def __init__(self, base_model, vae, autoencoder: nn.Module, controls: list[nn.Module], size: tuple[int, int], tile: int | None = None):
-        self.base_model, self.vae, self.autoencoder, self.size = base_model, vae, autoencoder, size
+    def __init__(
+        self,
+        base_model,
+        vae,
+        autoencoders: list[nn.Module],
+        controls: list[nn.Module],
+        size: tuple[int, int],
+        tile: int | None = None,
+        guidance_vae=None,
+    ):
+        self.base_model, self.vae, self.guidance_vae, self.size = base_model, vae, guidance_vae, size
+        self.autoencoder, self._guidance = autoencoders[0], autoencoders[-1]
         self.tiles = decoding(tile) if tile else None
-        self._networks = [base_model.diffusion_model, autoencoder, *controls]
+        self._networks = [base_model.diffusion_model, *autoencoders, *controls]
         self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
 
     def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
@@ -45,13 +60,20 @@ class HostPrior:
         return self.denoiser(z, levels_of(z, sigma)).float()
 
     def decode(self, z0: Tensor) -> Tensor:
+        return self._decoded(self.vae, self.autoencoder, z0)
+
+    def guide(self, z0: Tensor) -> Tensor:
+        """The picture that `guidance_vae` makes."""
+        return self._decoded(self.guidance_vae, self._guidance, z0)
+
+    def _decoded(self, vae, autoencoder: nn.Module, z0: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        latent = self.base_model.process_latent_out(z0).to(self.vae.device, self.vae.vae_dtype)
+        latent = self.base_model.process_latent_out(z0).to(vae.device, vae.vae_dtype)
 
         def decode(latent: Tensor, _=None) -> Tensor:
-            return self.autoencoder.decode(latent).to(z0.device, torch.float32)
+            return autoencoder.decode(latent).to(z0.device, torch.float32)
 
-        image = tiled(decode, latent, self.tiles, self.vae.downscale_ratio) if self.tiles else decode(latent)
+        image = tiled(decode, latent, self.tiles, vae.downscale_ratio) if self.tiles else decode(latent)
         return image[..., : self.size[0], : self.size[1]]
 
     def encode(self, image: Tensor) -> Tensor:
@@ -72,14 +94,31 @@ class HostPrior:
 
 def round_trip(prior: HostPrior, image: Tensor) -> list[str]:
     """A warning if the VAE does not give back a picture (1, 3, H, W) in [-1, 1] that goes through it."""
-    height, width = (min(n, ROUND_TRIP_SIZE) for n in image.shape[-2:])
-    top, left = ((n - m) // 2 for n, m in zip(image.shape[-2:], (height, width), strict=True))
-    image = image[..., top : top + height, left : left + width].clamp(-1, 1)
-    back = prior.decode(prior.encode(image))[..., :height, :width].clamp(-1, 1)
-    psnr = -10 * math.log10(max(float(((back - image) / 2).square().mean()), 1e-12))
+    image = _middle(image)
+    psnr = _psnr(prior.decode(prior.encode(image))[..., : image.shape[-2], : image.shape[-1]], image)
     if psnr >= ROUND_TRIP_PSNR:
         return []
     return [f"the VAE gives the measurement back with {psnr:.1f} dB only; is it the one that belongs to the model?"]
+
+
+def _middle(image: Tensor) -> Tensor:
+    height, width = (min(n, ROUND_TRIP_SIZE) for n in image.shape[-2:])
+    top, left = ((n - m) // 2 for n, m in zip(image.shape[-2:], (height, width), strict=True))
+    return image[..., top : top + height, left : left + width].clamp(-1, 1)
+
+
+def _psnr(a: Tensor, b: Tensor) -> float:
+    return -10 * math.log10(max(float(((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2).square().mean()), 1e-12))
+
+
+def stand_in(prior: HostPrior, image: Tensor) -> list[str]:
+    """A warning if `guidance_vae` does not decode what `vae` makes of a picture (1, 3, H, W) to about the same."""
+    image = _middle(image)
+    z0 = prior.encode(image)
+    psnr = _psnr(prior.guide(z0), prior.decode(z0))
+    if psnr >= GUIDANCE_PSNR:
+        return []
+    return [f"guidance_vae and vae decode the measurement to pictures {psnr:.1f} dB apart; are both made for the model?"]
 
 
 def check_model(model) -> None:
@@ -98,16 +137,16 @@ def check_model(model) -> None:
         raise ValueError(f"model: {name} makes video; this pack restores still pictures. Use Stable Diffusion 1.5, 2.0, 2.1 or SDXL")
 
 
-def check_vae(vae, model) -> None:
+def check_vae(vae, model, name: str = "vae") -> None:
     """Raises ValueError for a VAE that is not one of pictures, or not of this model's latents."""
     wanted = model.get_model_object("latent_format").latent_channels
     if vae.latent_channels != wanted:
         raise ValueError(
-            f"vae: it has {vae.latent_channels} latent channels and the model {wanted}; load the VAE that belongs to the model"
+            f"{name}: it has {vae.latent_channels} latent channels and the model {wanted}; load the VAE that belongs to the model"
         )
     probe = vae.process_output(torch.tensor([-1.0, 0.0, 1.0]))
     if not isinstance(vae.downscale_ratio, int) or not torch.allclose(probe, torch.tensor([0.0, 0.5, 1.0])):
-        raise ValueError("vae: it does not decode to still pictures in [-1, 1]; load the VAE that belongs to the model")
+        raise ValueError(f"{name}: it does not decode to still pictures in [-1, 1]; load the VAE that belongs to the model")
 
 
 def check_conditioning(conditioning: list, model, name: str) -> None:
@@ -119,6 +158,11 @@ def check_conditioning(conditioning: list, model, name: str) -> None:
                 f"{name}: its width is {tokens.shape[-1]}, and {type(model.model.model_config).__name__} models read {wanted}: it comes from another "
                 "model's text encoder. Encode the prompt with the CLIP of the same checkpoint, or connect DMAPUnconditional"
             )
+
+
+def load_vae(path: Path):
+    """The VAE of a file, as Load VAE reads it."""
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
 
 
 def latent_size(vae, size: tuple[int, int]) -> tuple[int, int]:

@@ -27,6 +27,7 @@ class Report:
     seconds: float = 0.0
     denoiser_calls: int = 0
     decoder_calls: int = 0
+    guidance_calls: int = 0
     peak_memory: int | None = None
     residuals: list[list[float]] = field(default_factory=list)
     mismatch: list[float] = field(default_factory=list)
@@ -59,7 +60,8 @@ class Report:
         peak = f" with a peak of {self.peak_memory / 2**30:.1f} GiB" if self.peak_memory else ""
         return (
             f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
-            f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
+            + f"{self.guidance_calls} guidance decoder calls, " * bool(self.guidance_calls)
+            + f"{self.seconds:.1f} s, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
             + (
                 f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst"
                 f": {verdict(max(self.mismatch), self.noise)}"

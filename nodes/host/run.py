@@ -148,14 +148,24 @@ class Problem:
     batch: int | None = None
 
     @classmethod
-    def of(cls, model, conditioning: list, vae, operator: Operator, y: Tensor, memory: str = "auto", batch: int | None = None) -> Problem:
+    def of(
+        cls,
+        model,
+        conditioning: list,
+        vae,
+        operator: Operator,
+        y: Tensor,
+        memory: str = "auto",
+        batch: int | None = None,
+        guidance_vae=None,
+    ) -> Problem:
         """Of ComfyUI's objects, as loaders and ApplyCSE make them. y: (B, c, h, w) in [-1, 1], as `pictures.measurement_to_core` makes it of a picture.
 
         Raises ValueError for a model, a VAE or a conditioning that cannot be used, and for a y that the operator does not make.
         """
         operator.check_measurement(y)
         check_conditioning(conditioning, model, "conditioning")
-        guider = PosteriorGuider(model, vae, operator, y, DPS(), memory)  # the step is of stock samplers only
+        guider = PosteriorGuider(model, vae, operator, y, DPS(), memory, guidance_vae=guidance_vae)  # the step is of stock samplers only
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         guider.warnings += check_controls(conditioning, model, operator, "conditioning")
@@ -185,7 +195,7 @@ class _Timed(PosteriorSampler):
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
         if self._warm_up:
             posterior.gradient(z, float(sigmas[0]))
-            posterior.denoiser_calls = posterior.decoder_calls = 0
+            posterior.denoiser_calls = posterior.decoder_calls = posterior.guidance_calls = 0
         started = time.perf_counter()
         z = self._run(posterior, z, sigmas, generator, callback)
         float(z.sum())  # waits for the GPU

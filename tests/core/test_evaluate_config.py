@@ -119,6 +119,7 @@ def test_settings_of_another_kind(settings, message):
         ({"row": {"published": {"psnr": None}}}, "row 1: published must map metrics to numbers"),
         ({"row": {"published": {"psnr": True}}}, "row 1: published must map metrics to numbers"),
         ({"row": {"solver": ALONE}}, "row 1: 'CSE alone' needs a cse"),
+        ({"row": {"solver": AS_GIVEN, "guidance": "taesd.safetensors"}}, "row 1: guidance is given, and 'as given' has none; leave it out"),
         ({"count": 0}, "count is 0; it must be a whole number of at least 1"),
         ({"size": 4}, "size is 4; it must be a whole number of at least 8"),
         ({"published_n": 0}, "published_n is 0"),
@@ -179,11 +180,12 @@ def test_folders_of_rows_in_any_language():
 def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", "/home/nobody")
-    text = given({"cse": "../a.safetensors", "checkpoint": "~/b.ckpt"}, images="photos", checkpoint="/abs/c.ckpt", weights="./w")
+    text = given({"cse": "../a.safetensors", "guidance": "t.safetensors", "checkpoint": "~/b.ckpt"}, images="photos", checkpoint="/abs/c.ckpt", weights="./w")
     (tmp_path / "sub").mkdir()
     config = read_config(written(tmp_path / "sub", text))
     here = tmp_path.resolve()
     assert (config.images, config.checkpoint, config.weights) == (here / "sub/photos", Path("/abs/c.ckpt"), here / "sub/w")
+    assert config.rows[0].guidance == here / "t.safetensors"
     assert (config.rows[0].cse, config.rows[0].checkpoint) == (here / "a.safetensors", Path("/home/nobody/b.ckpt"))
     assert config.checkpoint_of(config.rows[0]) == config.rows[0].checkpoint
 

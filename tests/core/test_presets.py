@@ -245,7 +245,10 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_other_settings():
     found = preset(SR, "DMAP", SD).with_settings(K=3, eta=0.5)
     assert found.solver == DMAP(zeta=9.6, K=3, eta=0.5)
-    with pytest.raises(ValueError, match="DMAP has no setting gamma; it has K, zeta, eta, optimizer, strength, jacobian$"):
+    with pytest.raises(
+        ValueError,
+        match="DMAP has no setting gamma; it has K, zeta, eta, optimizer, strength, jacobian, every, guide_start, guide_end, inner$",
+    ):
         found.with_settings(gamma=1.0)
     with pytest.raises(ValueError, match="zeta is -1"):
         found.with_settings(zeta=-1.0)

@@ -26,7 +26,7 @@ def base(lab, core):
         )
 
 
-def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.0, seed=11):
+def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.0, seed=11, decoder=None):
     """(picture (1, H, W, 3) in [0, 1], denoiser calls)."""
     with torch.inference_mode(False), torch.no_grad():
         y = operator.measure(lab.as_core(lab.picture().clone()))
@@ -38,12 +38,13 @@ def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.
         sigmas = core["schedule"].exponential_sigmas(base.sigmas, STEPS, start)
         latent = core["restore"].warm_latent(prior, operator, y) if start < 1 else None
         solve = core["solvers"].SOLVERS[solver](**settings)
-        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, [seed], latent=latent)
+        guidance = decoder and prior.decoded_by(decoder)
+        done = core["restore"].restore(prior, operator, y, prior.latent_shape(), sigmas, solve, [seed], latent=latent, guidance=guidance)
         return ((done.image + 1) / 2).movedim(1, -1).clamp(0, 1), done.denoiser_calls
 
 
-def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11):
-    problem = lab.problem(operator=operator)
+def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, **changes):
+    problem = lab.problem(operator=operator, **changes)
     if cse:
         control, _, _ = lab.call("DMAP_CSEControlNetLoader", cse=cse.name)
         problem["positive"] = lab.call(
@@ -97,3 +98,30 @@ def test_another_seed_makes_another_picture(lab, core, base):
     theirs, _ = on_diffusers(lab, core, base, operator, solver, how, seed=12)
     ours, _ = in_comfyui(lab, operator, solver, how)
     assert float((ours - theirs).abs().max()) > 100 * CLOSE
+
+
+def test_both_guide_by_the_same_small_decoder(lab, core, base, tmp_path):
+    """A file as Load VAE knows it: a TAESD, here the demo prior's own with other weights."""
+    from safetensors.torch import save_file
+
+    rng = torch.Generator().manual_seed(0)
+    weights = {name: tensor.clone().contiguous() for name, tensor in lab.shared()[1].first_stage_model.state_dict().items()}
+    for name, tensor in weights.items():
+        if name.startswith("taesd_decoder.") and tensor.ndim == 4:
+            tensor *= 1 + 0.05 * torch.randn(tensor.shape, generator=rng)
+    save_file(weights, tmp_path / "taesd.safetensors")
+    operator = core["operators"].SuperResolution(4)
+    how = {"zeta": None, "jacobian": "none", "inner": 2}
+    with torch.inference_mode(False):
+        decoder = core["diffusers_files"].open_decoder(tmp_path / "taesd.safetensors")
+    theirs, their_calls = on_diffusers(lab, core, base, operator, "DMAP", how, decoder=decoder)
+    ours, our_calls = in_comfyui(
+        lab,
+        operator,
+        "DMAP",
+        how,
+        guidance_vae=importlib.import_module("dmap_pack.nodes.host.prior").load_vae(tmp_path / "taesd.safetensors"),
+    )
+    assert our_calls == their_calls and float((ours - theirs).abs().max()) <= CLOSE
+    plain, _ = on_diffusers(lab, core, base, operator, "DMAP", how)
+    assert float((plain - theirs).abs().max()) > 10 * CLOSE

@@ -54,11 +54,11 @@ INPUTS = {
         ["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width names"]
     ),
     "DMAP_DMAPPreset": "model operator solver quality steps start",
-    "DMAP_DMAPSampler": "K zeta eta optimizer step strength jacobian",
+    "DMAP_DMAPSampler": "K zeta eta optimizer step strength jacobian every guide_start guide_end inner",
     "DMAP_DMAPScheduler": "model steps start end spacing",
     "DMAP_DMAPUnconditional": "model",
-    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory max_megapixels step strength jacobian tile",
-    "DMAP_DPSSampler": "zeta eta optimizer step strength jacobian",
+    "DMAP_DPSGuider": "model positive vae operator measurement zeta negative cfg memory max_megapixels step strength jacobian tile guidance_vae",
+    "DMAP_DPSSampler": "zeta eta optimizer step strength jacobian every guide_start guide_end inner",
     "DMAP_DSGSampler": "zeta eta",
     "DMAP_Decode": "latent vae measurement operator keep_given",
     "DMAP_Degrade": "image operator noise_sigma seed",
@@ -145,7 +145,21 @@ OPTIONS = {
 # Combos that list files.
 FILES = {"weights", "cse"}
 # Everything else is a widget. A measurement is a picture, or masks of classes.
-CONNECTIONS = {"model", "positive", "negative", "vae", "operator", "measurement", "image", "mask", "kernel", "guider", "latent", "original"}
+CONNECTIONS = {
+    "model",
+    "positive",
+    "negative",
+    "vae",
+    "guidance_vae",
+    "operator",
+    "measurement",
+    "image",
+    "mask",
+    "kernel",
+    "guider",
+    "latent",
+    "original",
+}
 CONNECTIONS |= {"conditioning", "cse", "pictures", "validation"}
 CONNECTIONS |= {f"{name}_{i}" for name in ("image", "report") for i in PLACES}
 CONNECTIONS |= {"restored", "reference", "report", "picture", "sigmas", "conditional", "guider_1", "guider_2"}
