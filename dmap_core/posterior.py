@@ -25,17 +25,25 @@ class Posterior:
     y: (B, c, h, w), the measurement of every sample. memory: one of `gradient.STRATEGIES`, or "auto": the first of them whose activations fit
     into `prior.free_memory()`, found out at the first gradient. `denoiser_calls`, `decoder_calls` and `guidance_calls` count evaluations.
     guidance: z0 -> picture, a decoder in the place of the prior's for gradients, cheaper and nearly the same; None: the prior's own.
+    into_tiles: called when nothing else fits: makes the prior's networks run on tiles, and says whether it could. None: nothing can be done.
     """
 
-    def __init__(self, prior: Prior, operator: Operator, y: Tensor, memory: str = "auto", guidance: Network | None = None):
+    def __init__(
+        self,
+        prior: Prior,
+        operator: Operator,
+        y: Tensor,
+        memory: str = "auto",
+        guidance: Network | None = None,
+        into_tiles: Callable[[], bool] | None = None,
+    ):
         if memory not in ("auto", *STRATEGIES):
             raise ValueError(f"memory is {memory!r}; it must be one of auto, {', '.join(STRATEGIES)}")
         self.prior, self.operator, self.y = prior, operator, y
-        self._left: tuple[Keep, ...] = (
-            AUTO if memory == "auto" else (STRATEGIES[memory],)
-        )  # the first is used, the others wait until it does not fit
-        self._undecided = len(self._left) > 1
-        self._guidance = guidance
+        self._strategies: tuple[Keep, ...] = AUTO if memory == "auto" else (STRATEGIES[memory],)
+        self._left = self._strategies  # the first is used, the others wait until it does not fit
+        self._undecided = True
+        self._guidance, self._into_tiles = guidance, into_tiles
         self.denoiser_calls = 0
         self.decoder_calls = 0
         self.guidance_calls = 0
@@ -48,8 +56,7 @@ class Posterior:
     def denoise(self, z: Tensor, sigma: float) -> Tensor:
         """E[z0 | z], (B, C, h, w), without a graph."""
         self.denoiser_calls += 1
-        with torch.no_grad():
-            return self.prior.denoise(z, sigma)
+        return self._plain(lambda: self.prior.denoise(z, sigma))
 
     def decode(self, z0: Tensor) -> Tensor:
         """D(z0), an image (B, 3, H, W), with the caller's graph."""
@@ -69,8 +76,9 @@ class Posterior:
 
     def residual(self, z: Tensor, sigma: float) -> Tensor:
         """||f(D(z0(z))) - y|| of every sample, (B,); sigma = 0 takes z itself for z0."""
-        with torch.no_grad():
-            return self.distance(self.decode(self.denoise(z, sigma) if sigma > 0 else z))
+        z0 = self.denoise(z, sigma) if sigma > 0 else z
+        self.decoder_calls += 1
+        return self.distance(self._plain(lambda: self.prior.decode(z0)))
 
     def gradient(self, z: Tensor, sigma: float, extra: Extra | None = None, jacobian: str = JACOBIANS[0]) -> tuple[Tensor, Tensor, Tensor]:
         """(grad, denoised, residual) at z (B, C, h, w): d r / d z per sample, z0(z), and r (B,).
@@ -123,18 +131,34 @@ class Posterior:
         return objective
 
     def _fitting(self, attempt: Callable[[], Result]) -> Result:
-        """What `attempt` returns under the strategy in use, or under the next ones where the memory does not suffice."""
+        """What `attempt` returns under the strategy in use, or under the next ones where the memory does not suffice; the last are tiles."""
         while True:
             try:
                 with torch.enable_grad(), self._left[0].economy(self.prior):
                     return attempt()
             except (ShortOfMemory, torch.OutOfMemoryError):
-                if len(self._left) == 1:
+                if len(self._left) == 1 and not self._smaller():
                     raise
-            self._left = self._left[1:]  # outside the handler, whose traceback keeps the activations alive
+            self._left = self._left[1:] or self._strategies  # outside the handler, whose traceback keeps the activations alive
+
+    def _plain(self, call: Callable[[], Tensor]) -> Tensor:
+        """What a network makes without a graph, of tiles where the memory does not suffice."""
+        while True:
+            try:
+                with torch.no_grad():
+                    return call()
+            except torch.OutOfMemoryError:
+                if not self._smaller():
+                    raise
+
+    def _smaller(self) -> bool:
+        """Whether networks run on tiles from here on, which they did not before."""
+        into_tiles, self._into_tiles = self._into_tiles, None
+        self._undecided = True
+        return into_tiles is not None and into_tiles()
 
     def _counted(self) -> Counted:
         """A new count of saved activations against the free memory, as long as "auto" has not found its strategy."""
-        if not self._undecided or len(self._left) == 1:  # the last has nothing to fall back to
+        if not self._undecided or (len(self._left) == 1 and self._into_tiles is None):  # which has nothing to fall back to
             return nullcontext
         return Budget(SHARE * self.prior.free_memory(), self.prior.networks()).counted

@@ -83,6 +83,11 @@ def decoding(size: int) -> Tiles:
     return Tiles(size, overlap, min(6, (overlap - 2) // 2))
 
 
+def wanted(size: tuple[int, int], native: int) -> bool:
+    """Whether a latent of `size` (h, w) is larger than a model's native side by more than a quarter, as the root of its area."""
+    return size[0] * size[1] > (1.25 * native) ** 2
+
+
 def tiled(network: Network, x: Tensor, tiles: Tiles, factor: int = 1) -> Tensor:
     """What `network` says of x (B, C, h, w), tile by tile, blended: (B, c, factor h, factor w), differentiable with respect to x.
 

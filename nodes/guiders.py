@@ -12,7 +12,7 @@ from ..dmap_core.posterior import JACOBIANS
 from ..dmap_core.solvers import DPS
 from ..dmap_core.solvers.step import STRENGTH
 from .host.controlnet import check_controls
-from .host.guider import PosteriorGuider
+from .host.guider import AUTO, PosteriorGuider
 from .host.prior import check_conditioning
 from .host.report import report_of
 from .messages import speaking_of_nodes
@@ -23,6 +23,7 @@ from .schema import advanced, schema
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 CATEGORY = "DMAP/sampling"
+TILES = (AUTO, "whole", "128", "256", "384", "512", "640", "768", "1024")  # pixels of a side
 
 
 def stock_inputs() -> list[io.Input]:
@@ -104,15 +105,13 @@ class DPSGuider(io.ComfyNode):
                 ),
                 max_megapixels_input(),
                 *(advanced(i) for i in stock_inputs()),
-                io.Int.Input(
+                io.Combo.Input(
                     "tile",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    step=64,
+                    options=list(TILES),
+                    default=TILES[0],
                     optional=True,
-                    tooltip="0: networks see the whole picture. Above: they see overlapping tiles of so many pixels, with one measurement of the whole, and memory is that of a tile. "
-                    "Take the size that the model was trained for: 512 (SD 1.5, 2.0 base), 768 (SD 2.1), 1024 (SDXL), 128 (demo prior).",
+                    tooltip="whole: networks see the whole picture. A number: overlapping tiles of so many pixels, with one measurement of the whole, in the memory of one tile. "
+                    "auto: tiles of the size that the model was trained for, where the picture is larger than that by more than a quarter or does not fit.",
                 ),
                 io.Vae.Input(
                     "guidance_vae",
@@ -140,7 +139,7 @@ class DPSGuider(io.ComfyNode):
         step="zeta",
         strength=STRENGTH,
         jacobian=JACOBIANS[0],
-        tile=0,
+        tile="whole",  # of prompts that earlier versions wrote
         guidance_vae=None,
     ) -> io.NodeOutput:
         dps = DPS(**chosen_step({"zeta": zeta, "step": step, "strength": strength, "jacobian": jacobian}))
@@ -162,14 +161,16 @@ class DPSGuider(io.ComfyNode):
         return io.NodeOutput(guider)
 
 
-def tile_latents(tile: int, vae) -> int | None:
+def tile_latents(tile: str, vae) -> int | str | None:
     """Latents of a side of a tile of so many pixels; None for whole pictures. Raises ValueError for sizes that networks cannot halve three times."""
-    if not tile:
-        return None
-    latents, rest = divmod(tile, vae.downscale_ratio)
+    if tile in TILES[:2]:
+        return {AUTO: AUTO, "whole": None}[tile]
+    latents, rest = divmod(int(tile), vae.downscale_ratio)
     if rest or latents % 8 or latents < 16:
         least = 16 * vae.downscale_ratio
-        raise ValueError(f"DPSGuider: tile is {tile}; it must be 0, or a multiple of {least // 2} pixels of at least {least}")
+        raise ValueError(
+            f"DPSGuider: tile is {tile}; it must be auto, whole, or a multiple of {least // 2} pixels of at least {least}: a latent is {vae.downscale_ratio} pixels wide"
+        )
     return latents
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.cldm.cldm
 import comfy.controlnet
+import comfy.utils
 import torch
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -93,17 +95,42 @@ def controls_of(conds: dict[str, list[dict]]) -> Iterator[Any]:
             control = control.previous_controlnet
 
 
-WHOLE = {"control": "a ControlNet", "area": "areas", "mask": "a mask"}  # of a conditioning: what is made for the whole picture
+WHOLE = {"area": "areas", "mask": "a mask"}  # of a conditioning: what is made for the whole picture
 
 
-def check_untied(conds: dict[str, list[dict]]) -> None:
-    """Raises ValueError for conditioning that cannot be cut into tiles."""
+def untied(conds: dict[str, list[dict]]) -> str | None:
+    """What of the conditioning cannot be cut into tiles, for people; None if all of it can."""
     for cond in itertools.chain(*conds.values()):
-        found = [words for name, words in WHOLE.items() if cond.get(name) is not None]
-        if found:
-            raise ValueError(
-                f"DPSGuider: tile: the conditioning has {', '.join(found)}, made for the whole picture, which tiles cannot be given yet; set tile to 0, or leave it out"
-            )
+        for name, words in WHOLE.items():
+            if cond.get(name) is not None:
+                return words
+    for control in controls_of(conds):
+        cuttable = isinstance(control, comfy.controlnet.ControlNet) and not control.global_average_pooling
+        if not cuttable or control.vae is not None or control.latent_format is not None or control.extra_concat_orig:
+            return f"{type(control).__name__} {description(control)[0]}".rstrip()
+    return None
+
+
+def cut(conds: dict[str, list[dict]], part: tuple[slice, slice], size: Sequence[int]) -> dict[str, list[dict]]:
+    """The conditioning of a tile: ControlNets, made ready for a run, see that part of their hint. size: (h, w) of the whole latents."""
+    twins: dict[int, Any] = {}
+
+    def twin(control: Any) -> Any:
+        if control is None or id(control) in twins:
+            return control and twins[id(control)]
+        own = copy.copy(control)
+        rows, columns = (slice(control.compression_ratio * s.start, control.compression_ratio * s.stop) for s in part)
+        height, width = (control.compression_ratio * n for n in size)
+        hint = comfy.utils.common_upscale(control.cond_hint_original, width, height, control.upscale_algorithm, "center")
+        own.cond_hint_original, own.cond_hint = hint[..., rows, columns], None
+        own.previous_controlnet = twin(control.previous_controlnet)
+        twins[id(control)] = own
+        return own
+
+    return {
+        name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed]
+        for name, listed in conds.items()
+    }
 
 
 def check_base(control: Any, model: Any, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 
 import comfy.model_management
 import comfy.model_patcher
@@ -20,9 +21,9 @@ from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
 from ...dmap_core.solvers import DPS, Solver, check_finite, guided_denoised
 from ...dmap_core.solvers.step import step_of
-from ...dmap_core.tiles import denoising, tiled
+from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
-from .controlnet import check_untied, controls_of
+from .controlnet import controls_of, cut, untied
 from .gradients import (
     add_own_skip,
     check_quantised,
@@ -34,7 +35,7 @@ from .gradients import (
     pytorch_attention,
     without_caches,
 )
-from .prior import HostPrior, check_model, check_vae, latent_size, round_trip, stand_in
+from .prior import HostPrior, check_model, check_vae, latent_size, native_latents, round_trip, stand_in
 from .report import REPORT, Report
 from .static import static_controls, static_patchers
 
@@ -42,6 +43,7 @@ log = logging.getLogger(__name__)
 
 # How much more a gradient keeps than the host's estimate for inference; only decides what else is moved off the GPU.
 GRADIENT_MEMORY = 3
+AUTO = "auto"  # tiles where they are wanted
 
 
 def _host_shifts_seed() -> bool:
@@ -65,10 +67,13 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     """GUIDER that owns the problem: model, conditioning, VAE, operator and measurement y (B, c, h, w) in [-1, 1].
 
     A stock sampler is given the denoised latent of DPS's conditional score (Prop. 1), with the step of `dps`; a PosteriorSampler is given the Posterior.
-    tile: latents of a side of the tiles on which networks run; None runs them on whole pictures. guidance_vae: whose decoder gradients take instead.
+    tile: latents of a side of the tiles on which networks run; None runs them on whole pictures, and AUTO on tiles of the model's native size where the
+    picture is much larger or does not fit. guidance_vae: whose decoder gradients take instead.
     """
 
-    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | None = None, guidance_vae=None):
+    def __init__(
+        self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | str | None = None, guidance_vae=None
+    ):
         check_model(model)
         check_vae(vae, model)
         if guidance_vae is not None:
@@ -88,6 +93,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report: Report | None = None
         self._posterior: Posterior | None = None
         self._static = None  # set for every run
+        self._cut: dict[tuple, dict[str, list[dict]]] = {}  # conditioning of tiles, of a run
         self.vae_tried = False
         self._solving = False
 
@@ -123,16 +129,21 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                 )  # where sampler nodes move it: they pass on this very tensor
                 setattr(samples, REPORT, self.report)
                 return samples
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(self._too_large()) from error
         finally:
             self.original_conds, self.model_patcher, self._static = original_conds, model, None
             self.report.peak_memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
             self._finish_report(time.perf_counter() - started)
-            self._posterior = None
+            self._posterior, self._cut = None, {}
 
     def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
         check_sigmas(sigmas, to_zero=ours)
-        if self.tile:
-            check_untied(self.original_conds)
+        found = untied(self.original_conds)
+        if found and isinstance(self.tile, int):
+            raise ValueError(
+                f"DPSGuider: tile: the conditioning has {found}, made for the whole picture, which cannot be cut into tiles; set tile to whole, or leave it out"
+            )
         channels = self.model_patcher.get_model_object("latent_format").latent_channels
         if noise.ndim != 4 or noise.shape[1] != channels:
             raise ValueError(
@@ -176,7 +187,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report.seconds = seconds
         if self._posterior:
             p = self._posterior
-            tiles = f", tiles of {self.tile * self.vae.downscale_ratio} pixels" if self.tile else ""
+            tiles = f", tiles of {p.prior.tile * self.vae.downscale_ratio} pixels" if p.prior.tile else ""
             self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan + tiles, p.denoiser_calls, p.decoder_calls
             self.report.guidance_calls = p.guidance_calls
         self.report.noise = 127.5 * self.operator.noise
@@ -187,7 +198,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
         vaes = [self._static(vae.patcher) for vae in (self.vae, self.guidance_vae) if vae]
         patchers = [self.model_patcher, *self.loaded_models, *vaes]
-        shape = [*noise.shape[:2], *(min(n, self.tile or n) for n in noise.shape[2:])]
+        tile, native = self._tiles(noise)
+        shape = [*noise.shape[:2], *(min(n, tile or n) for n in noise.shape[2:])]
         estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
         check_whole(patchers)
@@ -201,10 +213,12 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         latent_format.update(normal(latent_format))  # some have a mean and a deviation per channel
         networks = [p.model for p in self.loaded_models]
         networks += [m for control in controls for m in vars(control).values() if isinstance(m, nn.Module) and m not in networks]
-        prior = HostPrior(self.inner_model, self.vae, [vae.model for vae in vaes], networks, self.size, self.tile, self.guidance_vae)
+        prior = HostPrior(self.inner_model, self.vae, [vae.model for vae in vaes], networks, self.size, tile, self.guidance_vae)
         y = normal(self.y).to(device).expand(len(noise), -1, -1, -1)
         try:
-            self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory, prior.guide if self.guidance_vae else None)
+            guidance = prior.guide if self.guidance_vae else None
+            into_tiles = (lambda: self._into_tiles(prior, native)) if native else None
+            self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory, guidance, into_tiles)
             with frozen(prior.networks()), differentiable_attention(networks), exact_layers(prior.networks()):
                 check_quantised(prior.networks())
                 self._try_vae(prior, y[:1])
@@ -215,12 +229,68 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         finally:
             self.operator.to("cpu")
 
+    def _tiles(self, noise: Tensor) -> tuple[int | None, int | None]:
+        """(the tiles of a run in latents, None for whole pictures; those that it may take when the memory does not suffice)."""
+        if self.tile != AUTO:
+            return self.tile, None
+        size, native = tuple(noise.shape[-2:]), native_latents(self.model_patcher)
+        tied = untied(self.conds)
+        if tied and wanted(size, native):
+            self._warn(
+                f"the picture is much larger than those that the model knows, and is not cut into tiles: the conditioning has {tied}, "
+                "made for the whole of it"
+            )
+        if tied or max(size) <= native:
+            return None, None
+        return (native, None) if wanted(size, native) else (None, native)
+
+    def _into_tiles(self, prior: HostPrior, native: int) -> bool:
+        log.warning("DPSGuider: the memory does not suffice for the whole picture; from here on it is restored in tiles")
+        prior.tile = native
+        return True
+
+    def _too_large(self) -> str:
+        """What is said where the memory does not suffice."""
+        tile = self._posterior and self._posterior.prior.tile
+        if tile:
+            what, instead = f"tiles of {tile * self.vae.downscale_ratio} pixels", "a smaller tile"
+        else:
+            what, instead = f"the whole picture of {self.size[1]}x{self.size[0]}", "tile auto and memory auto"
+        return (
+            f"DPSGuider: the memory does not suffice for a gradient of {what}. Try {instead}, jacobian none, a small decoder as guidance_vae, "
+            "one picture at a time, or the model in half precision"
+        )
+
+    def _warn(self, warning: str) -> None:
+        log.warning("DPSGuider: %s", warning)
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+
+    def _of_part(self, part: Part, size: Sequence[int]) -> dict[str, list[dict]]:
+        """The conditioning of a tile; made once in a run."""
+        key = tuple((s.start, s.stop) for s in part)
+        if key not in self._cut:
+            self._cut[key] = cut(self.conds, part, size)
+        return self._cut[key]
+
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         def whole(z, sigma):
             return super(PosteriorGuider, self).predict_noise(z, sigma, model_options or {}, seed)
 
         def plain(z, sigma):
-            return tiled(lambda z, _: whole(z, sigma).float(), z, denoising(self.tile)) if self.tile else whole(z, sigma)
+            tile = self._posterior.prior.tile
+            if not tile:
+                return whole(z, sigma)
+            conds = self.conds
+
+            def of_tile(tile: Tensor, part: Part) -> Tensor:
+                self.conds = self._of_part(part, z.shape[-2:])
+                try:
+                    return whole(tile, sigma).float()
+                finally:
+                    self.conds = conds
+
+            return tiled(of_tile, z, denoising(tile))
 
         if self._solving:
             return plain(x, timestep)

@@ -27,6 +27,7 @@ from ...dmap_core.tiles import decoding, tiled
 
 # Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them.
 BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
+SDXL_WIDTH, SDXL_REFINER_WIDTH = 2048, 1280  # of their context
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
 GUIDANCE_PSNR = 15.0  # dB between two decoders below which one does not stand for the other
@@ -35,8 +36,8 @@ GUIDANCE_PSNR = 15.0  # dB between two decoders below which one does not stand f
 class HostPrior:
     """dmap_core.prior.Prior of a loaded ComfyUI model and VAE. `size` (H, W) is the picture's; a wider decoded picture is cropped to it.
 
-    autoencoders: the loaded networks of `vae`, and of `guidance_vae` where there is one. tile: latents of a side of the tiles that are decoded one after the
-    other; None decodes whole pictures.
+    autoencoders: the loaded networks of `vae`, and of `guidance_vae` where there is one. tile: latents of a side of the tiles on which networks run, one after
+    the other; None: whole pictures.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class HostPrior:
     ):
         self.base_model, self.vae, self.guidance_vae, self.size = base_model, vae, guidance_vae, size
         self.autoencoder, self._guidance = autoencoders[0], autoencoders[-1]
-        self.tiles = decoding(tile) if tile else None
+        self.tile = tile
         self._networks = [base_model.diffusion_model, *autoencoders, *controls]
         self.denoiser: Callable[[Tensor, Tensor], Tensor] | None = None  # (z, sigma (B,)) -> denoised, set for every run
 
@@ -73,7 +74,7 @@ class HostPrior:
         def decode(latent: Tensor, _=None) -> Tensor:
             return autoencoder.decode(latent).to(z0.device, torch.float32)
 
-        image = tiled(decode, latent, self.tiles, vae.downscale_ratio) if self.tiles else decode(latent)
+        image = tiled(decode, latent, decoding(self.tile), vae.downscale_ratio) if self.tile else decode(latent)
         return image[..., : self.size[0], : self.size[1]]
 
     def encode(self, image: Tensor) -> Tensor:
@@ -192,6 +193,16 @@ def searched_model(model) -> str:
     """The one of presets.MODELS whose zetas fit a model: the demo prior, which is known by its only level, or Stable Diffusion."""
     check_model(model)
     return MODELS[1] if len(model.model.model_config.unet_config.get("channel_mult", ())) == 1 else MODELS[0]
+
+
+def native_latents(model) -> int:
+    """Latents of a side of the pictures that a model was trained on: those of SDXL, SD 2.1, or SD 1.5 and 2.0, and the demo prior's."""
+    config = model.model.model_config.unet_config
+    if len(config.get("channel_mult", ())) == 1:
+        return 16
+    if config.get("context_dim") in (SDXL_WIDTH, SDXL_REFINER_WIDTH):
+        return 128
+    return 96 if prediction_of(model) == "v" else 64
 
 
 def null_conditioning(model):

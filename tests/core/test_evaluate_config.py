@@ -185,7 +185,7 @@ def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     config = read_config(written(tmp_path / "sub", text))
     here = tmp_path.resolve()
     assert (config.images, config.checkpoint, config.weights) == (here / "sub/photos", Path("/abs/c.ckpt"), here / "sub/w")
-    assert config.rows[0].guidance == here / "t.safetensors"
+    assert config.rows[0].guidance == here / "sub" / "t.safetensors"
     assert (config.rows[0].cse, config.rows[0].checkpoint) == (here / "a.safetensors", Path("/home/nobody/b.ckpt"))
     assert config.checkpoint_of(config.rows[0]) == config.rows[0].checkpoint
 

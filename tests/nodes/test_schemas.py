@@ -139,6 +139,7 @@ OPTIONS = {
     "quality": {"DMAP_DMAPPreset": ["look", "good", "best", "paper"]},
     "step": {node: ["auto", "zeta"] for node in STEPPED},
     "jacobian": "exact none",
+    "tile": "auto whole 128 256 384 512 640 768 1024",
     "perceptual": "none|LPIPS alex|LPIPS vgg|EfficientNet-Lite0",
     "distribution": "none|FID and KID|EfficientNet-Lite0",
 }

@@ -6,7 +6,7 @@ from variants import some_at_once
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
-TILE = 128
+TILE = "128"
 HEIGHT, WIDTH = 136, 180  # of a picture; 17x23 latents
 
 
@@ -32,7 +32,7 @@ def run(lab, large, sampler=None, **changes):
 
 def test_a_tile_that_holds_all_changes_no_bit(lab, large):
     whole, report = run(lab, large)
-    tiled, told = run(lab, large, tile=256)
+    tiled, told = run(lab, large, tile="256")
     assert torch.equal(whole, tiled) and "tiles" not in report.memory and told.memory.endswith("tiles of 256 pixels")
 
 
@@ -78,17 +78,162 @@ def test_a_latent_with_a_mask_keeps_the_rest(lab, large):
     assert not torch.allclose(found[..., :8], given["samples"][..., :8], atol=0.1)
 
 
-@pytest.mark.parametrize("tile", [64, 100, 129, 192 + 8])
+def hints_of(lab, control, make):
+    """What `make` returns, and every hint that the control's network was given meanwhile."""
+    seen = []
+    hook = control.control_model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["hint"].clone()), with_kwargs=True)
+    try:
+        return make(), seen
+    finally:
+        hook.remove()
+
+
+@pytest.fixture(scope="module")
+def with_cse(lab, large):
+    control, _, _ = lab.call("DMAP_CSEControlNetLoader", cse="dmap-demo-cse-sr4.safetensors")
+    positive = lab.call(
+        "DMAP_ApplyCSE",
+        conditioning=lab.problem(**large)["positive"],
+        cse=control,
+        **large,
+        strength=1.0,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
+    return control, positive
+
+
+def test_a_cse_sees_its_tile_of_the_hint(lab, large, with_cse):
+    control, positive = with_cse
+    _, whole = hints_of(lab, control, lambda: run(lab, large, positive=positive))
+    (found, report), tiles = hints_of(lab, control, lambda: run(lab, large, positive=positive, tile=TILE))
+    assert {tuple(h.shape) for h in whole} == {(1, 3, 136, 184)} and {tuple(h.shape) for h in tiles} == {(1, 3, 128, 128)}
+    picture = whole[0]
+    places = [(top, left) for top in (0, 8) for left in (0, 56)]
+    for hint, (top, left) in zip(tiles[: len(places)], places, strict=True):
+        assert torch.equal(hint, picture[..., top : top + 128, left : left + 128])
+    assert torch.isfinite(found).all() and report.memory.endswith("tiles of 128 pixels")
+    again, _ = run(lab, large, positive=positive)  # the conditioning itself is whole again
+    plain, _ = run(lab, large)
+    assert not torch.equal(again, plain)
+
+
+@pytest.mark.thorough
+def test_a_batch_is_as_many_single_pictures(lab, large):
+    operator = large["operator"]
+    measurement = torch.cat([large["measurement"], large["measurement"].flip(2)])
+    both = {"operator": operator, "measurement": measurement}
+    two, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **both)
+    dps = lab.call("DMAP_DPSSampler", step="auto", strength=0.7, jacobian="none", zeta=1.0)
+    schedule = lab.sigmas(3, spacing="exponential")
+    found = lab.sample(lab.guider(**both, tile=TILE), dps, latent=two, schedule=schedule)
+    first = lab.sample(lab.guider(**large, tile=TILE), dps, latent=latent(lab, large), schedule=schedule)
+    assert found.shape[0] == 2
+    torch.testing.assert_close(found[:1], first, rtol=1e-3, atol=1e-2)  # rounding, amplified
+
+
+def test_auto_takes_tiles_where_the_picture_is_much_larger(lab, large):
+    _, report = run(lab, large, tile="auto")  # 17 x 23 latents are less than a quarter more than 16 x 16
+    assert "tiles" not in report.memory
+    operator = large["operator"]
+    measurement = lab.call("DMAP_Degrade", image=lab.picture(1, 136, 208), operator=operator, noise_sigma=0.0, seed=0)
+    wider = {"operator": operator, "measurement": measurement}
+    made, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **wider)
+    dps = lab.call("DMAP_DPSSampler", step="auto", strength=0.7, jacobian="none", zeta=1.0)
+    auto, number = (lab.guider(**wider, tile=tile) for tile in ("auto", TILE))
+    found, expected = (lab.sample(guider, dps, latent=made, schedule=lab.sigmas(2, spacing="exponential")) for guider in (auto, number))
+    assert torch.equal(found, expected) and auto.report.memory.endswith("tiles of 128 pixels")
+
+
+def out_of_memory(lab, large, after, **changes):
+    """A run in whose `after`-th call of the whole picture's decoder the memory is at its end; (latents, report)."""
+    decoder, calls = lab.shared()[1].first_stage_model.taesd_decoder, []
+
+    def full(_, inputs):
+        if inputs[0].shape[-2:] == (17, 23):
+            calls.append(torch.is_grad_enabled())
+            if len(calls) > after:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = decoder.register_forward_pre_hook(full)
+    try:
+        return run(lab, large, **changes)
+    finally:
+        hook.remove()
+
+
+def test_where_it_does_not_fit_it_goes_on_in_tiles(lab, large):
+    """From the very step that failed, with the noise and the levels that were next."""
+    expected, _ = run(lab, large, tile=TILE)
+    found, report = out_of_memory(lab, large, after=0, tile="auto")
+    whole = run(lab, large)[0]
+    assert report.memory == "fast, tiles of 128 pixels" and len(report.residuals) == 4
+    assert not torch.equal(found, whole)
+    # before it failed, the denoiser's first call saw the whole picture
+    assert float((found - expected).square().mean()) < float((whole - expected).square().mean())
+    later, report = out_of_memory(lab, large, after=2, tile="auto")
+    assert len(report.residuals) == 4 and report.memory == "fast, tiles of 128 pixels"
+    residuals = run(lab, large)[1].residuals
+    assert report.residuals[:2] == residuals[:2] and report.residuals[2:] != residuals[2:]
+
+
+def test_what_does_not_fit_either_way_says_what_would(lab, large):
+    decoder = lab.shared()[1].first_stage_model.taesd_decoder
+
+    def full(_, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = decoder.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="DPSGuider: the memory does not suffice for a gradient of tiles of 128 pixels"):
+            run(lab, large, tile="auto")
+        with pytest.raises(torch.OutOfMemoryError, match="of the whole picture of 180x136.*tile auto"):
+            run(lab, large, tile="whole")
+    finally:
+        hook.remove()
+
+
+@pytest.mark.thorough
+def test_a_picture_of_no_whole_latents_comes_back_in_its_own_size(lab):
+    """451 x 300: what the latents have too much is cropped."""
+    operator = lab.call("DMAP_OperatorGaussianBlur", sigma=2.0, kernel_size=61)
+    given = {"operator": operator}
+    given["measurement"] = lab.call("DMAP_Degrade", image=lab.picture(2, 300, 451), operator=operator, noise_sigma=0.0, seed=0)
+    made, width, height = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **given)
+    guider = lab.guider(**given, tile="auto")
+    dps = lab.call("DMAP_DPSSampler", step="auto", strength=0.7, jacobian="none", zeta=1.0)
+    latents = lab.sample(guider, dps, latent=made, schedule=lab.sigmas(2, spacing="exponential"))
+    image = lab.call("DMAP_Decode", latent={"samples": latents}, vae=lab.shared()[1], keep_given=True, **given)
+    assert (width, height) == (451, 300) and image.shape == (1, 300, 451, 3) and guider.report.memory.endswith("tiles of 128 pixels")
+    assert guider.report.mismatch and not any("size" in warning for warning in guider.report.warnings)
+
+
+@pytest.mark.parametrize("tile", ["64", "100", "129", "200"])
 def test_sizes_that_networks_cannot_halve(lab, large, tile):
-    with pytest.raises(ValueError, match=f"DPSGuider: tile is {tile}; it must be 0, or a multiple of 64 pixels of at least 128"):
+    with pytest.raises(ValueError, match=f"DPSGuider: tile is {tile}; it must be auto, whole, or a multiple of 64 pixels of at least 128"):
         lab.guider(**large, tile=tile)
 
 
-def test_conditioning_that_cannot_be_cut(lab, large):
+def test_conditioning_that_cannot_be_cut(lab, large, with_cse):
     positive = lab.problem(**large)["positive"]
     area = lab.call("ConditioningSetArea", conditioning=positive, width=64, height=64, x=0, y=0, strength=1.0)
-    with pytest.raises(ValueError, match="DPSGuider: tile: the conditioning has areas, made for the whole picture"):
-        run(lab, large, positive=area, tile=TILE)
-    run_mask = lab.call("ConditioningSetMask", conditioning=positive, mask=torch.ones(1, 8, 8), set_cond_area="default", strength=1.0)
-    with pytest.raises(ValueError, match="DPSGuider: tile: the conditioning has a mask"):
-        run(lab, large, positive=run_mask, tile=TILE)
+    mask = lab.call("ConditioningSetMask", conditioning=positive, mask=torch.ones(1, 8, 8), set_cond_area="default", strength=1.0)
+    pooling = with_cse[0].copy()
+    pooling.global_average_pooling = True
+    pooled = [[tokens, {**values, "control": pooling.set_cond_hint(torch.zeros(1, 3, 8, 8))}] for tokens, values in positive]
+    for conditioning, words in ((area, "areas"), (mask, "a mask"), (pooled, "ControlNet dmap-demo-cse-sr4.safetensors")):
+        with pytest.raises(ValueError, match=f"DPSGuider: tile: the conditioning has {words}, made for the whole picture"):
+            run(lab, large, positive=conditioning, tile=TILE)
+
+
+@pytest.mark.thorough
+def test_auto_leaves_such_conditioning_whole_and_says_so(lab, large):
+    operator = large["operator"]
+    measurement = lab.call("DMAP_Degrade", image=lab.picture(1, 136, 208), operator=operator, noise_sigma=0.0, seed=0)
+    wider = {"operator": operator, "measurement": measurement}
+    made, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **wider)
+    positive = lab.problem(**wider)["positive"]
+    area = lab.call("ConditioningSetArea", conditioning=positive, width=64, height=64, x=0, y=0, strength=1.0)
+    guider = lab.guider(**wider, tile="auto", positive=area)
+    lab.sample(guider, lab.dps(), latent=made, schedule=lab.sigmas(1, spacing="exponential"))
+    assert "tiles" not in guider.report.memory and any("the conditioning has areas" in warning for warning in guider.report.warnings)
