@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from ..memory import blocks_of
 from ..prior import levels_of
 from ..schedule import double_on_cpu
+from ..tiles import Part, decoding, denoising, tiled
 from .keys import to_diffusers, to_ldm
 
 Network = Any  # a model of diffusers, whose decorators hide its types
@@ -31,6 +32,7 @@ class DiffusersPrior:
 
     context: (1, L, D) of the prompt. sigmas: (N,) VE noise levels of the timesteps. prediction: "eps" or "v". name, fingerprint: of the
     checkpoint. size: (H, W) of the picture, to which a wider decoded one is cropped; None: as wide as its latents. hint: (1 or B, 3, H, W).
+    tile: latents of a side of the tiles on which the networks run (`tiles.py`); None: whole pictures.
     Between the noise levels of the timesteps the nearest timestep, by log sigma, stands for a level, as in ComfyUI.
     """
 
@@ -44,6 +46,7 @@ class DiffusersPrior:
     size: tuple[int, int] | None = None
     controlnet: Network | None = None
     hint: Tensor | None = None
+    tile: int | None = None
     _log_sigmas: Tensor = field(init=False, repr=False)
 
     def __post_init__(self):
@@ -53,6 +56,12 @@ class DiffusersPrior:
         """The same networks for pictures of that size (H, W)."""
         found = copy.copy(self)
         found.size = size
+        return found
+
+    def tiled(self, tile: int | None) -> DiffusersPrior:
+        """The same networks on tiles of so many latents a side."""
+        found = copy.copy(self)
+        found.tile = tile
         return found
 
     def controlled(self, controlnet: nn.Module | None, hint: Tensor | None) -> DiffusersPrior:
@@ -90,15 +99,25 @@ class DiffusersPrior:
         return [self.context]
 
     def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
+        if self.tile is None:
+            return self._denoise(z, sigma, self.hint)
+        return tiled(lambda z, part: self._denoise(z, sigma, self._hint_of(part)), z, denoising(self.tile))
+
+    def _hint_of(self, part: Part) -> Tensor | None:
+        """What the ControlNet sees of a tile."""
+        rows, columns = (slice(FACTOR * s.start, FACTOR * s.stop) for s in part)
+        return self.hint if self.hint is None else self.hint[..., rows, columns]
+
+    def _denoise(self, z: Tensor, sigma: float | Tensor, hint: Tensor | None) -> Tensor:
         levels = levels_of(z, sigma).view(-1, 1, 1, 1)
         timestep = self._timesteps(sigma).to(z.device).expand(len(z))
         x = (z / (1 + levels**2).sqrt()).to(self.context.dtype)
         context = self.context.expand(len(z), -1, -1)
         control = {}
         if self.controlnet is not None:
-            if self.hint is None:
+            if hint is None:
                 raise ValueError("the ControlNet has nothing to see: give controlled(...) a hint")
-            hint = self.hint.expand(len(z), -1, -1, -1).to(x.dtype)
+            hint = hint.expand(len(z), -1, -1, -1).to(x.dtype)
             down, mid = self.controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
             control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
         out = self.unet(x, timestep, encoder_hidden_states=context, return_dict=False, **control)[0].float()
@@ -118,7 +137,11 @@ class DiffusersPrior:
         """z0 -> the picture that another autoencoder of the same latents makes of it, as `decode` does."""
 
         def decode(z0: Tensor) -> Tensor:
-            image = vae.decode(z0.float() / vae.config.scaling_factor).sample
+            z0 = z0.float() / vae.config.scaling_factor
+            if self.tile is None:
+                image = vae.decode(z0).sample
+            else:
+                image = tiled(lambda z0, _: vae.decode(z0).sample, z0, decoding(self.tile), FACTOR)
             return image if self.size is None else image[..., : self.size[0], : self.size[1]]
 
         return decode

@@ -74,10 +74,11 @@ class Diffusers:
 
     def restore(self, row: Row, plan: Preset, operator: Operator, y: Tensor, seeds: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """All at once: their seconds are shared out evenly."""
+        from ..backends.diffusers import FACTOR
         from ..cse.use import hint_for
 
         base, controlnet, metadata = self.of(row)
-        prior = base.sized(operator.image_size(y))
+        prior = base.sized(operator.image_size(y)).tiled(self.config.tile and self.config.tile // FACTOR)
         if controlnet:
             prior = prior.controlled(controlnet, hint_for(operator.hint(y), metadata))
         latent = warm_latent(prior, operator, y) if plan.start < 1 else None

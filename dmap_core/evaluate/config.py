@@ -85,7 +85,8 @@ class Config:
     batch: pictures restored at once, which changes results by rounding, amplified (docs/solvers.md). repeats: restorations of every picture, each
     with a seed of its own (Table 3). published_n: over how many pictures the published figures are. unreadable: what is done about files of `images`
     that cannot be read, one of UNREADABLE. match: measure every picture once more after it was matched to its measurement.
-    rounded: measurements have 8 bits, as if they had come from a picture file.
+    rounded: measurements have 8 bits, as if they had come from a picture file. tile: pixels of a side of the tiles on which networks run, a multiple of 64 of
+    at least 128; None: whole pictures.
     """
 
     operators: dict[str, dict[str, Any]]
@@ -113,6 +114,7 @@ class Config:
     unreadable: str = UNREADABLE[0]
     match: bool = False
     rounded: bool = False
+    tile: int | None = None
 
     def operator(self, name: str) -> Operator:
         return from_spec(dict(self.operators[name]), lambda file: find_weights(file, self.weights))
@@ -257,6 +259,8 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
         for name, least in (("count", 1), ("size", 8), ("published_n", 1)):
             if values.get(name) is not None:
                 values[name] = _whole(name, values[name], least)
+        if values.get("tile") is not None and (values["tile"] != _whole("tile", values["tile"], 128) or values["tile"] % 64):
+            raise ValueError(f"tile is {values['tile']}; it must be a multiple of 64 pixels")
         for name, least, default in (("seed", 0, 0), ("stride", 0, SEEDS), ("batch", 1, 1), ("repeats", 1, 1)):
             values[name] = _whole(name, values.get(name, default), least)
     except ValueError as error:

@@ -120,10 +120,14 @@ def misses(operator: Operator, y_hat: Tensor, y: Tensor) -> list[dict[str, float
 
 def shared_identity(config: Config) -> dict[str, Any]:
     """Settings that decide the results of all rows."""
-    return {name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt", "rounded")}
+    return {name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt", "rounded", "tile")}
 
 
-RUN_DEFAULTS = {"stride": Config.stride, "rounded": Config.rounded}  # of settings that results of earlier versions do not name
+RUN_DEFAULTS = {
+    "stride": Config.stride,
+    "rounded": Config.rounded,
+    "tile": Config.tile,
+}  # of settings that results of earlier versions do not name
 
 
 def row_defaults(row: Row) -> dict[str, Any]:

@@ -51,15 +51,9 @@ class ComfyUI:
         sigmas = plan.sigmas(model_sigmas(self.model))
         if row.solver == ALONE:
             return self._alone(conditioning, operator.image_size(y), sigmas, seed)
-        problem = Problem.of(
-            self.model,
-            conditioning,
-            self.vae,
-            operator,
-            y.cpu(),
-            self.config.memory,
-            guidance_vae=row.guidance and self._guidance(row.guidance),
-        )
+        tile = self.config.tile and self.config.tile // self.vae.downscale_ratio
+        guidance = row.guidance and self._guidance(row.guidance)
+        problem = Problem.of(self.model, conditioning, self.vae, operator, y.cpu(), self.config.memory, tile=tile, guidance_vae=guidance)
         latent = warm_latent(self.vae, operator, y) if plan.start < 1 else None
         done = restore(problem, plan.solver, sigmas, seed, latent=latent)
         report = done.report

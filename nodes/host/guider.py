@@ -71,9 +71,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     picture is much larger or does not fit. guidance_vae: whose decoder gradients take instead.
     """
 
-    def __init__(
-        self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | str | None = None, guidance_vae=None
-    ):
+    def __init__(self, model, vae, operator: Operator, y: Tensor, dps: DPS, memory: str, tile: int | str | None = None, guidance_vae=None):
         check_model(model)
         check_vae(vae, model)
         if guidance_vae is not None:

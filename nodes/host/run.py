@@ -157,6 +157,7 @@ class Problem:
         y: Tensor,
         memory: str = "auto",
         batch: int | None = None,
+        tile: int | None = None,
         guidance_vae=None,
     ) -> Problem:
         """Of ComfyUI's objects, as loaders and ApplyCSE make them. y: (B, c, h, w) in [-1, 1], as `pictures.measurement_to_core` makes it of a picture.
@@ -165,7 +166,7 @@ class Problem:
         """
         operator.check_measurement(y)
         check_conditioning(conditioning, model, "conditioning")
-        guider = PosteriorGuider(model, vae, operator, y, DPS(), memory, guidance_vae=guidance_vae)  # the step is of stock samplers only
+        guider = PosteriorGuider(model, vae, operator, y, DPS(), memory, tile, guidance_vae)  # the step is of stock samplers only
         guider.set_conds(conditioning, conditioning)
         guider.set_cfg(1.0)
         guider.warnings += check_controls(conditioning, model, operator, "conditioning")

@@ -180,7 +180,12 @@ def test_folders_of_rows_in_any_language():
 def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", "/home/nobody")
-    text = given({"cse": "../a.safetensors", "guidance": "t.safetensors", "checkpoint": "~/b.ckpt"}, images="photos", checkpoint="/abs/c.ckpt", weights="./w")
+    text = given(
+        {"cse": "../a.safetensors", "guidance": "t.safetensors", "checkpoint": "~/b.ckpt"},
+        images="photos",
+        checkpoint="/abs/c.ckpt",
+        weights="./w",
+    )
     (tmp_path / "sub").mkdir()
     config = read_config(written(tmp_path / "sub", text))
     here = tmp_path.resolve()

@@ -26,12 +26,11 @@ def base(lab, core):
         )
 
 
-def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.0, seed=11, decoder=None):
+def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.0, seed=11, decoder=None, picture=None, tile=None):
     """(picture (1, H, W, 3) in [0, 1], denoiser calls)."""
     with torch.inference_mode(False), torch.no_grad():
-        y = operator.measure(lab.as_core(lab.picture().clone()))
-        size = operator.image_size(y)
-        prior = base.sized(size)
+        y = operator.measure(lab.as_core((lab.picture() if picture is None else picture).clone()))
+        prior = base.sized(operator.image_size(y)).tiled(tile)
         if cse:
             controlnet, metadata = core["use"].open_cse(cse, base)
             prior = prior.controlled(controlnet, core["use"].hint_for(operator.hint(y), metadata))
@@ -43,7 +42,9 @@ def on_diffusers(lab, core, base, operator, solver, settings, cse=None, start=1.
         return ((done.image + 1) / 2).movedim(1, -1).clamp(0, 1), done.denoiser_calls
 
 
-def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, **changes):
+def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, picture=None, **changes):
+    if picture is not None:
+        changes["measurement"] = lab.call("DMAP_Degrade", image=picture, operator=operator, noise_sigma=0.0, seed=0)
     problem = lab.problem(operator=operator, **changes)
     if cse:
         control, _, _ = lab.call("DMAP_CSEControlNetLoader", cse=cse.name)
@@ -60,12 +61,23 @@ def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, **
     guider = lab.call("DMAP_DPSGuider", **problem)
     given = {"step": "auto", "zeta": 1.0, "strength": 0.7} if settings.get("zeta", 0) is None else {}
     sampler = lab.call(f"DMAP_{solver}Sampler", **settings | given)
-    warm = {}
-    if start < 1:
-        given = {"measurement": problem["measurement"], "operator": operator, "vae": problem["vae"], "batch_size": 1}
-        warm = {"latent": lab.call("DMAP_EmptyMeasurementLatent", **given, content="measurement")[0]}
-    latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(STEPS, spacing="exponential", start=start), **warm)
-    return lab.call("VAEDecode", samples={"samples": latents}, vae=problem["vae"]).clamp(0, 1), guider.report.denoiser_calls
+    given = {"measurement": problem["measurement"], "operator": operator, "vae": problem["vae"]}
+    latent = lab.call("DMAP_EmptyMeasurementLatent", **given, batch_size=1, content="measurement" if start < 1 else "empty")[0]
+    latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(STEPS, spacing="exponential", start=start), latent=latent)
+    if picture is None:
+        image = lab.call("VAEDecode", samples={"samples": latents}, vae=problem["vae"])
+    else:  # which may be no multiple of a latent, and larger than a decoder is given at once
+        image = guider_image(lab, guider, latents)
+    return image.clamp(0, 1), guider.report.denoiser_calls
+
+
+def guider_image(lab, guider, latents):
+    """The picture as the guider's tiles decode it: other decoders would see more of it."""
+    host = importlib.import_module("dmap_pack.nodes.host.prior")
+    model, vae = lab.shared()
+    with torch.no_grad():
+        prior = host.HostPrior(model.model, vae, [vae.first_stage_model], [], guider.size, guider.tile)
+        return (prior.decode(model.model.process_latent_in(latents)).movedim(1, -1) + 1) / 2
 
 
 CASES = {
@@ -89,6 +101,20 @@ def test_both_backends_make_the_same_picture(lab, core, base, case):
     assert float(ours.std()) > 0.02, "a picture of one colour would prove nothing"
     difference = float((ours - theirs).abs().max())
     assert difference <= CLOSE, difference
+
+
+@pytest.mark.parametrize("with_cse", some_at_once([False, True], [True]))
+def test_both_cut_the_same_tiles(lab, core, base, with_cse):
+    """17 x 26 latents are four tiles, a CSE's hint with them."""
+    operator = core["operators"].SuperResolution(4)
+    cse = lab.ROOT / "models" / "controlnet" / "dmap-demo-cse-sr4.safetensors" if with_cse else None
+    how, picture = {"zeta": None, "jacobian": "none"}, lab.picture(2, 136, 204)
+    theirs, their_calls = on_diffusers(lab, core, base, operator, "DPS", how, cse, picture=picture, tile=16)
+    ours, our_calls = in_comfyui(lab, operator, "DPS", how, cse, picture=picture, tile="128")
+    assert ours.shape == theirs.shape == (1, 136, 204, 3) and our_calls == their_calls
+    assert float((ours - theirs).abs().max()) <= CLOSE
+    whole, _ = on_diffusers(lab, core, base, operator, "DPS", how, cse, picture=picture)
+    assert float((whole - theirs).abs().max()) > 100 * CLOSE
 
 
 def test_another_seed_makes_another_picture(lab, core, base):
