@@ -23,6 +23,7 @@ from ...dmap_core.solvers import DPS, Solver, check_finite, guided_denoised
 from ...dmap_core.solvers.step import step_of
 from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
+from .clock import Clock
 from .controlnet import controls_of, cut, untied
 from .gradients import (
     add_own_skip,
@@ -91,6 +92,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report: Report | None = None
         self._posterior: Posterior | None = None
         self._static = None  # set for every run
+        self._clock: Clock | None = None
         self._cut: dict[tuple, dict[str, list[dict]]] = {}  # conditioning of tiles, of a run
         self.vae_tried = False
         self._solving = False
@@ -108,7 +110,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
-        self.report = Report(name, self.operator.describe())
+        self.report, self._clock = Report(name, self.operator.describe()), Clock(len(sigmas) - 1)
         original_conds, model = self.original_conds, self.model_patcher
         device = comfy.model_management.get_torch_device()
         on_gpu = device.type == "cuda"
@@ -181,8 +183,12 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             return
         self.report.mismatch, self.report.mismatch_worst = rms.tolist(), worst.tolist()
 
+    def _step_done(self, residual: Tensor) -> None:
+        self.report.residuals.append(residual.tolist())  # waits for the GPU
+        self._clock.step()
+
     def _finish_report(self, seconds: float) -> None:
-        self.report.seconds = seconds
+        self.report.seconds, self.report.seconds_per_step = seconds, self._clock.seconds_per_step()
         if self._posterior:
             p = self._posterior
             tiles = f", tiles of {p.prior.tile * self.vae.downscale_ratio} pixels" if p.prior.tile else ""
@@ -298,7 +304,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         sigma_next = max((s for s in levels if s < sigma * (1 - 1e-6)), default=0.0)
         grad, denoised, residual = self._posterior.gradient(x, sigma, jacobian=self.dps.jacobian)
         check_finite(len(self.report.residuals), len(levels) - 1, self.dps.zeta, grad, residual)
-        self.report.residuals.append(residual.tolist())
+        self._step_done(residual)
         return guided_denoised(denoised, grad, step_of(self.dps, grad, residual, sigma), sigma, sigma_next)
 
     def solve(self, sampler: PosteriorSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
@@ -310,7 +316,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         steps = len(sigmas) - 1
 
         def report(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
-            self.report.residuals.append(residual.tolist())
+            self._step_done(residual)
             bar.update()
             if callback:
                 callback(step, denoised, z, steps)
