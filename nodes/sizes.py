@@ -6,7 +6,10 @@ import math
 
 from comfy_api.latest import io
 
-MAX_MEGAPIXELS = 1.5
+from ..dmap_core.tiles import denoising, wanted
+
+MAX_MEGAPIXELS = 4.0
+NATIVE = 64  # latents of 8 pixels: what the figures below are about
 
 # Floating-point operations of one guided step of Stable Diffusion 2.0, in units of one at 512x512 (6.8 TFLOP): most grow with the pixels, those
 # of attention with their square. Counted by torch's flop counter, denoiser and decoder, forward and backward, at 512, 768, 1024 and 2048.
@@ -27,7 +30,10 @@ def max_megapixels_input():
 
 
 def step_cost(size: tuple[int, int]) -> float:
-    """Operations of a guided step at `size` (H, W), as a multiple of one at 512x512."""
+    """Operations of a guided step at `size` (H, W), as a multiple of one at 512x512: of the tiles that `tile` auto takes, or of the whole."""
+    latents = math.ceil(size[0] / 8), math.ceil(size[1] / 8)
+    if wanted(latents, NATIVE):
+        return math.prod(len(denoising(NATIVE).spans(n)) for n in latents)
     area = size[0] * size[1] / 512**2
     return LINEAR * area + QUADRATIC * area**2
 

@@ -327,13 +327,13 @@ def test_a_result_that_is_too_large(lab, node):
         make = lambda **limit: lab.call("DMAP_EmptyMeasurementLatent", **given, batch_size=1, **limit)  # noqa: E731
     with pytest.raises(ValueError) as error:
         make()
-    words = (f"{node}: ", "768x768", "6144x6144", "37.7 megapixels", "1565 times", "at most 153x153", "max_megapixels (now 1.5)")
+    words = (f"{node}: ", "768x768", "6144x6144", "37.7 megapixels", "256 times", "at most 249x249", "max_megapixels (now 4)")
     assert [word for word in words if word not in str(error.value)] == []
     assert "scale of" not in str(error.value)
     make(max_megapixels=40.0)
-    problem["measurement"] = given = torch.zeros(1, 200, 300, 3)
+    problem["measurement"] = given = torch.zeros(1, 220, 300, 3)
     if node == "DPSGuider":
-        with pytest.raises(ValueError, match="a scale of 5"):
+        with pytest.raises(ValueError, match="a scale of 7"):
             make()
 
 
