@@ -168,6 +168,9 @@ def test_demo_workflow_runs(host: Host, info: dict, name: str):
         ]
         assert values[-1] == STEPS
         assert values == sorted(values)
+        told = [text for node, text in texts(messages) if node == titled(prompt, f"{solver}: run")]
+        assert [text.split(",")[0] for text in told] == [f"step {i + 1} of {STEPS}" for i in range(STEPS)]
+        assert ", about " not in told[0] and all(text.endswith(" s left") for text in told[1:])
     assert (pictures["DPS"] != pictures["DMAP"]).any()
     if name == "demo-inpainting":
         known = np.ones((128, 128), bool)
@@ -179,6 +182,14 @@ def test_demo_workflow_runs(host: Host, info: dict, name: str):
     for preview in previews:  # event number, picture format, picture
         width, height = Image.open(io.BytesIO(preview[8:])).size
         assert width == height >= 16  # a pixel per latent, or enlarged
+
+
+def texts(messages):
+    """(node id, line) of what nodes showed while they ran: event number, length of the id, id, text."""
+    for message in messages:
+        if isinstance(message, tuple) and int.from_bytes(message[1][:4], "big") == 3:
+            length = int.from_bytes(message[1][4:8], "big")
+            yield message[1][8 : 8 + length].decode(), message[1][8 + length :].decode()
 
 
 @pytest.mark.parametrize("name", SD2)
