@@ -1,0 +1,42 @@
+"""What an operator computes once and uses at every call, such as kernels in a picture's dtype on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 2**27  # bytes that one operator keeps: taps and indices are some kB, the largest spectrum of a kernel (4096 x 4096) half of it
+
+
+def size_in_bytes(value: Any) -> int:
+    """Of a tensor, or of all in tuples and lists."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(size_in_bytes, value)) if isinstance(value, (tuple, list)) else 0
+
+
+class Kept:
+    """Values by key. The ones used last stay, up to `most` bytes in all; a larger one is made whenever it is asked for."""
+
+    def __init__(self, most: int = MOST):
+        self.most = most
+        self._values: dict[Hashable, Any] = {}  # the one used last is the last
+
+    def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of `key`, from make() if it is not there: a tensor without gradient, or tuples of them."""
+        if key in self._values:
+            value = self._values.pop(key)
+        else:
+            with torch.inference_mode(False), torch.no_grad():  # a host may call this under inference mode, and what is kept outlives that
+                value = make()
+        self._values[key] = value
+        while self.bytes() > self.most:
+            self._values.pop(next(iter(self._values)))
+        return value
+
+    def bytes(self) -> int:
+        """Of all that is kept."""
+        return sum(map(size_in_bytes, self._values.values()))
