@@ -171,8 +171,8 @@ class Jpeg(Operator):
         """x as 8-bit samples, 0 .. 255. Halves of odd columns go up and those of even ones down if `lean` > 0, the reverse if it is < 0."""
         if self.rounding == "cubic":
             return x
-        sides = 2 * (torch.arange(x.shape[-1], device=x.device) % 2) - 1
-        return straight_through(x, nearest(x + lean * sides).clamp(0, 255))
+        leaning = x + lean * (2 * (torch.arange(x.shape[-1], device=x.device) % 2) - 1) if lean else x
+        return straight_through(x, nearest(leaning).clamp(0, 255))
 
     def _digits(self, x: Tensor, steps: float) -> Tensor:
         """x in whole steps of 1 / `steps`."""
