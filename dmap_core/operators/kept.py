@@ -32,6 +32,8 @@ class Kept:
         else:
             with torch.inference_mode(False), torch.no_grad():  # a host may call this under inference mode, and what is kept outlives that
                 value = make()
+            if size_in_bytes(value) > self.most:
+                return value
         self._values[key] = value
         while self.bytes() > self.most:
             self._values.pop(next(iter(self._values)))
