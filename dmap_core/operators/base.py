@@ -183,7 +183,8 @@ class Operator:
         return Kept()
 
     def to(self, device: torch.device | str) -> Operator:
-        """This operator, with its network, if it has one, on `device`."""
+        """This operator, with its network, if it has one, on `device`. What it keeps on others is dropped."""
+        self.kept.only_on(device)
         return self
 
     def measurement_size(self, size: Size) -> Size:

@@ -11,11 +11,15 @@ from torch import Tensor
 MOST = 2**27  # bytes that one operator keeps: taps and indices are some kB, the largest spectrum of a kernel (4096 x 4096) half of it
 
 
-def size_in_bytes(value: Any) -> int:
-    """Of a tensor, or of all in tuples and lists."""
+def tensors_in(value: Any) -> list[Tensor]:
+    """A tensor, or all in tuples and lists."""
     if isinstance(value, Tensor):
-        return value.nbytes
-    return sum(map(size_in_bytes, value)) if isinstance(value, (tuple, list)) else 0
+        return [value]
+    return [t for part in value for t in tensors_in(part)] if isinstance(value, (tuple, list)) else []
+
+
+def size_in_bytes(value: Any) -> int:
+    return sum(t.nbytes for t in tensors_in(value))
 
 
 class Kept:
@@ -38,6 +42,11 @@ class Kept:
         while self.bytes() > self.most:
             self._values.pop(next(iter(self._values)))
         return value
+
+    def only_on(self, device: torch.device | str) -> None:
+        """Forgets what is on other devices, so that a run's end leaves nothing in the memory of its GPU."""
+        device = torch.device(device)
+        self._values = {key: value for key, value in self._values.items() if all(t.device == device for t in tensors_in(value))}
 
     def bytes(self) -> int:
         """Of all that is kept."""

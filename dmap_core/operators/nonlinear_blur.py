@@ -206,6 +206,7 @@ class NonlinearBlur(Operator):
     def to(self, device: torch.device | str) -> NonlinearBlur:
         with torch.inference_mode(False):  # weights moved under inference mode could not be differentiated through later
             self.network.to(device)
+        self.kept.only_on(device)
         return self
 
     def measurement_size(self, size: Size) -> Size:

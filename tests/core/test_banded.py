@@ -112,6 +112,16 @@ def test_everything_is_made_once_and_outlives_inference_mode(f, monkeypatch):
     assert len(made) > len(before)
 
 
+def test_the_end_of_a_run_leaves_nothing_on_its_device():
+    f = GaussianBlur(9, 2.0)
+    for device in ("cpu", "meta"):
+        f(torch.zeros(1, 3, 64, 64, device=device))
+    both = f.kept.bytes()
+    assert f.to("cpu") is f and f.kept.bytes() == both / 2
+    Compose([f]).to("meta")
+    assert f.kept.bytes() == 0
+
+
 def test_what_is_kept_is_bounded_and_the_last_stay():
     kept = Kept(most=1000)
     assert size_in_bytes((torch.zeros(3), [torch.zeros(2, dtype=torch.float64)], 7)) == 28
