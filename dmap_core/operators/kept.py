@@ -32,15 +32,14 @@ class Kept:
     def __call__(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of `key`, from make() if it is not there: a tensor without gradient, or tuples of them."""
         if key in self._values:
-            value = self._values.pop(key)
-        else:
-            with torch.inference_mode(False), torch.no_grad():  # a host may call this under inference mode, and what is kept outlives that
-                value = make()
-            if size_in_bytes(value) > self.most:
-                return value
-        self._values[key] = value
-        while self.bytes() > self.most:
-            self._values.pop(next(iter(self._values)))
+            self._values[key] = self._values.pop(key)
+            return self._values[key]
+        with torch.inference_mode(False), torch.no_grad():  # a host may call this under inference mode, and what is kept outlives that
+            value = make()
+        if (size := size_in_bytes(value)) <= self.most:
+            while self.bytes() + size > self.most:
+                self._values.pop(next(iter(self._values)))
+            self._values[key] = value
         return value
 
     def only_on(self, device: torch.device | str) -> None:
