@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -204,7 +203,7 @@ def gauss_newton(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
             return torch.func.jvp(f, (x,), (transposed(u),))[1].detach()
 
     residual = -f.difference(y_hat.detach(), y)
-    target = f.elements(y).sqrt().double().to(residual.device) * noise
+    target = f.elements(y).sqrt().cpu().double() * noise
     lam = NEWTON_LAM * _dot(residual, gram(residual)) / _dot(residual, residual)
     u, *_ = solve(gram, residual, lam, target / 2, NEWTON_ITERATIONS)
     found = (x + transposed(u)).clamp(-1, 1)
@@ -239,7 +238,7 @@ def project(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
         return visible * f(f.adjoint(visible * u, size))
 
     residual = visible * -f.difference(f(x), y)
-    target = f.elements(y).sqrt().double().to(residual.device) * noise
+    target = f.elements(y).sqrt().cpu().double() * noise
     wanted = _norm(residual) > target
     if not wanted.any():
         return x
@@ -256,7 +255,7 @@ def solve(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """(u, alphas, betas): (A + lam) u = b by conjugate gradients, until ||b - (A + lam) u|| of every sample is at most its accuracy, or `most` times.
 
-    A: linear, symmetric and positive semidefinite, acting on every sample (B, ...) alone. lam, accuracy: (B,) float64. alphas, betas: (B,) of every
+    A: linear, symmetric and positive semidefinite, acting on every sample (B, ...) alone. lam, accuracy: (B,) float64 on the CPU, as alphas, betas: (B,) of every
     iteration, 0 of a sample that has finished: the coefficients of Lanczos' tridiagonal matrix.
     """
     u, r = torch.zeros_like(b), b
@@ -300,7 +299,7 @@ def find_lam(A: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> Tensor
         beside = beta[:-1].sqrt() / alpha[:-1]
         values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1))
         found.append(_lam_of(values.clamp(min=0), (norm * vectors[0]) ** 2, AIM * aim))
-    return torch.tensor(found, dtype=torch.float64, device=target.device)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _lam_of(values: Tensor, power: Tensor, aim: float) -> float:
@@ -313,23 +312,25 @@ def _lam_of(values: Tensor, power: Tensor, aim: float) -> float:
     return low
 
 
-@lru_cache(maxsize=4)
-@torch.inference_mode(False)  # the cache outlives a host's inference mode
-def _eigen(f: Separable, length: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of M M^T along an axis of pictures, float64."""
-    m = f.matrix(length)
-    values, vectors = torch.linalg.eigh(m @ m.mT)
-    return values.clamp(min=0), vectors
+def _eigen(f: Separable, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, float64 on the CPU, and eigenvectors of M M^T along an axis of pictures, in the dtype and on the device of `like`."""
+
+    def make() -> tuple[Tensor, Tensor]:
+        m = f.matrix(length)
+        values, vectors = torch.linalg.eigh(m @ m.mT)
+        return values.clamp(min=0), vectors.to(like)
+
+    return f.kept(("eigen", length, like.dtype, like.device), make)
 
 
 def solve_separable(f: Separable, b: Tensor, size: Size, target: Tensor) -> Tensor:
     """(f f^T + lam)^-1 b, lam as in `find_lam`, for f(x) = M_h x M_w^T: by the eigenvectors of M_h M_h^T and M_w M_w^T, exactly."""
-    (rows, into), (columns, across) = ((values.to(b.device), vectors.to(b)) for values, vectors in (_eigen(f, n) for n in size))
+    (rows, into), (columns, across) = (_eigen(f, n, b) for n in size)
     values = rows[:, None] * columns
     turned = into.mT @ b @ across
-    power = turned.double().square().sum(1)
+    power = turned.cpu().double().square().sum(1)
     lam = [_lam_of(values, p, AIM * aim) for p, aim in zip(power, target.tolist(), strict=True)]
-    lam = torch.tensor(lam, dtype=torch.float64, device=b.device).view(-1, 1, 1, 1)
+    lam = torch.tensor(lam, dtype=torch.float64).view(-1, 1, 1, 1)
     return into @ (turned / (values + lam).to(b)) @ across.mT
 
 
@@ -338,8 +339,9 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a.flatten(1).double() * b.flatten(1).double()).sum(1)
+    """(B,) float64 on the CPU. Summed where a and b are, in their dtype: not every device has float64."""
+    return (a * b).flatten(1).sum(1).cpu().double()
 
 
 def _norm(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a.flatten(1).double(), dim=1)
+    return _dot(a, a).sqrt()

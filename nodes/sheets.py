@@ -96,7 +96,7 @@ class ComparisonSheet(io.ComfyNode):
                 raise ValueError(
                     f"{NAME}: {name} has the shape {tuple(picture.shape[1:])} and original {tuple(original.shape[1:])}; crop or resize one"
                 )
-            error = (picture[0].clamp(0, 1) - original[0].clamp(0, 1)).double().square().mean()
+            error = (picture[0].clamp(0, 1) - original[0].clamp(0, 1)).cpu().double().square().mean()
             lines.append(f"{float(-10 * error.log10()):.2f} dB")
         return name, lines
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from reprlib import Repr
@@ -12,7 +13,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .banded import Band, band
 from .colour import luma
+from .kept import Kept
 
 Size = tuple[int, int]
 Find = Callable[[str], Path]  # the weights file of that name, from the folders where the caller keeps them
@@ -159,19 +162,29 @@ class Operator:
 
     def seen(self, y: Tensor) -> Tensor:
         """y with 0 where it holds nothing of the image, so that whatever a damaged picture shows there counts nowhere."""
-        hidden = self.hidden()
-        return y if hidden is None else y * self._visible(hidden, y)
+        visible = self._visible(y)
+        return y if visible is None else y * visible
 
-    def _visible(self, hidden: Tensor, y: Tensor) -> Tensor:
+    def _visible(self, y: Tensor) -> Tensor | None:
+        """1 where a measurement like y holds something of the image, 0 elsewhere; None if that is everywhere."""
+        hidden = self.hidden()
+        if hidden is None:
+            return None
         if hidden.shape[-2:] != y.shape[-2:]:
             (h, w), size = hidden.shape[-2:], size_of(y)
             raise ValueError(f"{self.name}: the measurement is {size[1]}x{size[0]}; with this mask it must be {w}x{h}")
         if len(hidden) not in (1, len(y)):
             raise ValueError(f"{self.name}: {len(hidden)} masks for a batch of {len(y)} pictures; give one mask or one per picture")
-        return 1 - hidden.to(y)
+        return self.kept(("visible", y.dtype, y.device), lambda: 1 - hidden.to(y))
+
+    @cached_property
+    def kept(self) -> Kept:
+        """What this operator computes once for all calls: kept(key, make)."""
+        return Kept()
 
     def to(self, device: torch.device | str) -> Operator:
-        """This operator, with its network, if it has one, on `device`."""
+        """This operator, with its network, if it has one, on `device`. What it keeps on others is dropped."""
+        self.kept.only_on(device)
         return self
 
     def measurement_size(self, size: Size) -> Size:
@@ -239,31 +252,41 @@ def nothing_left(count: Tensor) -> Tensor | None:
 
 
 class Separable(Operator):
-    """f(x) = M_h x M_w^T for every channel: a matrix for the rows and one for the columns, so that the adjoint is their transposes."""
+    """f(x) = M_h x M_w^T for every channel: a matrix for the rows and one for the columns, so that the adjoint is their transposes.
 
-    def matrix(self, length: int) -> Tensor:
-        """The (measured, length) float64 matrix along one axis."""
+    A measured pixel is made of the few around it, so that the matrices are zero but near their diagonals.
+    """
+
+    def taps(self, length: int) -> tuple[Tensor, Tensor]:
+        """Along one axis: which of `length` pixels a measured one is made of, (measured, k), and their float64 weights, (measured, k)."""
         raise NotImplementedError
 
-    def _matrices(self, size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+    def matrix(self, length: int) -> Tensor:
+        """The (measured, length) float64 matrix along one axis, on the CPU."""
+        index, weights = self.taps(length)
+        return torch.zeros(len(index), length, dtype=torch.float64).scatter_add_(1, index, weights.contiguous())
+
+    def _band(self, length: int, like: Tensor) -> Band:
+        return self.kept(("band", length, like.dtype, like.device), lambda: band(*self.taps(length), length).to(like))
+
+    def _bands(self, size: Size, like: Tensor) -> list[Band]:
         self.measurement_size(size)
-        rows, columns = (self.matrix(n).to(like) for n in size)
-        return rows, columns
+        return [self._band(n, like) for n in size]
 
     def __call__(self, image: Tensor) -> Tensor:
-        rows, columns = self._matrices(size_of(image), image)
-        return rows @ image @ columns.mT
+        rows, columns = self._bands(size_of(image), image)
+        return columns.times(rows.times(image).mT).mT.contiguous()
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
         self.check_size(y, size)
-        rows, columns = self._matrices(size, y)
-        return rows.mT @ y @ columns
+        rows, columns = self._bands(size, y)
+        return columns.transposed_times(rows.transposed_times(y).mT).mT.contiguous()
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         if before is None:
             return None
-        rows, columns = ((m != 0).float() for m in self._matrices(size_of(before), before.double()))
-        return nothing_left(rows @ (1 - before) @ columns.mT)
+        rows, columns = (g._replace(blocks=(g.blocks != 0).to(before)) for g in self._bands(size_of(before), before))
+        return nothing_left(columns.times(rows.times(1 - before).mT).mT)
 
 
 def squared_norm(f: Operator, size: Size, y: Tensor, iterations: int = 30) -> Tensor:

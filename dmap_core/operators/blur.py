@@ -25,27 +25,19 @@ LARGEST = 1023  # pixels, of the sides of kernels and of what makes them
 DIRECT = 31 * 31
 
 
+def gaussian_radius(kernel_size: int, sigma: float) -> int:
+    """Taps of a Gaussian on either side of its centre: cut at 4 sigma and at the kernel's size."""
+    return min((kernel_size - 1) // 2, int(TRUNCATE * sigma + 0.5))
+
+
 def gaussian_taps(kernel_size: int, sigma: float) -> Tensor:
-    """Normalised samples of a Gaussian, float64, cut at 4 sigma and at the kernel's size."""
-    radius = min((kernel_size - 1) // 2, int(TRUNCATE * sigma + 0.5))
+    """Normalised samples of a Gaussian, float64."""
+    radius = gaussian_radius(kernel_size, sigma)
     x = torch.arange(-radius, radius + 1, dtype=torch.float64)
     if radius == 0:  # where sigma may be so small that its square is 0
         return torch.ones_like(x)
     taps = torch.exp(-(x**2) / (2 * sigma**2))
     return taps / taps.sum()
-
-
-def convolution_matrix(length: int, taps: Tensor) -> Tensor:
-    """(length, length) float64 matrix of a correlation with `taps`, reflect padding."""
-    radius = len(taps) // 2
-    index = reflect_index(length, radius).unfold(0, len(taps), 1)
-    return torch.zeros(length, length, dtype=torch.float64).scatter_add_(1, index, taps.expand(length, -1).contiguous())
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a host may call this under inference mode, and the cache outlives that
-def gaussian_matrix(length: int, kernel_size: int, sigma: float) -> Tensor:
-    return convolution_matrix(length, gaussian_taps(kernel_size, sigma))
 
 
 def _check_room(name: str, size: Size, radii: tuple[int, int]) -> Size:
@@ -75,11 +67,12 @@ class GaussianBlur(Separable):
         object.__setattr__(self, "sigma", real("GaussianBlur: sigma", self.sigma, LARGEST, unit="pixels"))
         object.__setattr__(self, "kernel_size", whole("GaussianBlur: kernel_size", self.kernel_size, 3, LARGEST, odd=True))
 
-    def matrix(self, length: int) -> Tensor:
-        return gaussian_matrix(length, self.kernel_size, self.sigma)
+    def taps(self, length: int) -> tuple[Tensor, Tensor]:
+        taps = gaussian_taps(self.kernel_size, self.sigma)
+        return reflect_index(length, len(taps) // 2).unfold(0, len(taps), 1), taps.expand(length, -1)
 
     def measurement_size(self, size: Size) -> Size:
-        radius = len(gaussian_taps(self.kernel_size, self.sigma)) // 2
+        radius = gaussian_radius(self.kernel_size, self.sigma)
         return _check_room(self.name, size, (radius, radius))
 
     def image_size(self, y: Tensor) -> Size:
@@ -112,29 +105,45 @@ class Correlation(Operator):
         height, width = self.kernel_tensor().shape
         return height // 2, width // 2
 
-    def _padding(self, size: Size, device: torch.device) -> list[Tensor]:
-        return [reflect_index(n, radius).to(device) for n, radius in zip(size, self._radii(), strict=True)]
+    def _padding(self, size: Size, device: torch.device) -> tuple[Tensor, ...]:
+        def make() -> tuple[Tensor, ...]:
+            return tuple(reflect_index(n, radius).to(device) for n, radius in zip(size, self._radii(), strict=True))
+
+        return self.kept(("padding", *size, device), make)
+
+    def _kernel(self, size: Size, like: Tensor) -> Tensor:
+        """The kernel or, if it is large, its spectrum for pictures of `size` with their padding."""
+        kernel = self.kernel_tensor()
+        if kernel.numel() <= DIRECT:
+            return self.kept(("kernel", like.dtype, like.device), lambda: kernel.to(like))
+        padded = (size[0] + kernel.shape[0] - 1, size[1] + kernel.shape[1] - 1)
+        wide = torch.promote_types(like.dtype, torch.float32)  # there are no Fourier transforms of half precision on a CPU
+        return self.kept(("spectrum", *padded, wide, like.device), lambda: spectrum(kernel.to(like.device, wide), padded))
 
     def _padded(self, image: Tensor) -> Tensor:
         rows, columns = self._padding(size_of(image), image.device)
         return image.index_select(-2, rows).index_select(-1, columns)
 
     def __call__(self, image: Tensor) -> Tensor:
-        self.measurement_size(size_of(image))
-        return correlate(self._padded(image), self.kernel_tensor())
+        size = self.measurement_size(size_of(image))
+        return correlate(self._padded(image), self._kernel(size, image), size)
 
     def adjoint(self, y: Tensor, size: Size) -> Tensor:
         self.check_size(y, size)
         rows, columns = self._padding(size, y.device)
-        padded = spread(y, self.kernel_tensor())
+        padded = spread(y, self._kernel(size, y), (len(rows), len(columns)))
         folded = padded.new_zeros(*padded.shape[:-1], size[1]).index_add(-1, columns, padded)
         return folded.new_zeros(*folded.shape[:-2], *size).index_add(-2, rows, folded)
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         if before is None:
             return None
-        self.measurement_size(size_of(before))
-        return nothing_left(correlate(self._padded(1 - before).double(), (self.kernel_tensor() != 0).double()))
+        size = self.measurement_size(size_of(before))
+        touched = (self.kernel_tensor() != 0).double()  # on the CPU, where masks are
+        known = self._padded(1 - before).double()
+        if touched.numel() > DIRECT:
+            touched = spectrum(touched, size_of(known))
+        return nothing_left(correlate(known, touched, size))
 
     def measurement_size(self, size: Size) -> Size:
         return _check_room(self.name, size, self._radii())
@@ -143,26 +152,29 @@ class Correlation(Operator):
         return self.measurement_size(size_of(y))
 
 
-def correlate(x: Tensor, kernel: Tensor) -> Tensor:
-    """(B, c, h, w) and a kernel (k_h, k_w) -> (B, c, h - k_h + 1, w - k_w + 1): every channel correlated with the kernel, where it fits."""
-    if kernel.numel() <= DIRECT:
-        return F.conv2d(x, kernel.to(x).expand(x.shape[1], 1, *kernel.shape), groups=x.shape[1])
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # there are no Fourier transforms of half precision on a CPU
-    size = [fast_length(n) for n in x.shape[-2:]]
-    product = torch.fft.rfft2(wide, size) * torch.fft.rfft2(kernel.to(wide), size).conj()
-    height, width = (n - k + 1 for n, k in zip(x.shape[-2:], kernel.shape, strict=True))
-    return torch.fft.irfft2(product, size)[..., :height, :width].to(x.dtype)
+def spectrum(kernel: Tensor, size: Size) -> Tensor:
+    """The Fourier transform of a kernel (k_h, k_w) for products with pictures that are of `size` with their padding."""
+    return torch.fft.rfft2(kernel, [fast_length(n) for n in size])
 
 
-def spread(y: Tensor, kernel: Tensor) -> Tensor:
-    """The transpose of `correlate`: (B, c, h, w) -> (B, c, h + k_h - 1, w + k_w - 1)."""
-    if kernel.numel() <= DIRECT:
-        return F.conv_transpose2d(y, kernel.to(y).expand(y.shape[1], 1, *kernel.shape), groups=y.shape[1])
-    wide = y.to(torch.promote_types(y.dtype, torch.float32))
-    height, width = (n + k - 1 for n, k in zip(y.shape[-2:], kernel.shape, strict=True))
-    size = [fast_length(height), fast_length(width)]
-    product = torch.fft.rfft2(wide, size) * torch.fft.rfft2(kernel.to(wide), size)
-    return torch.fft.irfft2(product, size)[..., :height, :width].to(y.dtype)
+def correlate(x: Tensor, kernel: Tensor, size: Size) -> Tensor:
+    """(B, c, H, W) -> (B, c, *size): every channel correlated with a kernel, or with one of this spectrum, where it fits into the picture."""
+    if not kernel.is_complex():
+        return F.conv2d(x, kernel.expand(x.shape[1], 1, *kernel.shape), groups=x.shape[1])
+    return _filtered(x, kernel.conj(), size_of(x), size)
+
+
+def spread(y: Tensor, kernel: Tensor, size: Size) -> Tensor:
+    """The transpose of `correlate`: (B, c, h, w) -> (B, c, *size)."""
+    if not kernel.is_complex():
+        return F.conv_transpose2d(y, kernel.expand(y.shape[1], 1, *kernel.shape), groups=y.shape[1])
+    return _filtered(y, kernel, size, size)
+
+
+def _filtered(x: Tensor, factors: Tensor, padded: Size, size: Size) -> Tensor:
+    lengths = [fast_length(n) for n in padded]
+    product = torch.fft.rfft2(x.to(torch.promote_types(x.dtype, torch.float32)), lengths) * factors
+    return torch.fft.irfft2(product, lengths)[..., : size[0], : size[1]].to(x.dtype)
 
 
 def _rows(kernel: Any) -> Any:

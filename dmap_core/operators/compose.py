@@ -77,13 +77,13 @@ class Compose(Operator):
         if self._hidden is None:
             return y_hat, y
         self.operators[-1].check_pair(y_hat, y)
-        return y_hat * self._visible(self._hidden, y_hat), self.seen(y)
+        return self.seen(y_hat), self.seen(y)
 
     def elements(self, y: Tensor) -> Tensor:
         if self._hidden is None:
             return self.operators[-1].elements(y)
         self.operators[-1].elements(y)  # which may raise
-        return y.shape[1] * self._visible(self._hidden, y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
+        return y.shape[1] * self._visible(y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         return self._hidden if before is None and channels == 3 else self._propagated(before, channels)

@@ -58,7 +58,7 @@ class Inpainting(Operator):
 
     def _known(self, x: Tensor) -> Tensor:
         self.check(size_of(x), len(x))
-        return 1 - self.mask.to(x)
+        return self.kept((x.dtype, x.device), lambda: 1 - self.mask.to(x))
 
     def __call__(self, image: Tensor) -> Tensor:
         return image * self._known(image)

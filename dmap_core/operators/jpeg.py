@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ def ycbcr_matrix() -> Tensor:
     weights = torch.tensor(LUMA, dtype=torch.float64)
     red, _, blue = torch.eye(3, dtype=torch.float64)
     return torch.stack([weights, (blue - weights) / (2 - 2 * LUMA[2]), (red - weights) / (2 - 2 * LUMA[0])])
+
+
+class Constants(NamedTuple):
+    """What every picture of a quality is computed with. offset: (3, 1, 1), what a file's planes are more than luma and colours around 0."""
+
+    tables: Tensor
+    dct: Tensor
+    ycbcr: Tensor
+    rgb: Tensor
+    offset: Tensor
 
 
 def nearest(x: Tensor) -> Tensor:
@@ -125,16 +136,24 @@ class Jpeg(Operator):
         if image.shape[1] not in (1, 3):
             raise ValueError(f"Jpeg: the picture has {image.shape[1]} channels; it must have 1 or 3")
         x = image.to(torch.promote_types(image.dtype, torch.float32))  # half cannot tell all steps of 0 .. 255 apart
-        luma, chroma = quantisation_tables(self.quality).to(x)
+        (luma, chroma), _, ycbcr, rgb, offset = self.constants(x)
         x = self._bytes((x + 1) * 127.5)
         if x.shape[1] == 1:
             x = self._compressed(x, luma)
         else:
-            offset = x.new_tensor([0.0, 128.0, 128.0]).view(3, 1, 1)
-            x = self._bytes(torch.einsum("oc,bchw->bohw", ycbcr_matrix().to(x), x) + offset)
+            x = self._bytes(torch.einsum("oc,bchw->bohw", ycbcr, x) + offset)
             x = torch.cat([self._compressed(x[:, :1], luma), self._subsampled(x[:, 1:], chroma)], 1) - offset
-            x = self._bytes(torch.einsum("oc,bchw->bohw", ycbcr_matrix().inverse().to(x), x))
+            x = self._bytes(torch.einsum("oc,bchw->bohw", rgb, x))
         return (x / 127.5 - 1).to(image.dtype)
+
+    def constants(self, like: Tensor) -> Constants:
+        """In the dtype and on the device of `like`."""
+
+        def make() -> Constants:
+            ycbcr, offset = ycbcr_matrix(), torch.tensor([0.0, 128.0, 128.0]).view(3, 1, 1)
+            return Constants(*(t.to(like) for t in (quantisation_tables(self.quality), dct_matrix(), ycbcr, ycbcr.inverse(), offset)))
+
+        return self.kept((like.dtype, like.device), make)
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         """A pixel is made of its block's, and of the blocks whose colour is smoothed into its own."""
@@ -152,8 +171,8 @@ class Jpeg(Operator):
         """x as 8-bit samples, 0 .. 255. Halves of odd columns go up and those of even ones down if `lean` > 0, the reverse if it is < 0."""
         if self.rounding == "cubic":
             return x
-        sides = 2 * (torch.arange(x.shape[-1], device=x.device) % 2) - 1
-        return straight_through(x, nearest(x + lean * sides).clamp(0, 255))
+        leaning = x + lean * (2 * (torch.arange(x.shape[-1], device=x.device) % 2) - 1) if lean else x
+        return straight_through(x, nearest(leaning).clamp(0, 255))
 
     def _digits(self, x: Tensor, steps: float) -> Tensor:
         """x in whole steps of 1 / `steps`."""
@@ -161,7 +180,7 @@ class Jpeg(Operator):
 
     def _compressed(self, plane: Tensor, table: Tensor) -> Tensor:
         """The plane (B, c, h, w) in 0 .. 255 after its blocks' DCT coefficients were rounded to multiples of `table` (8, 8)."""
-        dct = dct_matrix().to(plane)
+        dct = self.constants(plane).dct
         padded = edge(plane, 8, 8) - 128
         blocks = in_blocks(padded)
         # the digits of libjpeg's integer DCT: with more, a coefficient near the middle of two steps is often rounded to the other one

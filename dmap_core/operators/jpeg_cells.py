@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .jpeg import SUBSAMPLINGS, Jpeg, dct_matrix, edge, enlarged, in_blocks, of_blocks, quantisation_tables, triangle, ycbcr_matrix
+from .jpeg import SUBSAMPLINGS, Jpeg, edge, enlarged, in_blocks, of_blocks, triangle
 
 MARGIN = 1.5  # grey levels: four standard deviations of what two roundings to 8 bits (R, G, B; Y, Cb, Cr) do to a coefficient
 ROUNDS = 8  # of guesses of what was clipped; after four hardly anything moves (measured, qualities 10 and 75)
@@ -26,8 +26,8 @@ def read_file(f: Jpeg, y: Tensor) -> list[Tensor]:
     beyond[..., :height, :width] = 0
     kept, seen = [], y
     for _ in range(ROUNDS):
-        kept = [(_dct(plane) / table).round() * table for plane, table in zip(_unsmoothed(f, seen), _tables(f, y), strict=False)]
-        found = _decoded(f, [_pixels(c) for c in kept])
+        kept = [(_dct(f, plane) / table).round() * table for plane, table in zip(_unsmoothed(f, seen), f.constants(y).tables, strict=False)]
+        found = _decoded(f, [_pixels(f, c) for c in kept])
         seen = torch.where(y >= 255, found.clamp(min=255), torch.where(y <= 0, found.clamp(max=0), y))
         seen = torch.where(beyond > 0, found, seen)
     return kept
@@ -42,13 +42,13 @@ def nearest_picture(f: Jpeg, image: Tensor, kept: list[Tensor], margin: float = 
     height, width = image.shape[-2:]
     x = edge((image + 1) * 127.5, *_sides(f, image))
     changes = []
-    for plane, centre, table in zip(_planes(f, x), kept, _tables(f, x), strict=False):
+    for plane, centre, table in zip(_planes(f, x), kept, f.constants(x).tables, strict=False):
         half = (table / 2 - margin).clamp(min=0)
-        changes.append(_pixels(torch.minimum(torch.maximum(_dct(plane), centre - half), centre + half)) - plane)
+        changes.append(_pixels(f, torch.minimum(torch.maximum(_dct(f, plane), centre - half), centre + half)) - plane)
     down, across = SUBSAMPLINGS[f.subsampling]
     for i in range(1, len(changes)):  # of an average: the same to all that were averaged
         changes[i] = changes[i].repeat_interleave(down, -2).repeat_interleave(across, -1)
-    return image + _without_edge(_rgb(torch.cat(changes, 1)), height, width) / 127.5
+    return image + _without_edge(_rgb(f, torch.cat(changes, 1)), height, width) / 127.5
 
 
 def _sides(f: Jpeg, x: Tensor) -> tuple[int, int]:
@@ -63,40 +63,36 @@ def _without_edge(x: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([x[..., : width - 1], x[..., width - 1 :].mean(-1, keepdim=True)], -1)
 
 
-def _tables(f: Jpeg, like: Tensor) -> list[Tensor]:
-    return list(quantisation_tables(f.quality).to(like))
-
-
-def _dct(plane: Tensor) -> Tensor:
-    dct = dct_matrix().to(plane)
+def _dct(f: Jpeg, plane: Tensor) -> Tensor:
+    dct = f.constants(plane).dct
     return dct @ in_blocks(plane) @ dct.mT
 
 
-def _pixels(coefficients: Tensor) -> Tensor:
-    dct = dct_matrix().to(coefficients)
+def _pixels(f: Jpeg, coefficients: Tensor) -> Tensor:
+    dct = f.constants(coefficients).dct
     return of_blocks(dct.mT @ coefficients @ dct)
 
 
-def _ycbcr(x: Tensor) -> Tensor:
+def _ycbcr(f: Jpeg, x: Tensor) -> Tensor:
     """Y, Cb and Cr, all around 0; 128 grey is 0 in each."""
-    return x - 128 if x.shape[1] == 1 else torch.einsum("oc,bchw->bohw", ycbcr_matrix().to(x), x - 128)
+    return x - 128 if x.shape[1] == 1 else torch.einsum("oc,bchw->bohw", f.constants(x).ycbcr, x - 128)
 
 
-def _rgb(x: Tensor) -> Tensor:
+def _rgb(f: Jpeg, x: Tensor) -> Tensor:
     """The inverse, but for the 128."""
-    return x if x.shape[1] == 1 else torch.einsum("oc,bchw->bohw", ycbcr_matrix().inverse().to(x), x)
+    return x if x.shape[1] == 1 else torch.einsum("oc,bchw->bohw", f.constants(x).rgb, x)
 
 
 def _planes(f: Jpeg, x: Tensor) -> list[Tensor]:
     """Of a picture that is to be compressed."""
-    x = _ycbcr(x)
+    x = _ycbcr(f, x)
     return [x[:, :1], F.avg_pool2d(x[:, 1:], SUBSAMPLINGS[f.subsampling])] if x.shape[1] == 3 else [x]
 
 
 def _decoded(f: Jpeg, planes: list[Tensor]) -> Tensor:
     """The picture of a file's planes, before it is clipped."""
     full = [*planes[:1], *(enlarged(colour, *SUBSAMPLINGS[f.subsampling]) for colour in planes[1:])]
-    return _rgb(torch.cat(full, 1)) + 128
+    return _rgb(f, torch.cat(full, 1)) + 128
 
 
 def _unsmoothed(f: Jpeg, x: Tensor) -> list[Tensor]:
@@ -106,8 +102,8 @@ def _unsmoothed(f: Jpeg, x: Tensor) -> list[Tensor]:
         smooth = colour.shape[-1] > 2
         for dim, times in zip((-2, -1), SUBSAMPLINGS[f.subsampling], strict=True):
             if times == 2 and smooth:
-                triangles = triangle(torch.eye(colour.shape[dim], dtype=torch.float64, device=x.device), 0)
-                mixed = triangles.unflatten(0, (-1, 2)).mean(1)
-                colour = torch.linalg.solve(mixed, colour.double().movedim(dim, -2)).to(x).movedim(-2, dim)
+                mixed = triangle(torch.eye(colour.shape[dim], dtype=torch.float64), 0).unflatten(0, (-1, 2)).mean(1)
+                # on the CPU: not every device has float64
+                colour = torch.linalg.solve(mixed, colour.cpu().double().movedim(dim, -2)).to(x).movedim(-2, dim)
         planes[1] = colour
     return planes

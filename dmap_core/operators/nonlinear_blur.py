@@ -198,14 +198,15 @@ class NonlinearBlur(Operator):
 
     def __call__(self, image: Tensor) -> Tensor:
         self.channels(image.shape[1])
-        kernel = self.kernel(size_of(image))
-        weight = next(self.network.parameters())
-        blurred = self.network((image.to(weight.dtype) + 1) / 2, kernel.to(weight))
+        size, weight = size_of(image), next(self.network.parameters())
+        kernel = self.kept((*size, weight.dtype, weight.device), lambda: self.kernel(size).to(weight))
+        blurred = self.network((image.to(weight.dtype) + 1) / 2, kernel)
         return (2 * blurred - 1).clamp(-1, 1).to(image.dtype)
 
     def to(self, device: torch.device | str) -> NonlinearBlur:
         with torch.inference_mode(False):  # weights moved under inference mode could not be differentiated through later
             self.network.to(device)
+        self.kept.only_on(device)
         return self
 
     def measurement_size(self, size: Size) -> Size:

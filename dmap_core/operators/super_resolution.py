@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,17 +22,13 @@ def cubic(x: Tensor) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)  # a host may call this under inference mode, and the cache outlives that
-def downsampling_matrix(length: int, scale: int) -> Tensor:
-    """(length / scale, length) float64: the cubic kernel stretched by `scale` (antialiasing), symmetric reflection, rows of sum 1."""
+def downsampling_taps(length: int, scale: int) -> tuple[Tensor, Tensor]:
+    """Pixels and float64 weights, (length / scale, 4 scale + 2): the cubic kernel stretched by `scale` (antialiasing), symmetric reflection, sum 1."""
     centre = (torch.arange(length // scale, dtype=torch.float64) + 0.5) * scale - 0.5
     first = torch.floor(centre - 2 * scale).long()
     taps = first[:, None] + torch.arange(4 * scale + 2)
     weights = cubic((centre[:, None] - taps) / scale)
-    weights = weights / weights.sum(1, keepdim=True)
-    matrix = torch.zeros(len(centre), length, dtype=torch.float64)
-    return matrix.scatter_add_(1, symmetric_index(taps, length), weights)
+    return symmetric_index(taps, length), weights / weights.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -50,8 +45,8 @@ class SuperResolution(Separable):
     def __post_init__(self):
         object.__setattr__(self, "scale", whole("SuperResolution: scale", self.scale, 2, LARGEST))
 
-    def matrix(self, length: int) -> Tensor:
-        return downsampling_matrix(length, self.scale)
+    def taps(self, length: int) -> tuple[Tensor, Tensor]:
+        return downsampling_taps(length, self.scale)
 
     def measurement_size(self, size: Size) -> Size:
         if size[0] % self.scale or size[1] % self.scale:

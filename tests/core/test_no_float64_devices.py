@@ -11,8 +11,21 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter, tree_map
 
+from dmap_core import consistency
 from dmap_core.metrics.reference import psnr
-from dmap_core.operators import Compose, GaussianBlur, Grayscale, Inpainting, Jpeg, KernelBlur, MotionBlur, Noisy, SuperResolution
+from dmap_core.operators import (
+    Compose,
+    GaussianBlur,
+    Grayscale,
+    Inpainting,
+    Jpeg,
+    KernelBlur,
+    MotionBlur,
+    Noisy,
+    NonlinearBlur,
+    SuperResolution,
+)
+from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.posterior import Posterior
 from dmap_core.restore import initial_latent
 from dmap_core.schedule import SPACINGS, generators, randn_like
@@ -27,11 +40,13 @@ SIGMAS = [9.0, 3.0, 1.0, 0.0]
 
 
 class NoFloat64(TorchDispatchMode):
+    truth = False  # what is read of truths that are there, such as whether an iteration goes on
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         here = [t for t in tree_iter((args, kwargs)) if isinstance(t, torch.Tensor) and t.is_meta]
         if here and function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.equal):
-            return {torch.bool: False}.get(here[0].dtype, 1)
+            return {torch.bool: self.truth}.get(here[0].dtype, 1)
         if here and function.overloadpacket is torch.ops.aten._to_copy and torch.device(kwargs.get("device") or "meta").type == "cpu":
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         if here and function.overloadpacket is torch.ops.aten.nonzero:
@@ -50,6 +65,17 @@ class NoFloat64(TorchDispatchMode):
 def device():
     with NoFloat64():
         yield torch.device("meta")
+
+
+@pytest.fixture
+def device_of_truths():
+    with NoFloat64() as mode:
+        mode.truth = True
+        yield torch.device("meta")
+
+
+def size_for(f):
+    return (128, 128) if f is BLURS else IMAGE
 
 
 class TinyPrior:
@@ -89,6 +115,7 @@ OPERATORS = [
     Jpeg(20),
     Jpeg(20, "4:4:4", "cubic"),
 ]
+BLURS = Compose([NonlinearBlur(random_kernel_wizard(0, 2, 1, 1)), SuperResolution(4)])
 CASES = {
     "DPS": {"zeta": 0.5, "optimizer": "adam"},
     "PSLD": {"zeta": 0.5, "gamma": 0.1},
@@ -115,24 +142,37 @@ def test_the_stand_in_refuses_what_mps_refuses(device):
     assert float(on_it[0]) == 1
 
 
-@pytest.mark.parametrize("f", OPERATORS, ids=lambda f: f.describe()[:30])
+@pytest.mark.parametrize("f", [*OPERATORS, BLURS], ids=lambda f: f.describe()[:30])
 def test_operators(device, f):
-    x = torch.zeros(2, 3, *IMAGE, device=device).requires_grad_()
+    f, size = f.to(device), size_for(f)
+    x = torch.zeros(2, 3, *size, device=device).requires_grad_()
     y_hat = f(x)
     y = f.measure(x).detach()
     f.distance(y_hat, y).sum().backward()
     f.hint(y), f.picture(y), f.seen(y), f.elements(y)
     if f.linear:
-        assert f.adjoint(y, IMAGE).is_meta
+        assert f.adjoint(y, size).is_meta
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("f", [*OPERATORS, BLURS], ids=lambda f: f.describe()[:30])
+def test_match(device_of_truths, monkeypatch, f):
+    """Truths are true, so that rounds go on; a few show all that is asked of the device."""
+    for rounds in ("ROUNDS", "FILE_ROUNDS", "NEWTON"):
+        monkeypatch.setattr(consistency, rounds, 2)
+    solve = consistency.solve
+    monkeypatch.setattr(consistency, "solve", lambda *problem: solve(*problem[:4], 2))
+    f, x = f.to(device_of_truths), torch.zeros(2, 3, *size_for(f), device=device_of_truths)
+    taken = consistency.match(f, x, f.measure(x), feather=2.0)
+    assert taken.image.is_meta and taken.image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name, settings", [*CASES.items(), ("DPS", {}), ("DMAP", {}), ("DMAP", {"zeta": 0.5, "jacobian": "none"})])
 @pytest.mark.parametrize("f", [SuperResolution(4), Noisy(Compose([Inpainting(MASK), MotionBlur(41, 20.0)]), 0.02)], ids=lambda f: f.name)
-def test_solvers(device, case, f):
+def test_solvers(device, name, settings, f):
     y = torch.zeros(2, 3, *f.measurement_size(IMAGE), device=device)
     posterior = Posterior(TinyPrior(device), f, y, "fast")
     z = initial_latent(LATENT, SIGMAS[0], [0, 1], device)
-    out = SOLVERS[case](**CASES[case])(posterior, z, SIGMAS, generator=generators(0, 2), callback=lambda *_: None)
+    out = SOLVERS[name](**settings)(posterior, z, SIGMAS, generator=generators(0, 2), callback=lambda *_: None)
     assert out.is_meta and out.shape == (2, *LATENT)
     assert Unguided()(posterior, z, SIGMAS, callback=lambda *_: None).is_meta
 
