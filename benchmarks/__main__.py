@@ -1,0 +1,5 @@
+"""python -m benchmarks <what>"""
+
+from . import costs
+
+costs.main()
