@@ -7,21 +7,26 @@ count: what a kernel allocates and frees itself (workspaces of convolutions), an
 
 from __future__ import annotations
 
+import argparse
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from dmap_core import costs
 from dmap_core.gradient import STRATEGIES, latent_gradient, linearise
 from dmap_core.memory import checkpointed
 from dmap_core.operators import SuperResolution
 from dmap_core.posterior import Posterior
+from dmap_core.prior import DTYPES
 
 from .live import Live, fake, weight_bytes
-from .shapes import CHANNELS, FACTOR, ShapePrior, build
+from .shapes import CHANNELS, FACTOR, FAMILIES, ShapePrior, build
+from .step import GIB, in_a_process
 
 OPERATOR = SuperResolution(8)
-GIB = 2**30
 SIGMA = 5.0
 
 
@@ -103,3 +108,50 @@ def table(families, sizes, dtypes, tiles=True):
                 if tiles and size > tile * FACTOR:
                     for strategy in ("fast", "checkpoint"):
                         yield counted(family, "KL", dtype, size, strategy, tile)
+
+
+CALIBRATION = (("SD 2.0", 256, "fast"), ("SD 2.0", 256, "lean"), ("SD 2.0", 256, "checkpoint"), ("SD 2.0", 512, "checkpoint"))
+HEAD = (
+    "| model | dtype | size | plan | tile | jacobian | peak GiB | of it weights | in closed form |\n|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: dict) -> str:
+    size = (row["size"], row["size"])
+    summed = costs.peak(row["family"], row["decoder"], size, row["dtype"], row["strategy"], row["tile"], row["jacobian"]) / GIB
+    cells = [row["family"], row["dtype"], row["size"], row["strategy"], row["tile"] or "", row["jacobian"]]
+    return "| " + " | ".join([*map(str, cells), f"{row['peak_gib']:.2f}", f"{row['weights_gib']:.2f}", f"{summed:.2f}"]) + " |"
+
+
+def calibrated(family: str, size: int, strategy: str) -> dict:
+    """A real step in fp32 on the CPU, in a process of its own, and its count. ratio: of activations, measured to counted."""
+    job = {"family": family, "decoder": "KL", "size": size, "dtype": "fp32", "how": strategy, "device": "cpu", "threads": 1, "seed": 0}
+    row = in_a_process(job)
+    row["counted_gib"] = costs.peak(family, "KL", (size, size), "fp32", strategy) / GIB
+    return row | {"ratio": (row["peak_gib"] - row["before_gib"]) / (row["counted_gib"] - row["weights_gib"])}
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=["SD 1.5", "SD 2.0", "SDXL"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[512, 1024, 2048])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp16", "bf16", "fp32"])
+    parser.add_argument("--calibrate", action="store_true", help="measure real steps of Stable Diffusion 2.0 instead (10 GiB, minutes)")
+    parser.add_argument("--json", type=Path, help="file for all rows")
+    args = parser.parse_args(arguments)
+    found = []
+    if args.calibrate:
+        print("| size | plan | before GiB | peak GiB | counted GiB | activations, measured to counted |\n|---|---|---|---|---|---|")
+        for family, size, strategy in CALIBRATION:
+            found.append(row := calibrated(family, size, strategy))
+            cells = [size, strategy, *(f"{row[name]:.2f}" for name in ("before_gib", "peak_gib", "counted_gib", "ratio"))]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    else:
+        print(HEAD)
+        for row in table(args.families, args.sizes, args.dtypes):
+            found.append(row)
+            print(line(row), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -93,28 +93,34 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     return module
 
 
-def unet_of(family: str, device: torch.device | str, dtype: torch.dtype, weights: bool = True) -> nn.Module:
-    """The UNet of one of FAMILIES, or the tiny one. weights: random ones; without, memory as it came."""
+def layers(cast: bool):
+    """ComfyUI's layers. cast: weights are cast to the precision of what comes in, call by call."""
     import_comfy()
     import comfy.ops
+
+    return comfy.ops.manual_cast if cast else comfy.ops.disable_weight_init
+
+
+def unet_of(family: str, device: torch.device | str, dtype: torch.dtype, weights: bool = True, cast: bool = False) -> nn.Module:
+    """The UNet of one of FAMILIES, or the tiny one. weights: random ones; without, memory as it came. cast: see `layers`."""
+    operations = layers(cast)
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
     config = TINY if family == "tiny" else UNETS[family]
     with torch.no_grad():
-        unet = UNetModel(**config, operations=comfy.ops.disable_weight_init, device=device, dtype=dtype)
+        unet = UNetModel(**config, operations=operations, device=device, dtype=dtype)
         return frozen(randomise(unet) if weights else unet)
 
 
-def controlnet_of(family: str, device: torch.device | str, dtype: torch.dtype, weights: bool = True) -> nn.Module:
+def controlnet_of(family: str, device: torch.device | str, dtype: torch.dtype, weights: bool = True, cast: bool = False) -> nn.Module:
     """A ControlNet of the family's shape, as a CSE is one. Its last convolutions are random, too, where a new one's are zero."""
-    import_comfy()
-    import comfy.ops
+    operations = layers(cast)
     from comfy.cldm.cldm import ControlNet
 
     config = {**(TINY if family == "tiny" else UNETS[family]), "hint_channels": HINT_CHANNELS}
     del config["out_channels"]
     with torch.no_grad():
-        network = ControlNet(**config, operations=comfy.ops.disable_weight_init, device=device, dtype=dtype)
+        network = ControlNet(**config, operations=operations, device=device, dtype=dtype)
         return frozen(randomise(network, seed=1) if weights else network)
 
 
@@ -213,7 +219,7 @@ class ShapePrior:
         return tiled(whole, latent, decoding(self.tile), FACTOR) if self.tile else whole(latent)
 
     def encode(self, image: Tensor) -> Tensor:
-        raise NotImplementedError("benchmarks encode nothing")
+        return self.autoencoder.encode(image.to(self.vae_dtype)).float() * 0.18215
 
     def networks(self) -> list[nn.Module]:
         return [n for n in (self.unet, self.autoencoder, self.controlnet) if n is not None]
