@@ -100,6 +100,7 @@ ORDER = (
     "solvers",
     "backends",
     "posterior",
+    "costs",
     "tiles",
     "gradient",
     "memory",

@@ -1,0 +1,65 @@
+"""The constants of dmap_core/costs.py are what the benchmarks count, and the benchmarks run the networks as the nodes do."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from variants import some_at_once
+
+from dmap_core import costs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def benchmarks(comfyui):
+    """The package `benchmarks`, whose folder is not on the path."""
+    spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+    sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    for name in ("shapes", "live", "memory", "flops"):
+        setattr(package, name, importlib.import_module(f"benchmarks.{name}"))
+    with torch.inference_mode(False):
+        yield package
+
+
+def test_the_same_blocks_recompute_as_in_the_nodes(lab, benchmarks):
+    assert importlib.import_module("dmap_pack.nodes.host.prior").BLOCKS == benchmarks.shapes.BLOCKS
+
+
+STEPS = [
+    *[("demo prior", "TAESD", dtype, 256, plan, None, "exact") for dtype in ("fp16", "fp32") for plan in ("fast", "lean", "checkpoint")],
+    ("demo prior", "TAESD", "fp32", 256, "fast", 24, "exact"),
+    ("demo prior", "TAESD", "bf16", 256, "checkpoint", None, "none"),
+    *[("SD 2.0", "KL", "fp16", 512, plan, None, "exact") for plan in ("fast", "checkpoint")],
+    ("SD 1.5", "KL", "bf16", 768, "checkpoint", 64, "exact"),
+    ("SDXL", "KL", "fp16", 1024, "checkpoint", None, "exact"),
+]
+
+
+@pytest.mark.parametrize("step", some_at_once(STEPS, [STEPS[3], STEPS[5], STEPS[6], STEPS[7]]), ids=str)
+def test_memory_of_a_whole_step(benchmarks, step):
+    family, decoder, dtype, size, plan, tile, jacobian = step
+    with torch.inference_mode(False):
+        counted = benchmarks.memory.counted(*step)["peak_gib"] * 2**30
+    expected = costs.peak(family, decoder, (size, size), dtype, plan, tile, jacobian)
+    assert counted == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("family", some_at_once(costs.FAMILIES, ["demo prior"]))
+def test_operations_of_a_denoiser(benchmarks, family):
+    with torch.inference_mode(False):
+        forward, back = benchmarks.flops.denoiser_flop(family, 512)
+    assert forward == pytest.approx(costs.denoiser_flop(family, (512, 512)), rel=0.02)
+    whole = costs.flop(family, "TAESD", (512, 512)) - costs.flop(family, "TAESD", (512, 512), jacobian="none")
+    assert back == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize("decoder", some_at_once(costs.DECODERS, ["TAESD"]))
+def test_operations_of_a_decoder(benchmarks, decoder):
+    with torch.inference_mode(False):
+        counted = sum(benchmarks.flops.decoder_flop(decoder, 256))
+    step = costs.flop("SD 2.0", decoder, (256, 256), jacobian="none") - costs.denoiser_flop("SD 2.0", (256, 256))
+    assert counted == pytest.approx(step, rel=0.02)
