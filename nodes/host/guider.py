@@ -91,7 +91,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.warnings: list[str] = [f"{name} is left out: outputs that it reuses have no gradient" for name in caches]
         self.report: Report | None = None
         self._posterior: Posterior | None = None
-        self._static = None  # set for every run
+        self._static = None  # set for every run, as what follows
+        self._exact = True  # whether gradients go through the denoiser
         self._clock: Clock | None = None
         self._cut: dict[tuple, dict[str, list[dict]]] = {}  # conditioning of tiles, of a run
         self.vae_tried = False
@@ -106,6 +107,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         if sigmas.shape[-1] == 0:  # denoise 0: nothing to do, as in any ComfyUI guider
             return latent_image
         ours = isinstance(sampler, PosteriorSampler)
+        self._exact = sampler.through_denoiser if ours else self.dps.jacobian == "exact"
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
@@ -119,8 +121,11 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         started = time.perf_counter()
         try:
             with torch.inference_mode(False), torch.no_grad(), static_patchers() as self._static:
-                self.model_patcher = self._static(model)
-                self.original_conds = static_controls(normal(original_conds), self._static)
+                if self._exact:
+                    self.model_patcher = self._static(model)
+                    self.original_conds = static_controls(normal(original_conds), self._static)
+                else:
+                    self.original_conds = normal(original_conds)
                 noise, latent_image, sigmas, args, kwargs = normal((noise, latent_image, sigmas, args, kwargs))
                 seed = ((seed or 0) + SEED_SHIFT) % 2**64
                 samples = super().sample(noise, latent_image, sampler, sigmas, *args, seed=seed, **kwargs)
@@ -201,12 +206,15 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def inner_sample(self, noise, latent_image, device, *args, **kwargs):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
         vaes = [self._static(vae.patcher) for vae in (self.vae, self.guidance_vae) if vae]
-        patchers = [self.model_patcher, *self.loaded_models, *vaes]
+        plain = [self.model_patcher, *self.loaded_models]
         tile, native = self._tiles(noise)
         shape = [*noise.shape[:2], *(min(n, tile or n) for n in noise.shape[2:])]
         estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
-        comfy.model_management.load_models_gpu(patchers, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
-        check_whole(patchers)
+        whole = [*plain, *vaes] if self._exact else vaes
+        comfy.model_management.load_models_gpu(whole, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
+        check_whole(whole)
+        if not self._exact:  # as for plain sampling: a part of it may stay where it is
+            comfy.model_management.load_models_gpu([*plain, *vaes], memory_required=estimate)
         controls = list(controls_of(self.conds))
         if controls:
             add_own_skip(self.model_options["transformer_options"])  # of this run: the host works on a copy
@@ -223,8 +231,9 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             guidance = prior.guide if self.guidance_vae else None
             into_tiles = (lambda: self._into_tiles(prior, native)) if native else None
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory, guidance, into_tiles)
-            with frozen(prior.networks()), differentiable_attention(networks), exact_layers(prior.networks()):
-                check_quantised(prior.networks())
+            through = prior.networks() if self._exact else [vae.model for vae in vaes]
+            with frozen(through), differentiable_attention(networks if self._exact else []), exact_layers(through):
+                check_quantised(through)
                 self._try_vae(prior, y[:1])
                 samples = super().inner_sample(noise, latent_image, device, *args, **kwargs)
                 if self.report.residuals:  # a study's run restores nothing
@@ -338,6 +347,7 @@ class PosteriorSampler(comfy.samplers.Sampler):
     """SAMPLER that is given the Posterior of a PosteriorGuider. `name` is what reports and messages call it."""
 
     name: str
+    through_denoiser = True  # whether it takes gradients through the denoiser, whose weights must then be whole where it runs
 
     def check(self, operator: Operator, steps: int) -> None:
         """Raises ValueError for a run that it cannot do; called before models are loaded."""
@@ -360,6 +370,7 @@ class SolverSampler(PosteriorSampler):
 
     def __init__(self, solver: Solver):
         self.solver, self.name = solver, solver.describe()
+        self.through_denoiser = getattr(solver, "jacobian", "exact") == "exact"
 
     def check(self, operator: Operator, steps: int) -> None:
         self.solver.check(operator, steps)

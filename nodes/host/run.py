@@ -191,11 +191,12 @@ class _Timed(PosteriorSampler):
 
     def __init__(self, sampler: PosteriorSampler, warm_up: bool):
         self.name, self.check, self._run, self._warm_up = sampler.name, sampler.check, sampler.run, warm_up
+        self.through_denoiser = sampler.through_denoiser
         self.seconds = 0.0
 
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
         if self._warm_up:
-            posterior.gradient(z, float(sigmas[0]))
+            posterior.gradient(z, float(sigmas[0]), jacobian="exact" if self.through_denoiser else "none")
             posterior.denoiser_calls = posterior.decoder_calls = posterior.guidance_calls = 0
         started = time.perf_counter()
         z = self._run(posterior, z, sigmas, generator, callback)

@@ -72,6 +72,40 @@ def test_the_fake_is_what_it_says(lab, dynamic, fresh):
         assert getattr(patcher, "is_dynamic", bool)() == dynamic.AVAILABLE
 
 
+def without_jacobian(lab, model, vae):
+    samplers = [lab.dmap(jacobian="none"), lab.dps(jacobian="none", inner=2), lab.stock("ddpm")]
+    return [lab.sample(lab.guider(model=model, vae=vae, step="auto", jacobian="none"), sampler) for sampler in samplers]
+
+
+def test_without_the_denoisers_jacobian_only_the_vae_is_copied(lab, fresh, monkeypatch):
+    """The denoiser runs as in plain sampling, its weights moving as they like."""
+    import importlib
+
+    static = importlib.import_module("dmap_pack.nodes.host.static")
+    copied, original = [], static._copied
+    monkeypatch.setattr(static, "_copied", lambda patcher: copied.append(type(patcher.model).__name__) or original(patcher))
+    model, vae = fresh(False)
+    plain = without_jacobian(lab, model, vae)
+    assert not copied
+    model, vae = fresh(True)
+    same(without_jacobian(lab, model, vae), plain)
+    assert set(copied) == ({type(vae.patcher.model).__name__} if KNOWN else set())
+
+
+@pytest.mark.parametrize("jacobian", ["exact", "none"])
+def test_a_denoiser_that_is_in_part_elsewhere(lab, jacobian, monkeypatch):
+    """What ComfyUI does where it does not fit: fine for plain sampling, and so without its Jacobian; for gradients through it refused."""
+    model, vae = lab.shared()
+    monkeypatch.setattr(model.model, "model_lowvram", True, raising=False)
+    monkeypatch.setattr(lab.comfy.model_management, "load_models_gpu", lambda patchers, **how: [p.model for p in patchers])
+    guider = lab.guider(model=model, vae=vae)
+    if jacobian == "exact":
+        with pytest.raises(RuntimeError, match="does not fit into the GPU's memory as a whole, which gradients need"):
+            lab.sample(guider, lab.dps())
+    else:
+        assert torch.isfinite(lab.sample(guider, lab.dps(jacobian="none"))).all()
+
+
 def test_pictures_are_the_same(lab, fresh):
     model, vae = fresh(False)
     plain, stock = restored(lab, model, vae), lab.ksampler(model)
