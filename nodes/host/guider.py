@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import comfy.model_management
 import comfy.model_patcher
@@ -19,7 +20,7 @@ from ...dmap_core.consistency import grey_levels
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
-from ...dmap_core.solvers import DPS, Solver, check_finite, guided_denoised
+from ...dmap_core.solvers import DPS, Cost, Solver, check_finite, guided_denoised
 from ...dmap_core.solvers.step import step_of
 from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
@@ -36,6 +37,7 @@ from .gradients import (
     pytorch_attention,
     without_caches,
 )
+from .job import GIB, job_of, room
 from .prior import HostPrior, check_model, check_vae, latent_size, native_latents, round_trip, stand_in
 from .report import REPORT, Report
 from .static import static_controls, static_patchers
@@ -111,8 +113,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
+        counted = self._counted(noise, sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1))
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
         self.report, self._clock = Report(name, self.operator.describe()), Clock(len(sigmas) - 1)
+        self.report.flop, self.report.counted_memory = counted
         original_conds, model = self.original_conds, self.model_patcher
         device = comfy.model_management.get_torch_device()
         on_gpu = device.type == "cuda"
@@ -170,6 +174,28 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         with speaking_of_nodes():
             self.operator.check(self.size, len(noise))
 
+    def _counted(self, noise: Tensor, cost: Cost | None) -> tuple[float | None, float | None]:
+        """(operations, bytes) that a run takes, both None where they are not known. Raises ValueError for one that cannot fit into the memory there is."""
+        tile, native = self._tiles(noise, self.original_conds)
+        job = job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, len(noise), tile, self._exact)
+        if job is None or cost is None:
+            return None, None
+        strategy = job.fitting(self.memory, room())
+        if strategy is None and native:
+            job = replace(job, tile=native)
+            strategy = job.fitting(self.memory, room())
+        if strategy is None:
+            need, there = (n / GIB for n in (job.peak("checkpoint" if self.memory == "auto" else self.memory), room()))
+            remedies = job.remedies(room())
+            fits = ", or ".join(remedies) if remedies else "a smaller picture or model"
+            raise ValueError(
+                f"DPSGuider: a gradient of {self.size[1]}x{self.size[0]}{f' in tiles of {8 * job.tile}' if job.tile else ''} needs {need:.1f} GiB with the weights, "
+                f"and there are {there:.1f}. What would fit: {fits}"
+            )
+        flop, peak = job.flop(cost, strategy), job.peak(strategy)
+        log.info("DPSGuider: %.3g TFLOP and %.1f GiB at most, counted for %s", flop / 1e12, peak / GIB, job.family)
+        return flop, peak
+
     def _try_vae(self, prior: HostPrior, y: Tensor) -> None:
         if not self.vae_tried:
             warnings = round_trip(prior, self.operator.hint(y))
@@ -207,7 +233,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
         vaes = [self._static(vae.patcher) for vae in (self.vae, self.guidance_vae) if vae]
         plain = [self.model_patcher, *self.loaded_models]
-        tile, native = self._tiles(noise)
+        tile, native = self._tiles(noise, self.conds)
         shape = [*noise.shape[:2], *(min(n, tile or n) for n in noise.shape[2:])]
         estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         whole = [*plain, *vaes] if self._exact else vaes
@@ -242,12 +268,12 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         finally:
             self.operator.to("cpu")
 
-    def _tiles(self, noise: Tensor) -> tuple[int | None, int | None]:
+    def _tiles(self, noise: Tensor, conds: dict[str, list[dict]]) -> tuple[int | None, int | None]:
         """(the tiles of a run in latents, None for whole pictures; those that it may take when the memory does not suffice)."""
         if self.tile != AUTO:
             return self.tile, None
         size, native = tuple(noise.shape[-2:]), native_latents(self.model_patcher)
-        tied = untied(self.conds)
+        tied = untied(conds)
         if tied and wanted(size, native):
             self._warn(
                 f"the picture is much larger than those that the model knows, and is not cut into tiles: the conditioning has {tied}, "
@@ -352,6 +378,10 @@ class PosteriorSampler(comfy.samplers.Sampler):
     def check(self, operator: Operator, steps: int) -> None:
         """Raises ValueError for a run that it cannot do; called before models are loaded."""
 
+    def cost(self, steps: int) -> Cost | None:
+        """What a run takes; None if that is not known."""
+        return None
+
     def run(self, posterior: Posterior, z: Tensor, sigmas: Tensor, generator, callback) -> Tensor:
         """What the run puts out, a latent like z (B, C, h, w). callback(step, denoised, z, residual) is to be called after every step."""
         raise NotImplementedError
@@ -374,6 +404,9 @@ class SolverSampler(PosteriorSampler):
 
     def check(self, operator: Operator, steps: int) -> None:
         self.solver.check(operator, steps)
+
+    def cost(self, steps: int) -> Cost:
+        return self.solver.cost(steps)
 
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
         return self.solver(posterior, z, sigmas, generator=generator, callback=callback)

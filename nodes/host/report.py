@@ -16,7 +16,8 @@ REPORT = "dmap_report"  # attribute of the latents of a run, which outlive its g
 class Report:
     """What one sampling run cost and reached.
 
-    seconds_per_step: without the first one, which also loads. residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none. mismatch[sample], mismatch_worst[sample]: what f of the
+    seconds_per_step: without the first one, which also loads. residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none. flop, counted_memory: operations and bytes that were counted before the run, None for
+    networks that were not counted. mismatch[sample], mismatch_worst[sample]: what f of the
     finished picture and the measurement differ by, in grey levels (0..255), as a root mean square and at most; empty where they cannot be compared.
     noise: of the measurement, in grey levels, where it is known.
     """
@@ -30,6 +31,8 @@ class Report:
     decoder_calls: int = 0
     guidance_calls: int = 0
     peak_memory: int | None = None
+    flop: float | None = None
+    counted_memory: float | None = None
     residuals: list[list[float]] = field(default_factory=list)
     mismatch: list[float] = field(default_factory=list)
     mismatch_worst: list[float] = field(default_factory=list)
@@ -59,11 +62,12 @@ class Report:
     def text(self) -> str:
         last = ", ".join(f"{r:.4g}" for r in self.residuals[-1]) if self.residuals else "none"
         peak = f" with a peak of {self.peak_memory / 2**30:.1f} GiB" if self.peak_memory else ""
+        counted = f", counted {self.flop / 1e12:.3g} TFLOP and {self.counted_memory / 2**30:.1f} GiB" if self.flop else ""
         pace = f" ({self.seconds_per_step:.2f} s a step)" if self.seconds_per_step else ""
         return (
             f"{self.solver} on {self.operator}: {len(self.residuals)} steps, {self.denoiser_calls} denoiser calls, {self.decoder_calls} decoder calls, "
             + f"{self.guidance_calls} guidance decoder calls, " * bool(self.guidance_calls)
-            + f"{self.seconds:.1f} s{pace}, memory plan {self.memory}{peak}, final residual ||f(x) - y|| = {last}"
+            + f"{self.seconds:.1f} s{pace}, memory plan {self.memory}{peak}{counted}, final residual ||f(x) - y|| = {last}"
             + (
                 f", mismatch {_listed(self.mismatch)} of 255 grey levels (RMS), {_listed(self.mismatch_worst)} at worst"
                 f": {verdict(max(self.mismatch), self.noise)}"

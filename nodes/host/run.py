@@ -191,7 +191,7 @@ class _Timed(PosteriorSampler):
 
     def __init__(self, sampler: PosteriorSampler, warm_up: bool):
         self.name, self.check, self._run, self._warm_up = sampler.name, sampler.check, sampler.run, warm_up
-        self.through_denoiser = sampler.through_denoiser
+        self.through_denoiser, self.cost = sampler.through_denoiser, sampler.cost
         self.seconds = 0.0
 
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:

@@ -1,0 +1,118 @@
+"""What a run takes, before it begins: operations and memory, of the networks that `dmap_core.costs` knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ...dmap_core import costs
+from ...dmap_core.gradient import STRATEGIES
+from ...dmap_core.prior import DTYPES
+from ...dmap_core.solvers import Cost
+
+WIDTHS = {768: "SD 1.5", 1024: "SD 2.0", 2048: "SDXL"}  # of the context
+CLOSE = 0.05  # of the parameters that a family has, by which a network of it may differ
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """family, decoder, guidance: of costs' tables; guidance is the decoder of gradients. size: (H, W). tile: in latents, None for the whole picture.
+
+    dtype, vae_dtype: of prior.DTYPES. through_denoiser: whether gradients go through it.
+    """
+
+    family: str
+    decoder: str
+    guidance: str
+    size: tuple[int, int]
+    batch: int
+    tile: int | None
+    dtype: str
+    vae_dtype: str
+    through_denoiser: bool
+
+    def _step(self) -> dict[str, Any]:
+        return {"tile": self.tile, "jacobian": "exact" if self.through_denoiser else "none", "batch": self.batch}
+
+    def flop(self, cost: Cost, strategy: str = "fast") -> float:
+        """Floating-point operations of a whole run. Gradients count as they do under that strategy; encoders are not counted."""
+        plain = costs.denoiser_flop(self.family, self.size, self.tile, self.batch)
+        alone = self._step() | {"jacobian": "none"}
+        decoder = costs.flop(self.family, self.guidance, self.size, strategy, **alone) - plain
+        denoiser = costs.flop(self.family, self.guidance, self.size, strategy, **self._step()) - decoder
+        through = cost.denoiser_gradients
+        return (cost.denoiser - through) * plain + through * denoiser + cost.decoder_gradients * decoder
+
+    def peak(self, strategy: str) -> float:
+        """Bytes at most, weights included."""
+        step = costs.peak(self.family, self.guidance, self.size, self.dtype, strategy, vae_dtype=self.vae_dtype, **self._step())
+        if self.guidance == self.decoder:
+            return step
+        alone = self._step() | {"jacobian": "none"}
+        full = costs.weight_bytes(self.family, self.decoder, self.dtype, self.vae_dtype) - costs.weight_bytes(
+            self.family, self.guidance, self.dtype, self.vae_dtype
+        )
+        # the result is decoded without a graph; what a gradient of it would keep is above that
+        return max(
+            step + full, costs.peak(self.family, self.decoder, self.size, self.dtype, "checkpoint", vae_dtype=self.vae_dtype, **alone)
+        )
+
+    def fitting(self, memory: str, room: float) -> str | None:
+        """The first strategy that fits into `room` bytes, of those that `memory` allows; None if none does."""
+        names = STRATEGIES if memory == "auto" else (memory,)
+        return next((name for name in names if self.peak(name) <= room), None)
+
+    def remedies(self, room: float) -> list[str]:
+        """What to change so that it fits, for people."""
+        tried = {
+            "jacobian none": replace(self, through_denoiser=False),
+            "a small decoder as guidance_vae": replace(self, guidance="TAESD"),
+            "jacobian none and a small decoder as guidance_vae": replace(self, through_denoiser=False, guidance="TAESD"),
+            "one picture at a time": replace(self, batch=1),
+            "the model in fp16 or bf16": replace(self, dtype="fp16"),
+        }
+        tried |= {f"tile {8 * n}": replace(self, tile=n) for n in (128, 64, 32) if n < max(self.size) // 8 and n < (self.tile or 10**9)}
+        return [words for words, job in tried.items() if job != self and job.fitting("auto", room)]
+
+
+def family_of(model: Any) -> str | None:
+    """One of costs.FAMILIES, by the shape of a MODEL's network; None for others."""
+    config = model.model.model_config.unet_config
+    family = "demo prior" if len(config.get("channel_mult", ())) == 1 else WIDTHS.get(config.get("context_dim"))
+    return family if family and _about(model.model.diffusion_model, family) else None
+
+
+def decoder_of(vae: Any) -> str | None:
+    """One of costs.DECODERS; None for others."""
+    return next((name for name in costs.DECODERS if _about(vae.first_stage_model, name)), None)
+
+
+def _about(network: torch.nn.Module, name: str) -> bool:
+    count = sum(p.numel() for p in network.parameters())
+    return abs(count / costs.PARAMETERS[name] - 1) < CLOSE
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Of prior.DTYPES; formats of 8 bits compute in 16."""
+    return next((name for name, known in DTYPES.items() if known == dtype), "bf16")
+
+
+def job_of(
+    model: Any, vae: Any, guidance_vae: Any, size: tuple[int, int], batch: int, tile: int | None, through_denoiser: bool
+) -> Job | None:
+    """None where a network is not one that was counted."""
+    family, decoder = family_of(model), decoder_of(vae)
+    guidance = decoder_of(guidance_vae) if guidance_vae else decoder
+    if family is None or decoder is None or guidance is None:
+        return None
+    dtypes = dtype_name(model.model_dtype()), dtype_name(vae.vae_dtype)
+    return Job(family, decoder, guidance, size, batch, tile, *dtypes, through_denoiser)
+
+
+def room() -> float:
+    """Bytes of the device that ComfyUI computes on, all of them: it unloads other models where it has to."""
+    return float(comfy.model_management.get_total_memory(comfy.model_management.get_torch_device()))
