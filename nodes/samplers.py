@@ -196,15 +196,15 @@ class DMAPPreset(io.ComfyNode):
                 Operator.Input("operator", tooltip="The damage, the same that goes to DPSGuider."),
                 io.Combo.Input(
                     "solver",
-                    options=list(presets.NAMES),
-                    default="DMAP",
-                    tooltip="DMAP costs about what DPS costs; DMAP full is the paper's best and takes three times as long. The others are for comparison.",
+                    options=[*presets.NAMES, presets.AUTO],
+                    default=presets.AUTO,
+                    tooltip="auto: what was best for its cost: DPS with inner steps, for holes DMAP. DMAP costs about what DPS costs; DMAP full is the paper's best and takes three times as long. The others are for comparison.",
                 ),
                 io.Combo.Input(
                     "quality",
                     options=[*presets.QUALITIES, presets.PAPER],
                     default="good",
-                    tooltip="look: 10 steps of DMAP or 20 of the others. good: twice, best: five times as many. The step size sets itself. "
+                    tooltip="look: quick. good: about twice the time. best: four to five times. The step size sets itself. "
                     "paper: the paper's zeta and 250 or 500 steps (on the demo prior a searched one), as tables of the paper use it.",
                 ),
                 io.Int.Input(
@@ -233,7 +233,7 @@ class DMAPPreset(io.ComfyNode):
     @classmethod
     def execute(cls, model, operator, solver, quality, steps=0, start=1.0) -> io.NodeOutput:
         if quality == presets.PAPER:
-            p = presets.preset(operator, solver, searched_model(model))
+            p = presets.preset(operator, "DMAP" if solver == presets.AUTO else solver, searched_model(model))
         else:
             p = presets.automatic(operator, solver, quality)
         p = replace(p.with_steps(steps) if steps else p, start=start)

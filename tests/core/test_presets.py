@@ -23,7 +23,7 @@ from dmap_core.operators import (
 from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
-from dmap_core.presets import DEMO, LIKE, MODELS, NAMES, PAPER_ZETA, QUALITIES, automatic, kind, preset
+from dmap_core.presets import AUTO, DEMO, LIKE, MODELS, NAMES, PAPER_ZETA, QUALITIES, automatic, kind, preset
 from dmap_core.schedule import SPACINGS, check_sigmas
 from dmap_core.solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample
 from dmap_core.solvers.step import STRENGTH
@@ -281,6 +281,21 @@ def test_automatic_steps_need_no_zeta(f, solver, quality):
         assert found.solver.zeta is None and found.solver.strength == STRENGTH
         assert found.solver.jacobian == ("exact" if kind(f) == "Inpainting" else "none")
         assert f"strength {STRENGTH:g}" in found.text() and "sets itself" in found.text()
+
+
+@every_operator
+def test_auto_is_what_was_best_for_its_cost(f):
+    """DPS with several gradient steps per call of the denoiser, and DMAP through the denoiser for holes. Better qualities cost more."""
+    found = [automatic(f, AUTO, quality) for quality in QUALITIES]
+    if kind(f) == "Inpainting":
+        assert found == [automatic(f, "DMAP", quality) for quality in QUALITIES]
+        return
+    for preset in found:
+        assert preset.solver == DPS(jacobian="none", inner=preset.solver.inner, guide_start=0.3) and preset.spacing == "exponential"
+        assert "sets itself" in preset.text() and f"inner {preset.solver.inner}" in preset.text()
+        preset.solver.check(f, preset.steps)
+    gradients = [preset.solver.cost(preset.steps).decoder_gradients for preset in found]
+    assert gradients == [14, 28, 56]
 
 
 def test_automatic_names_what_is_wrong():

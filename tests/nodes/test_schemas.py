@@ -129,7 +129,7 @@ OPTIONS = {
     "memory": "auto fast lean checkpoint",
     "subsampling": "4:4:4 4:2:2 4:2:0",
     "rounding": "straight-through cubic",
-    "solver": "DPS|PSLD|FreeDoM|ReSample|DSG|DMAP|DMAP full",
+    "solver": "DPS|PSLD|FreeDoM|ReSample|DSG|DMAP|DMAP full|auto",
     "hint_range": {"DMAP_ApplyCSE": ["from file", "0..1", "-1..1"], "DMAP_TrainCSE": ["0..1", "-1..1"]},
     "precision": "fp32 bf16 fp16",
     "unreadable": "refuse skip",
