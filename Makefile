@@ -9,7 +9,7 @@ ARGS ?=
 export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser setup-newest demo test test-newest serve lint report demo-prior demo-cse clean
+.PHONY: help setup setup-browser setup-newest demo test test-newest serve lint report bench gpu demo-prior demo-cse clean
 
 help:
 	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
@@ -18,6 +18,8 @@ help:
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
 	@echo "make lint         check the code's style and the types of dmap_core"
 	@echo "make report       the paper's tables and studies on the small prior, into docs/report/ (hours; QUICK=1: minutes, few pictures)"
+	@echo "make bench        time guided steps on the CPU and weigh them, against a plain reference (an hour; ARGS=\"--models demo\": minutes)"
+	@echo "make gpu          measure guided steps on a CUDA device: precision, memory, seconds (minutes; writes gpu.json)"
 	@echo "make demo-prior   train the small prior again (hours; AE_MINUTES and UNET_MINUTES set the time)"
 	@echo "make demo-cse     train the CSEs of the small prior again, with 100 pictures and with self-generated ones (two hours)"
 	@echo "make setup        only set up: a Python environment in .venv/ and a ComfyUI in .host/"
@@ -60,6 +62,12 @@ lint: setup
 # Goes on where it was cut: every finished picture is kept below output/report/.
 report: setup
 	@$(PYTHON) demo/report.py $(if $(QUICK),--quick) $(ARGS)
+
+bench: setup
+	@$(PYTHON) -m benchmarks $(ARGS)
+
+gpu: setup
+	@$(PYTHON) -m benchmarks gpu $(ARGS)
 
 # Each stage resumes from its .state file, so an interrupted training goes on where it was.
 demo-prior: setup

@@ -85,12 +85,14 @@ def decoder_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:
     return Bytes(forward, 0, live.peak)
 
 
-def counted(family: str, decoder: str, dtype: str, size: int, strategy: str, tile: int | None = None, jacobian: str = "exact") -> dict:
+def counted(
+    family: str, decoder: str, dtype: str, size: int, strategy: str, tile: int | None = None, jacobian: str = "exact", batch: int = 1
+) -> dict:
     """A row of the table. tile: latents."""
     with fake():
         prior = build(family, decoder, dtype, weights=False, tile=tile)
         weights = weight_bytes(prior.networks())
-        peak = posterior_bytes(prior, size, strategy, jacobian)
+        peak = posterior_bytes(prior, size, strategy, jacobian, batch)
     row = {"family": family, "decoder": decoder, "dtype": dtype, "size": size, "strategy": strategy, "tile": tile, "jacobian": jacobian}
     return row | {"weights_gib": weights / GIB, "peak_gib": (weights + peak) / GIB}
 

@@ -81,10 +81,11 @@ SCHEDULE = (0.00085**0.5, 0.012**0.5, 1000)  # Stable Diffusion's: square roots 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
     """Seeded weights of a scale that keeps variances from layer to layer: ComfyUI's layers are created without any."""
-    rng = torch.Generator().manual_seed(seed)
+    rngs: dict[torch.device, torch.Generator] = {}
     for name, p in module.named_parameters():
+        rng = rngs.setdefault(p.device, torch.Generator(p.device).manual_seed(seed))
         if p.ndim > 1:
-            values = torch.randn(p.shape, generator=rng) / math.sqrt(p[0].numel())
+            values = torch.randn(p.shape, generator=rng, device=p.device) / math.sqrt(p[0].numel())
         elif p.ndim == 1:
             values = torch.full(p.shape, 1.0 if name.endswith("weight") else 0.0)
         else:
@@ -165,6 +166,11 @@ def timestep(sigma: float) -> float:
     return float((((1 - kept) / kept).sqrt().log() - math.log(sigma)).abs().argmin())
 
 
+def own_skip(h: Tensor, options: dict) -> Tensor:
+    """As the nodes do: a ControlNet adds to skip connections in place, which the way back still needs as the next block's input."""
+    return h.clone() if h.requires_grad else h
+
+
 class ShapePrior:
     """dmap_core.prior.Prior of a UNet and an autoencoder of ComfyUI's classes.
 
@@ -183,6 +189,8 @@ class ShapePrior:
         label = getattr(unet, "label_emb", None)
         self.pooled = None if label is None else torch.zeros(1, label[0][0].in_features, device=self.device, dtype=self.dtype)
         self.options = {"optimized_attention_override": lambda func, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+        if controlnet is not None:
+            self.options["patches"] = {"input_block_patch_after_skip": [own_skip]}
         self.timestep = 500.0  # of every level, until `at` says another
 
     def at(self, sigma: float) -> ShapePrior:

@@ -130,17 +130,21 @@ def built(job: dict, device: torch.device) -> shapes.ShapePrior:
 
 
 @torch.no_grad()
-def measure(job: dict) -> dict:
-    """The job, and what was measured: seconds of every step (median), GiB before and at most, operations by torch's counter."""
+def measure(job: dict, prior: shapes.ShapePrior | None = None) -> dict:
+    """The job, and what was measured: seconds of a step (the median), GiB before and at most, a solver's operations by torch's counter.
+
+    prior: one that was built for the job's family and precision before.
+    """
     if job.get("threads"):
         torch.set_num_threads(job["threads"])
     device, how, size, batch = torch.device(job["device"]), job["how"], job["size"], job.get("batch", 1)
-    prior = built(job, device)
+    prior = prior or built(job, device)
+    prior.tile = job.get("tile")
     z = shapes.latent(size, batch, job.get("seed", 0), device)
     operator = SuperResolution(8)
     y = operator(torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(1)).to(device))
     dtype = DTYPES[job["dtype"]]
-    result = dict(job) | {"rate_tflops": rate(device, dtype, 8192 if device.type == "cuda" else 2048) / 1e12}
+    result = dict(job) | {"rate_tflops": rate(device, dtype, job.get("matrix", 2048)) / 1e12}
     gradients: list[Tensor] = []
     start = PeakMemory(device).before()
     if how in SOLVERS:
@@ -161,13 +165,10 @@ def measure(job: dict) -> dict:
             def step() -> None:
                 gradients[:] = [posterior.gradient(z, SIGMA)[0]]
 
-        before = weights_hash(prior) if job.get("hash") else None
         with PeakMemory(device) as memory:
             seconds = [timed(step, device)]
         seconds += [timed(step, device) for _ in range(job.get("runs", 0))]
         seconds = seconds[1:] or seconds
-        if before:
-            result["weights_unchanged"] = before == weights_hash(prior)
         if not torch.isfinite(gradients[0]).all():
             raise ArithmeticError(f"{job}: the gradient is not finite")
         if job.get("keep"):

@@ -108,8 +108,8 @@ def plot(lines: list[dict[str, Any]], title: str):
 
     @styled
     def draw():
-        figure = library().figure.Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
-        axes = figure.subplots(1, 2)
+        figure = library().figure.Figure(figsize=(9, 9), dpi=100, layout="constrained")
+        axes = figure.subplots(2, 1)
         for ax, key, what in zip(axes, ("psnr", "matched"), ("PSNR in dB", "PSNR in dB, matched"), strict=True):
             best = float("-inf")
             front = []
@@ -120,11 +120,15 @@ def plot(lines: list[dict[str, Any]], title: str):
                     best = value
                     front.append(line)
             ax.plot([line["tera"] for line in front], [line[key].mean for line in front], color="#999999", zorder=0)
-            for line in front:
-                ax.annotate(line["name"], (line["tera"], line[key].mean), fontsize=8, xytext=(4, -10), textcoords="offset points")
-            ax.set_xscale("log")
-            ax.set_xlabel("TFLOP at 512x512, Stable Diffusion 2.0")
-            ax.set_title(what)
+            for i, line in enumerate(front):
+                ax.annotate(
+                    line["name"], (line["tera"], line[key].mean), fontsize=9, xytext=(4, 6 if i % 2 else -14), textcoords="offset points"
+                )
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.margins(x=0.15)
+            ax.set_ylabel(what)
+        axes[-1].set_xlabel("TFLOP at 512x512, Stable Diffusion 2.0")
         figure.suptitle(title)
         return figure
 

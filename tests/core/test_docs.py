@@ -125,7 +125,8 @@ def test_commands():
             case ["make", *rest]:
                 return [word for word in rest if re.fullmatch(r"[a-z-]+", word) and word not in targets]
             case ["python", "-m", module, *_]:
-                return [] if module in ("pip", "pytest") or importlib.util.find_spec(module) else [module]
+                there = module in ("pip", "pytest") or (ROOT / module / "__main__.py").exists() or importlib.util.find_spec(module)
+                return [] if there else [module]
             case ["python", file, *_] if file.endswith(".py"):
                 return [] if (ROOT / file).exists() else [file]
             case ["dmap", name, *rest] if name.islower() and name[0] != "-":

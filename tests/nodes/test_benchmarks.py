@@ -1,6 +1,8 @@
 """The constants of dmap_core/costs.py are what the benchmarks count, and the benchmarks run the networks as the nodes do."""
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +21,7 @@ def benchmarks(comfyui):
     spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
     sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(package)
-    for name in ("shapes", "live", "memory", "flops"):
+    for name in ("shapes", "live", "memory", "flops", "precision"):
         setattr(package, name, importlib.import_module(f"benchmarks.{name}"))
     with torch.inference_mode(False):
         yield package
@@ -63,3 +65,36 @@ def test_operations_of_a_decoder(benchmarks, decoder):
         counted = sum(benchmarks.flops.decoder_flop(decoder, 256))
     step = costs.flop("SD 2.0", decoder, (256, 256), jacobian="none") - costs.denoiser_flop("SD 2.0", (256, 256))
     assert counted == pytest.approx(step, rel=0.02)
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_what_needs_a_gpu_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = run("gpu", "--json", str(tmp_path / "gpu.json"))
+    assert done.returncode == 1 and "there is no CUDA device here; --tiny runs" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.thorough  # a minute
+def test_the_report_of_a_gpu_in_small(tmp_path):
+    done = run("gpu", "--tiny", "--runs", "1", "--json", str(tmp_path / "gpu.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert all(row["cosine"] > 0.999 for row in report["precision"])
+    assert [row["how"] for row in report["steps"]] == ["fast", "lean", "checkpoint", "fast", "fast"]
+    assert all(row["weights_unchanged"] and row["seconds"] > 0 and row["peak_gib"] > row["counted_gib"] > 0 for row in report["steps"])
+    assert "| fp16, bf16 | 0.1 | no |" in done.stdout and "| tiny | fp32, fp32 | 96 | 1 | fast | 8 |" in done.stdout
+
+
+@pytest.mark.thorough  # some seconds
+def test_a_line_of_the_benchmark():
+    job = {"family": "demo prior", "decoder": "TAESD", "size": 64, "dtype": "fp32", "device": "cpu", "threads": 1, "matrix": 256}
+    for how in ("plain", "published", "checkpoint", "ReSample", "PSLD"):
+        done = run("one", json.dumps(job | {"how": how}))
+        assert done.returncode == 0, done.stderr
+        row = json.loads(done.stdout.splitlines()[-1])
+        assert row["seconds"] > 0 and row["peak_gib"] >= row["before_gib"] > row["weights_gib"]
