@@ -72,13 +72,16 @@ def lines_of(config, out: Path) -> list[dict[str, Any]]:
     from dmap_pack.dmap_core.evaluate.tables import read_lines
 
     jobs, found = plan_jobs(config), []
-    for line in read_lines(config, jobs, out):
+    lines = read_lines(config, jobs, out)
+    common = set.intersection(*(set(line.pictures) for line in lines))
+    for line in lines:
         plan = next(job.plan for job in jobs if job.row is line.row)
-        values = line.values
+        here = [i for i, name in enumerate(line.pictures) if name in common]
+        values = {name: [values[i] for i in here] for name, values in line.values.items() if len(values) == len(line.pictures)}
         found.append(
             {
                 "name": line.row.name,
-                "n": len(line.pictures),
+                "n": len(here),
                 "psnr": mean_interval(values["psnr"]),
                 "matched": mean_interval(values["psnr matched"]),
                 "mismatch": mean(values["mismatch"]),

@@ -290,11 +290,11 @@ def test_auto_is_what_was_best_for_its_cost(f):
     if kind(f) == "Inpainting":
         assert found == [automatic(f, "DMAP", quality) for quality in QUALITIES]
         return
-    for preset in found:
-        assert preset.solver == DPS(jacobian="none", inner=preset.solver.inner, guide_start=0.3) and preset.spacing == "exponential"
-        assert "sets itself" in preset.text() and f"inner {preset.solver.inner}" in preset.text()
-        preset.solver.check(f, preset.steps)
-    gradients = [preset.solver.cost(preset.steps).decoder_gradients for preset in found]
+    for one in found:
+        assert one.solver == DPS(jacobian="none", inner=one.solver.inner, guide_start=0.3) and one.spacing == "exponential"
+        assert "sets itself" in one.text() and f"inner {one.solver.inner}" in one.text()
+        one.solver.check(f, one.steps)
+    gradients = [one.solver.cost(one.steps).decoder_gradients for one in found]
     assert gradients == [14, 28, 56]
 
 

@@ -77,7 +77,9 @@ def test_a_job_that_cannot_fit_is_refused_before_any_work(lab, jobs, monkeypatch
     monkeypatch.setattr(module, "room", lambda: 1e6)
     model, calls = lab.counting(lab.shared()[0])
     guider = lab.guider(model=model)
-    with pytest.raises(ValueError, match=r"DPSGuider: a gradient of 32x32 needs 0.1 GiB with the weights, and there are 0.0. What would fit: a smaller"):
+    with pytest.raises(
+        ValueError, match=r"DPSGuider: a gradient of 32x32 needs 0.1 GiB with the weights, and there are 0.0. What would fit: a smaller"
+    ):
         lab.sample(guider, lab.dps())
     assert not calls
 
