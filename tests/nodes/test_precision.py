@@ -17,7 +17,7 @@ COSINE = 0.999
 SIGMAS = (0.1, 1.0, 5.0, 14.0)
 CASES = [(sigma, cse) for sigma in SIGMAS for cse in (False, True)]
 PRECISIONS = [("fp16", "fp16"), ("fp16", "bf16"), ("bf16", "bf16")]  # of UNet and VAE; bf16 last, as the weights stay rounded
-UNSCALED = ("fp16", "fp16", 1.0, False)
+UNSCALED = ("fp16", "fp16", 14.0, True)
 SMALLER = 1 / 8  # the cotangents of 512x512 pixels, 786432 values, to those of 64x64
 
 
@@ -54,5 +54,5 @@ def test_cosine_to_float32(gradients, dtype, vae_dtype, sigma, cse):
 
 
 def test_unscaled_cotangents_lose_more(gradients):
-    """A cosine of 0.99996 in place of 0.999997, four times the error: with these weights it stays above the bound, too."""
-    assert 1 - gradients["unscaled"] > 5 * (1 - gradients[UNSCALED])
+    """Measured: a cosine of 0.99899, below the bound, in place of 0.99999."""
+    assert 1 - gradients["unscaled"] > 20 * (1 - gradients[UNSCALED])
