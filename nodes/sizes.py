@@ -6,14 +6,11 @@ import math
 
 from comfy_api.latest import io
 
-from ..dmap_core.tiles import denoising, wanted
+from ..dmap_core.costs import flop
+from ..dmap_core.tiles import wanted
 
 MAX_MEGAPIXELS = 4.0
-NATIVE = 64  # latents of 8 pixels: what the figures below are about
-
-# Floating-point operations of one guided step of Stable Diffusion 2.0, in units of one at 512x512 (6.8 TFLOP): most grow with the pixels, those
-# of attention with their square. Counted by torch's flop counter, denoiser and decoder, forward and backward, at 512, 768, 1024 and 2048.
-LINEAR, QUADRATIC = 0.931, 0.069
+NATIVE = 64  # latents of a side, of Stable Diffusion 2.0
 
 
 def max_megapixels_input():
@@ -30,12 +27,10 @@ def max_megapixels_input():
 
 
 def step_cost(size: tuple[int, int]) -> float:
-    """Operations of a guided step at `size` (H, W), as a multiple of one at 512x512: of the tiles that `tile` auto takes, or of the whole."""
+    """Operations of a guided step of Stable Diffusion 2.0 at `size` (H, W), as a multiple of one at 512x512: in the tiles that `tile` auto takes, or whole."""
     latents = math.ceil(size[0] / 8), math.ceil(size[1] / 8)
-    if wanted(latents, NATIVE):
-        return math.prod(len(denoising(NATIVE).spans(n)) for n in latents)
-    area = size[0] * size[1] / 512**2
-    return LINEAR * area + QUADRATIC * area**2
+    tile = NATIVE if wanted(latents, NATIVE) else None
+    return flop("SD 2.0", "KL", size, tile=tile) / flop("SD 2.0", "KL", (512, 512))
 
 
 def check_megapixels(name: str, size: tuple[int, int], y_size: tuple[int, int], limit: float) -> None:

@@ -327,7 +327,7 @@ def test_a_result_that_is_too_large(lab, node):
         make = lambda **limit: lab.call("DMAP_EmptyMeasurementLatent", **given, batch_size=1, **limit)  # noqa: E731
     with pytest.raises(ValueError) as error:
         make()
-    words = (f"{node}: ", "768x768", "6144x6144", "37.7 megapixels", "256 times", "at most 250x250", "max_megapixels (now 4)")
+    words = (f"{node}: ", "768x768", "6144x6144", "37.7 megapixels", "380 times", "at most 250x250", "max_megapixels (now 4)")
     assert [word for word in words if word not in str(error.value)] == []
     assert "or a scale of 2." in str(error.value)
     make(max_megapixels=40.0)
