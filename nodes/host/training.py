@@ -52,7 +52,7 @@ class TrainingPrior(HostPrior):
     """dmap_core.prior.NetworkPrior on a loaded ComfyUI model and VAE: computes where and in what precision the model does."""
 
     def __init__(self, patcher, vae, autoencoder: nn.Module, cond: dict, size: int, contexts: ExitStack):
-        super().__init__(patcher.model, vae, autoencoder, [], (size, size))
+        super().__init__(patcher.model, vae, [autoencoder], [], (size, size))
         self._conds, self._contexts = cond["model_conds"], contexts
         self._options = comfy.model_patcher.create_model_options_clone(patcher.model_options)
         comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)  # the patches and wrappers that nodes put on the model
