@@ -35,7 +35,18 @@ def test_its_inputs_are_the_settings(node):
     info = node.GET_NODE_INFO_V1()
     assert (info["name"], info["display_name"], info["output"]) == ("DMAP_TwiceSampler", "TwiceSampler", ["SAMPLER"])
     required, optional = info["input"]["required"], info["input"]["optional"]
-    assert list(required) == ["K", "zeta", "half"] and list(optional) == ["eta", "optimizer", "step", "strength", "jacobian", "style"]
+    assert list(required) == ["K", "zeta", "half"] and list(optional) == [
+        "eta",
+        "optimizer",
+        "step",
+        "strength",
+        "jacobian",
+        "every",
+        "guide_start",
+        "guide_end",
+        "inner",
+        "style",
+    ]
     kind, about = required["half"]
     assert (
         kind == "INT"
