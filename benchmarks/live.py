@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from dmap_core.operators import super_resolution
-
 
 class Live(TorchDispatchMode):
     """Counts the bytes of every storage that an operation inside the block returns, as long as it lives.
@@ -53,13 +51,9 @@ class Live(TorchDispatchMode):
 
 @contextmanager
 def fake() -> Iterator[None]:
-    """Tensors made inside have shapes and no numbers. The matrices that operators remember are real outside and fake inside."""
-    super_resolution.downsampling_matrix.cache_clear()
-    try:
-        with FakeTensorMode():
-            yield
-    finally:
-        super_resolution.downsampling_matrix.cache_clear()
+    """Tensors made inside have shapes and no numbers. An operator keeps what it computes: make it inside as well."""
+    with FakeTensorMode():
+        yield
 
 
 def weight_bytes(networks: list[nn.Module]) -> int:

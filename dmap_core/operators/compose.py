@@ -80,10 +80,8 @@ class Compose(Operator):
         return self.seen(y_hat), self.seen(y)
 
     def elements(self, y: Tensor) -> Tensor:
-        if self._hidden is None:
-            return self.operators[-1].elements(y)
-        self.operators[-1].elements(y)  # which may raise
-        return y.shape[1] * self._visible(y).sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
+        elements, visible = self.operators[-1].elements(y), self._visible(y)
+        return elements if visible is None else y.shape[1] * visible.sum(dim=(1, 2, 3), dtype=torch.float32).expand(len(y))
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         return self._hidden if before is None and channels == 3 else self._propagated(before, channels)
