@@ -58,12 +58,8 @@ WITH_GUIDANCE = ("DMAP 10, K 2", "DPS 10, inner 2, from 0.3")
 def tera(plan, guided: bool) -> float:
     """TFLOP of a run at Stable Diffusion 2.0's shape."""
     cost = plan.solver.cost(plan.steps)
-    plain = costs.denoiser_flop("SD 2.0", SIZE)
-    full, small = (costs.flop("SD 2.0", name, SIZE, jacobian="none") - plain for name in costs.DECODERS)
-    through = costs.flop("SD 2.0", "KL", SIZE) - full
-    decoder = small if guided else full
-    total = (cost.denoiser - cost.denoiser_gradients) * plain + cost.denoiser_gradients * through + cost.decoder_gradients * decoder
-    return total / costs.TERA
+    calls = cost.denoiser, cost.denoiser_gradients, cost.decoder_gradients
+    return costs.run_flop("SD 2.0", "TAESD" if guided else "KL", SIZE, *calls) / costs.TERA
 
 
 def lines_of(config, out: Path) -> list[dict[str, Any]]:

@@ -117,16 +117,31 @@ def flop(
     A strategy's own evaluations are in it: the denoiser's second of "lean", those of all blocks of "checkpoint", those of tiles on the way back.
     Without the way back through the denoiser, "none" runs it once. A product and its sum are two operations. Raises KeyError for other names.
     """
-    total = 0.0
-    for name, tiles in ((family, denoising(tile) if tile else None), (decoder, decoding(tile) if tile else None)):
-        count, part = _parts(size, tiles)
-        forward, back = _operations(name, part)
-        if name == family and jacobian == "none":
-            total += count * forward
-            continue
-        again = (count > 1) + (strategy == "checkpoint") + (name == family and strategy == "lean")
-        total += count * ((1 + again) * forward + back)
-    return batch * total
+    return run_flop(family, decoder, size, 1, int(jacobian != "none"), 1, strategy, tile, batch)
+
+
+def run_flop(
+    family: str,
+    decoder: str,
+    size: Size,
+    calls: int,
+    gradients: int,
+    decoder_gradients: int,
+    strategy: str = "fast",
+    tile: int | None = None,
+    batch: int = 1,
+) -> float:
+    """Floating-point operations of a run: calls of the denoiser, `gradients` of which go back through it, and gradients of the decoder. The rest as of `flop`."""
+    guided = _gradient(family, size, denoising(tile) if tile else None, (strategy == "checkpoint") + (strategy == "lean"))
+    decoded = _gradient(decoder, size, decoding(tile) if tile else None, int(strategy == "checkpoint"))
+    return (calls - gradients) * denoiser_flop(family, size, tile, batch) + batch * (gradients * guided + decoder_gradients * decoded)
+
+
+def _gradient(name: str, size: Size, tiles: Tiles | None, again: int) -> float:
+    """Of a network and its way back, with so many calls more that a strategy makes, and that of tiles."""
+    count, part = _parts(size, tiles)
+    forward, back = _operations(name, part)
+    return count * ((1 + again + (count > 1)) * forward + back)
 
 
 def denoiser_flop(family: str, size: Size, tile: int | None = None, batch: int = 1) -> float:

@@ -256,10 +256,10 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
     values |= {name: Path(values[name]) for name in PATHS if values.get(name) is not None}
     try:
         check_names(name for name in values["metrics"] if name != MIOU)
-        for name, least in (("count", 1), ("size", 8), ("published_n", 1)):
+        for name, least in (("count", 1), ("size", 8), ("published_n", 1), ("tile", 128)):
             if values.get(name) is not None:
                 values[name] = _whole(name, values[name], least)
-        if values.get("tile") is not None and (values["tile"] != _whole("tile", values["tile"], 128) or values["tile"] % 64):
+        if values.get("tile") and values["tile"] % 64:
             raise ValueError(f"tile is {values['tile']}; it must be a multiple of 64 pixels")
         for name, least, default in (("seed", 0, 0), ("stride", 0, SEEDS), ("batch", 1, 1), ("repeats", 1, 1)):
             values[name] = _whole(name, values.get(name, default), least)

@@ -16,7 +16,7 @@ class Clock:
 
     def __init__(self, steps: int):
         self.steps, self.done = steps, 0
-        self._started = self._first = time.perf_counter()
+        self._first = time.perf_counter()
 
     def step(self) -> None:
         """One more step is done: said on the node, and once in the console."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,19 +113,27 @@ def untied(conds: dict[str, list[dict]]) -> str | None:
 
 def cut(conds: dict[str, list[dict]], part: tuple[slice, slice], size: Sequence[int]) -> dict[str, list[dict]]:
     """The conditioning of a tile: ControlNets, made ready for a run, see that part of their hint. size: (h, w) of the whole latents."""
-    twins: dict[int, Any] = {}
 
-    def twin(control: Any) -> Any:
-        if control is None or id(control) in twins:
-            return control and twins[id(control)]
+    def of_part(control: Any, previous: Any) -> Any:
         own = copy.copy(control)
         rows, columns = (slice(control.compression_ratio * s.start, control.compression_ratio * s.stop) for s in part)
         height, width = (control.compression_ratio * n for n in size)
         hint = comfy.utils.common_upscale(control.cond_hint_original, width, height, control.upscale_algorithm, "center")
         own.cond_hint_original, own.cond_hint = hint[..., rows, columns], None
-        own.previous_controlnet = twin(control.previous_controlnet)
-        twins[id(control)] = own
+        own.previous_controlnet = previous
         return own
+
+    return with_controls(conds, of_part)
+
+
+def with_controls(conds: dict[str, list[dict]], own: Callable[[Any, Any], Any]) -> dict[str, list[dict]]:
+    """The conditioning with own(control, what stands in the place of the one chained before it) for every ControlNet, each asked once."""
+    twins: dict[int, Any] = {}
+
+    def twin(control: Any) -> Any:
+        if control is not None and id(control) not in twins:
+            twins[id(control)] = own(control, twin(control.previous_controlnet))
+        return control and twins[id(control)]
 
     return {
         name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed]

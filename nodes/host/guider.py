@@ -95,6 +95,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._posterior: Posterior | None = None
         self._static = None  # set for every run, as what follows
         self._exact = True  # whether gradients go through the denoiser
+        self._tiling: tuple[int | None, int | None] = (None, None)  # what `_tiles` says
         self._clock: Clock | None = None
         self._cut: dict[tuple, dict[str, list[dict]]] = {}  # conditioning of tiles, of a run
         self.vae_tried = False
@@ -113,7 +114,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
-        counted = self._counted(noise, sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1))
+        self._tiling = self._tiles(noise)
+        counted = self._counted(len(noise), sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1))
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
         self.report, self._clock = Report(name, self.operator.describe()), Clock(len(sigmas) - 1)
         self.report.flop, self.report.counted_memory = counted
@@ -148,8 +150,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
     def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
         check_sigmas(sigmas, to_zero=ours)
-        found = untied(self.original_conds)
-        if found and isinstance(self.tile, int):
+        if isinstance(self.tile, int) and (found := untied(self.original_conds)):
             raise ValueError(
                 f"DPSGuider: tile: the conditioning has {found}, made for the whole picture, which cannot be cut into tiles; set tile to whole, or leave it out"
             )
@@ -174,23 +175,24 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         with speaking_of_nodes():
             self.operator.check(self.size, len(noise))
 
-    def _counted(self, noise: Tensor, cost: Cost | None) -> tuple[float | None, float | None]:
+    def _counted(self, batch: int, cost: Cost | None) -> tuple[float | None, float | None]:
         """(operations, bytes) that a run takes, both None where they are not known. Raises ValueError for one that cannot fit into the memory there is."""
-        tile, native = self._tiles(noise, self.original_conds)
-        job = job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, len(noise), tile, self._exact)
+        tile, native = self._tiling
+        job = job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, batch, tile, self._exact)
         if job is None or cost is None:
             return None, None
-        strategy = job.fitting(self.memory, room())
+        there = room()
+        strategy = job.fitting(self.memory, there)
         if strategy is None and native:
             job = replace(job, tile=native)
-            strategy = job.fitting(self.memory, room())
+            strategy = job.fitting(self.memory, there)
         if strategy is None:
-            need, there = (n / GIB for n in (job.peak("checkpoint" if self.memory == "auto" else self.memory), room()))
-            remedies = job.remedies(room())
+            need = job.peak("checkpoint" if self.memory == "auto" else self.memory)
+            remedies = job.remedies(there)
             fits = ", or ".join(remedies) if remedies else "a smaller picture or model"
             raise ValueError(
-                f"DPSGuider: a gradient of {self.size[1]}x{self.size[0]}{f' in tiles of {8 * job.tile}' if job.tile else ''} needs {need:.1f} GiB with the weights, "
-                f"and there are {there:.1f}. What would fit: {fits}"
+                f"DPSGuider: a gradient of {self.size[1]}x{self.size[0]}{f' in tiles of {8 * job.tile}' if job.tile else ''} needs {need / GIB:.1f} GiB with the weights, "
+                f"and there are {there / GIB:.1f}. What would fit: {fits}"
             )
         flop, peak = job.flop(cost, strategy), job.peak(strategy)
         log.info("DPSGuider: %.3g TFLOP and %.1f GiB at most, counted for %s", flop / 1e12, peak / GIB, job.family)
@@ -233,7 +235,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         """The models are loaded here, and the solver has not started: the moment to ready them for gradients."""
         vaes = [self._static(vae.patcher) for vae in (self.vae, self.guidance_vae) if vae]
         plain = [self.model_patcher, *self.loaded_models]
-        tile, native = self._tiles(noise, self.conds)
+        tile, native = self._tiling
         shape = [*noise.shape[:2], *(min(n, tile or n) for n in noise.shape[2:])]
         estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         whole = [*plain, *vaes] if self._exact else vaes
@@ -268,12 +270,12 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         finally:
             self.operator.to("cpu")
 
-    def _tiles(self, noise: Tensor, conds: dict[str, list[dict]]) -> tuple[int | None, int | None]:
+    def _tiles(self, noise: Tensor) -> tuple[int | None, int | None]:
         """(the tiles of a run in latents, None for whole pictures; those that it may take when the memory does not suffice)."""
         if self.tile != AUTO:
             return self.tile, None
         size, native = tuple(noise.shape[-2:]), native_latents(self.model_patcher)
-        tied = untied(conds)
+        tied = untied(self.original_conds)
         if tied and wanted(size, native):
             self._warn(
                 f"the picture is much larger than those that the model knows, and is not cut into tiles: the conditioning has {tied}, "

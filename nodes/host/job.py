@@ -12,8 +12,9 @@ from ...dmap_core import costs
 from ...dmap_core.gradient import STRATEGIES
 from ...dmap_core.prior import DTYPES
 from ...dmap_core.solvers import Cost
+from .prior import SDXL_WIDTH, is_demo_prior
 
-WIDTHS = {768: "SD 1.5", 1024: "SD 2.0", 2048: "SDXL"}  # of the context
+WIDTHS = {768: "SD 1.5", 1024: "SD 2.0", SDXL_WIDTH: "SDXL"}  # of the context
 CLOSE = 0.05  # of the parameters that a family has, by which a network of it may differ
 GIB = 2**30
 
@@ -40,12 +41,8 @@ class Job:
 
     def flop(self, cost: Cost, strategy: str = "fast") -> float:
         """Floating-point operations of a whole run. Gradients count as they do under that strategy; encoders are not counted."""
-        plain = costs.denoiser_flop(self.family, self.size, self.tile, self.batch)
-        alone = self._step() | {"jacobian": "none"}
-        decoder = costs.flop(self.family, self.guidance, self.size, strategy, **alone) - plain
-        denoiser = costs.flop(self.family, self.guidance, self.size, strategy, **self._step()) - decoder
-        through = cost.denoiser_gradients
-        return (cost.denoiser - through) * plain + through * denoiser + cost.decoder_gradients * decoder
+        calls = cost.denoiser, cost.denoiser_gradients, cost.decoder_gradients
+        return costs.run_flop(self.family, self.guidance, self.size, *calls, strategy, self.tile, self.batch)
 
     def peak(self, strategy: str) -> float:
         """Bytes at most, weights included."""
@@ -81,8 +78,7 @@ class Job:
 
 def family_of(model: Any) -> str | None:
     """One of costs.FAMILIES, by the shape of a MODEL's network; None for others."""
-    config = model.model.model_config.unet_config
-    family = "demo prior" if len(config.get("channel_mult", ())) == 1 else WIDTHS.get(config.get("context_dim"))
+    family = "demo prior" if is_demo_prior(model) else WIDTHS.get(model.model.model_config.unet_config.get("context_dim"))
     return family if family and _about(model.model.diffusion_model, family) else None
 
 

@@ -192,15 +192,19 @@ def model_sigmas(model) -> Tensor:
 def searched_model(model) -> str:
     """The one of presets.MODELS whose zetas fit a model: the demo prior, which is known by its only level, or Stable Diffusion."""
     check_model(model)
-    return MODELS[1] if len(model.model.model_config.unet_config.get("channel_mult", ())) == 1 else MODELS[0]
+    return MODELS[1] if is_demo_prior(model) else MODELS[0]
+
+
+def is_demo_prior(model) -> bool:
+    """Whether it has a single level, as only the demo prior does."""
+    return len(model.model.model_config.unet_config.get("channel_mult", ())) == 1
 
 
 def native_latents(model) -> int:
     """Latents of a side of the pictures that a model was trained on: those of SDXL, SD 2.1, or SD 1.5 and 2.0, and the demo prior's."""
-    config = model.model.model_config.unet_config
-    if len(config.get("channel_mult", ())) == 1:
+    if is_demo_prior(model):
         return 16
-    if config.get("context_dim") in (SDXL_WIDTH, SDXL_REFINER_WIDTH):
+    if model.model.model_config.unet_config.get("context_dim") in (SDXL_WIDTH, SDXL_REFINER_WIDTH):
         return 128
     return 96 if prediction_of(model) == "v" else 64
 

@@ -19,6 +19,8 @@ import comfy.model_patcher
 import torch
 from torch import Tensor, nn
 
+from .controlnet import with_controls
+
 Static = Callable[[Any], Any]  # a patcher -> the patcher to use instead
 
 # What dynamic VRAM leaves on modules and on the model: handles into buffers of its own, which a copy must not share.
@@ -81,12 +83,8 @@ def static_patchers() -> Iterator[Static]:
 
 def static_controls(conds: dict[str, list[dict]], static: Callable) -> dict[str, list[dict]]:
     """The conditioning with copies of those ControlNets, T2I adapters and control LoRAs whose weights move while they run."""
-    twins: dict[int, Any] = {}
 
-    def twin(control: Any) -> Any:
-        if control is None or id(control) in twins:
-            return control and twins[id(control)]
-        previous = twin(control.previous_controlnet)
+    def at_rest(control: Any, previous: Any) -> Any:
         moving = {name: value for name, value in vars(control).items() if is_dynamic(value)}
         own = control
         if moving or previous is not control.previous_controlnet:
@@ -96,13 +94,9 @@ def static_controls(conds: dict[str, list[dict]], static: Callable) -> dict[str,
                 plain = static(patcher)
                 changed = {other: plain.model for other, value in vars(own).items() if value is patcher.model}
                 vars(own).update({**changed, name: plain})
-        twins[id(control)] = own
         return own
 
-    return {
-        name: [{**cond, "control": twin(cond["control"])} if cond.get("control") else cond for cond in listed]
-        for name, listed in conds.items()
-    }
+    return with_controls(conds, at_rest)
 
 
 def unload(patcher: Any) -> None:
