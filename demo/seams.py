@@ -54,7 +54,10 @@ def seam(image: torch.Tensor) -> tuple[float, float]:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(-10 * ((a.clamp(-1, 1) - b) / 2).square().mean().log10())
+    """Of pictures (1, 3, H, W) in [-1, 1], the first clamped to it."""
+    from dmap_core import metrics
+
+    return float(metrics.psnr((a.clamp(-1, 1) + 1) / 2, (b + 1) / 2))
 
 
 def main() -> None:
