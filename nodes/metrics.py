@@ -80,7 +80,7 @@ class RestorationMetrics(io.ComfyNode):
                 Operator.Input(
                     "operator",
                     optional=True,
-                    tooltip="The damage. With the measurement: how well the pictures explain it, ||f(x) - y||. For 'Operator: Segmentation' also mIoU.",
+                    tooltip="The damage. With the measurement: how well the pictures explain it (the residual). For 'Operator: Segmentation' also mIoU.",
                 ),
                 io.MultiType.Input(
                     "measurement",
