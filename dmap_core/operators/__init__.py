@@ -10,7 +10,7 @@ from .blur import GaussianBlur, KernelBlur, MotionBlur
 from .compose import DEEPEST, MOST, Compose
 from .grayscale import Grayscale
 from .inpainting import PIXELS, Inpainting, centred_box
-from .jpeg import Jpeg
+from .jpeg import Jpeg, jpeg_of_file
 from .noisy import Noisy
 from .nonlinear_blur import NonlinearBlur
 from .segmentation import Segmentation
@@ -35,7 +35,7 @@ OPERATORS: dict[str, type[Operator]] = {
     )
 }
 
-__all__ = ["OPERATORS", "Find", "Operator", "Separable", "centred_box", "spec_in_words", "from_spec", *OPERATORS]
+__all__ = ["OPERATORS", "Find", "Operator", "Separable", "centred_box", "spec_in_words", "from_spec", "jpeg_of_file", *OPERATORS]
 
 
 def from_spec(spec: dict[str, Any], find: Find | None = None) -> Operator:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .base import Operator, nothing_left, shown, whole
+from .base import Operator, in_words, nothing_left, shown, whole
 from .colour import LUMA
 
 # ITU-T T.81 Annex K.1, rows of rising vertical frequency: luma (Table K.1) and chroma (Table K.2)
@@ -23,6 +24,13 @@ CHROMA_TABLE = """
 """
 SUBSAMPLINGS = {"4:4:4": (1, 1), "4:2:2": (1, 2), "4:2:0": (2, 2)}  # luma samples for one of chroma: down, across
 ROUNDINGS = ("straight-through", "cubic")
+COARSEST = 65535  # of a step in a file's table, which has 16 bits at most
+ORIENTATION = 0x0112  # the EXIF tag
+FROM_RIGHT, FROM_BELOW, TURNED = (
+    (2, 3, 7, 8),
+    (3, 4, 6, 7),
+    (5, 6, 7, 8),
+)  # its values for which making upright reverses the file's rows, columns, swaps both
 LEAN = 0.03  # less than half a step of what chroma's averages and triangles give (1/4, 1/16), so that it decides ties alone
 TIE = 2e-4  # above the float32 errors of what is rounded, so that they do not decide which way a tie goes
 
@@ -116,12 +124,15 @@ class Jpeg(Operator):
     is that of the same steps without rounding and clamping. It is not the derivative of f, which is zero almost everywhere.
     "cubic" rounds coefficients to round(x) + (x - round(x))^3 (Shin & Song 2017) and neither rounds nor clamps anything else: the gradient is
     f's derivative, and f only resembles JPEG. It still jumps, by 3/4 of a step, where a coefficient is half-way between two steps.
+    tables: the steps of luma and of chroma coefficients of a file that is not on that scale, (2, 64) whole numbers of 1 .. 65535, rows of rising
+    vertical frequency (T.81 calls Q); quality is then no more than a name for them. None: those of the quality, and the spec does not mention them.
     Raises ValueError for other settings, and for pictures of other than one or three channels.
     """
 
     quality: int
     subsampling: str = "4:2:0"
     rounding: str = "straight-through"
+    tables: tuple[tuple[int, ...], ...] | None = None
 
     title = "JPEG"
     linear = False
@@ -131,6 +142,8 @@ class Jpeg(Operator):
         for name, known in (("subsampling", SUBSAMPLINGS), ("rounding", ROUNDINGS)):
             if getattr(self, name) not in tuple(known):
                 raise ValueError(f"Jpeg: {name} is {shown(getattr(self, name))}; it must be one of {', '.join(known)}")
+        if self.tables is not None:
+            object.__setattr__(self, "tables", _checked(self.tables))
 
     def __call__(self, image: Tensor) -> Tensor:
         if image.shape[1] not in (1, 3):
@@ -151,9 +164,23 @@ class Jpeg(Operator):
 
         def make() -> Constants:
             ycbcr, offset = ycbcr_matrix(), torch.tensor([0.0, 128.0, 128.0]).view(3, 1, 1)
-            return Constants(*(t.to(like) for t in (quantisation_tables(self.quality), dct_matrix(), ycbcr, ycbcr.inverse(), offset)))
+            tables = quantisation_tables(self.quality) if self.tables is None else torch.tensor(self.tables).double().view(2, 8, 8)
+            return Constants(*(t.to(like) for t in (tables, dct_matrix(), ycbcr, ycbcr.inverse(), offset)))
 
         return self.kept((like.dtype, like.device), make)
+
+    def spec(self) -> dict[str, Any]:
+        spec = super().spec()
+        if self.tables is None:  # as it was before there were any
+            del spec["tables"]
+        return spec
+
+    def describe(self) -> str:
+        """Tables of a file are too long to be told."""
+        if self.tables is None:
+            return super().describe()
+        settings = {"tables": f"of the file, about quality {self.quality}", "subsampling": self.subsampling, "rounding": self.rounding}
+        return in_words(self.title, settings)
 
     def hidden(self, before: Tensor | None = None, channels: int = 3) -> Tensor | None:
         """A pixel is made of its block's, and of the blocks whose colour is smoothed into its own."""
@@ -198,3 +225,54 @@ class Jpeg(Operator):
         x = self._compressed(x, table)[..., : -(-width // across)]  # without what filled the block: triangles end at what is seen
         x = enlarged(x, down, across)
         return self._bytes(x, LEAN if down == 1 else -LEAN)[..., :height, :width]
+
+
+def _checked(tables: Any) -> tuple[tuple[int, ...], ...]:
+    """Two tables of 64 steps, as whole numbers."""
+    right = isinstance(tables, (list, tuple)) and len(tables) == 2 and all(isinstance(t, (list, tuple)) and len(t) == 64 for t in tables)
+    if not right:
+        raise ValueError(f"Jpeg: tables is {shown(tables)}; it must be two lists of 64 steps, luma's and chroma's")
+    return tuple(tuple(whole("Jpeg: tables: a step", step, 1, COARSEST) for step in table) for table in tables)
+
+
+def nearest_quality(luma: Tensor) -> int:
+    """The quality of libjpeg's scale whose luma table is nearest to this one, (64,) or (8, 8), in the mean of the ratios' logarithms."""
+    tables = torch.stack([quantisation_tables(quality)[0].flatten() for quality in range(1, 101)])
+    return 1 + int((tables.log() - luma.double().flatten().log()).abs().mean(1).argmin())
+
+
+def jpeg_of_file(file: Any) -> Jpeg | None:
+    """What compressed a JPEG file, from its own tables; None for a file that is no JPEG, or one that `Jpeg` cannot describe.
+
+    file: a path, or what Pillow's Image.open gave, not a copy of it: only that knows the tables. The operator belongs to the upright picture, as
+    ImageOps.exif_transpose makes it. A grey file's is one for luma; put Grayscale before it.
+    None as well for CMYK, colours stored as R, G, B, other subsamplings than `SUBSAMPLINGS`, two chroma tables, and turned pictures whose blocks would begin
+    in their middle. Raises what Pillow raises for a file that is no picture. Needs Pillow for a path.
+    """
+    if isinstance(file, (str, Path)):
+        from PIL import Image
+
+        with Image.open(file) as opened:
+            return jpeg_of_file(opened)
+    layers, steps = getattr(file, "layer", None), getattr(file, "quantization", None)
+    if not layers or not steps or file.mode not in ("L", "RGB") or file.info.get("adobe_transform") == 0:
+        return None
+    (_, across, down, luma), *colours = layers
+    chroma = colours[0][3] if colours else luma
+    if not colours:
+        across = down = 1
+    odd = any(layer[1:] != (1, 1, chroma) for layer in colours) or luma not in steps or chroma not in steps
+    name = next((name for name, times in SUBSAMPLINGS.items() if times == (down, across)), None)
+    if odd or name is None:
+        return None
+    orientation, (width, height) = file.getexif().get(ORIENTATION, 1), file.size
+    cut = (orientation in FROM_RIGHT and width % (8 * across)) or (orientation in FROM_BELOW and height % (8 * down))
+    if cut or (orientation in TURNED and name == "4:2:2"):
+        return None
+    tables = torch.tensor([list(steps[luma]), list(steps[chroma])]).view(2, 8, 8)
+    tables = tables.mT if orientation in TURNED else tables
+    quality = nearest_quality(tables[0])
+    standard = quantisation_tables(quality)[: 1 + bool(colours)].long()
+    if torch.equal(standard, tables[: len(standard)]):
+        return Jpeg(quality, name)
+    return Jpeg(quality, name, tables=tuple(map(tuple, tables.flatten(1).tolist())))

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.autograd import gradcheck
 
-from dmap_core.operators import Compose, Grayscale, Jpeg, from_spec
+from dmap_core.operators import Compose, Grayscale, Jpeg, from_spec, jpeg_of_file
 from dmap_core.operators.jpeg import quantisation_tables
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
@@ -280,3 +280,99 @@ def test_bad_settings_are_named(settings, message):
 def test_pictures_of_other_channels_are_refused():
     with pytest.raises(ValueError, match="Jpeg: the picture has 4 channels; it must have 1 or 3"):
         Jpeg(50)(torch.zeros(1, 4, 8, 8))
+
+
+CHROMA = tuple(20 + i // 3 for i in range(64))
+LUMA = tuple(12 + i % 8 + i // 8 * 9 for i in range(64))  # no quality has these, and they are not symmetric
+OWN = {"qtables": [LUMA, CHROMA]}
+
+
+def saved(picture, **settings):
+    file = io.BytesIO()
+    picture = Image.fromarray(picture)
+    exif = picture.getexif()
+    exif[0x0112] = settings.pop("orientation", 1)
+    picture.save(file, "JPEG", exif=exif, **settings)
+    return file
+
+
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+def test_a_file_with_tables_of_its_own(subsampling, tmp_path):
+    source = levels(textured(37, 53))
+    file = tmp_path / "own.jpg"
+    file.write_bytes(saved(source, subsampling=subsampling, **OWN).getvalue())
+    f = jpeg_of_file(file)
+    assert f.tables == (LUMA, CHROMA) and f.subsampling == subsampling and f == jpeg_of_file(str(file)) == jpeg_of_file(Image.open(file))
+    shown = np.asarray(Image.open(file))
+    difference = np.abs(through_jpeg(source, f) - shown)
+    assert difference.max() <= 14 and difference.mean() <= 0.3  # measured: 13 and 0.26
+    assert np.abs(through_jpeg(source, Jpeg(f.quality, subsampling)) - shown).mean() > 4 * difference.mean()
+
+
+@pytest.mark.parametrize("quality", [1, 30, 75, 92, 100])
+def test_a_file_of_libjpegs_scale_is_told_by_its_quality(quality):
+    source = levels(smooth(40, 48))
+    assert jpeg_of_file(Image.open(saved(source, quality=quality, subsampling="4:2:2"))) == Jpeg(quality, "4:2:2")
+    assert jpeg_of_file(Image.open(saved(source[..., 0].copy(), quality=quality))) == Jpeg(quality, "4:4:4")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_file(orientation):
+    """The operator is that of the upright picture: compressing the upright original gives what the upright file shows."""
+    source = levels(textured(48, 80))
+    opened = Image.open(saved(source, subsampling="4:2:0", orientation=orientation, **OWN))
+    f = jpeg_of_file(opened)
+    shown = ImageOps.exif_transpose(opened)
+    turned = Image.fromarray(source)
+    turned.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(turned))
+    difference = np.abs(through_jpeg(upright, f) - np.asarray(shown)).mean()
+    wrong = Jpeg(f.quality, tables=tuple(tuple(torch.tensor(t).view(8, 8).T.flatten().tolist()) for t in f.tables))
+    assert 5 * difference < np.abs(through_jpeg(upright, wrong) - np.asarray(shown)).mean()
+
+
+def test_a_turned_file_whose_blocks_begin_elsewhere_is_not_described():
+    rows, columns = levels(smooth(48, 53)), levels(smooth(37, 64))
+    found = {
+        (name, orientation): jpeg_of_file(Image.open(saved(source, quality=50, orientation=orientation))) is not None
+        for name, source in (("columns cut", rows), ("rows cut", columns))
+        for orientation in range(1, 9)
+    }
+    assert [orientation for orientation in range(1, 9) if found["columns cut", orientation]] == [1, 4, 5, 6]
+    assert [orientation for orientation in range(1, 9) if found["rows cut", orientation]] == [1, 2, 5, 8]
+    assert jpeg_of_file(Image.open(saved(levels(smooth(48, 64)), subsampling="4:2:2", orientation=6))) is None
+
+
+def test_files_that_no_operator_describes(tmp_path):
+    source = Image.fromarray(levels(smooth(40, 48)))
+    made = {"png": {"format": "PNG"}, "rgb": {"format": "JPEG", "keep_rgb": True}}
+    for name, settings in made.items():
+        source.save(tmp_path / name, **settings)
+        assert jpeg_of_file(tmp_path / name) is None
+    source.convert("CMYK").save(tmp_path / "cmyk", "JPEG")
+    assert jpeg_of_file(tmp_path / "cmyk") is None
+    assert jpeg_of_file(source) is None  # it comes from no file
+
+
+def test_tables_survive_json_and_old_specs_stay_as_they_were():
+    f = Jpeg(60, "4:2:2", tables=(LUMA, CHROMA))
+    again = from_spec(json.loads(json.dumps(f.spec())))
+    x = picture(1, 3, 9, 10)
+    assert again == f and hash(again) == hash(f) and torch.equal(again(x), f(x))
+    assert Jpeg(60).spec() == {"operator": "Jpeg", "quality": 60, "subsampling": "4:2:0", "rounding": "straight-through"}
+    assert f.describe() == "JPEG (tables of the file, about quality 60, subsampling 4:2:2, rounding straight-through)"
+    standard = tuple(map(tuple, quantisation_tables(60).long().flatten(1).tolist()))
+    assert torch.equal(Jpeg(1, "4:2:2", tables=standard)(x), Jpeg(60, "4:2:2")(x))
+
+
+@pytest.mark.parametrize(
+    "tables", [[LUMA], [LUMA, LUMA[1:]], "tables", 7, [LUMA, (0, *LUMA[1:])], [LUMA, (1.5, *LUMA[1:])], [LUMA, (65536, *LUMA[1:])]]
+)
+def test_bad_tables_are_named(tables):
+    with pytest.raises(ValueError, match=r"^Jpeg: tables"):
+        from_spec({"operator": "Jpeg", "quality": 50, "tables": tables})
+
+
+def test_a_gradient_through_tables():
+    x = (picture(1, 3, 16, 16) * 0.3).requires_grad_()
+    assert gradcheck(Jpeg(60, "4:2:0", "cubic", (LUMA, CHROMA)), (x,), fast_mode=True)

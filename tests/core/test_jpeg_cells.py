@@ -15,7 +15,8 @@ from dmap_core.pictures import to_picture, to_tensor
 
 LEVEL = 2 / 255
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
-FILES = [Jpeg(10), Jpeg(50, "4:2:2"), Jpeg(75), Jpeg(90, "4:4:4")]
+OWN = Jpeg(50, tables=(tuple(12 + i % 8 + i // 8 * 9 for i in range(64)), tuple(20 + i // 3 for i in range(64))))
+FILES = [Jpeg(10), Jpeg(50, "4:2:2"), Jpeg(75), Jpeg(90, "4:4:4"), OWN]
 every_file = pytest.mark.parametrize("f", FILES, ids=lambda f: f"{f.quality}-{f.subsampling}")
 COMPOSED = [
     Compose((Grayscale(), Jpeg(30))),
