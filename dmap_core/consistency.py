@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .operators import Compose, Inpainting, Jpeg, Noisy, NonlinearBlur, Operator
+from .operators import Compose, Inpainting, Jpeg, Noisy, NonlinearBlur, Operator, Segmentation
 from .operators.base import Separable, Size, check_batch, squared_norm
 from .operators.jpeg import ROUNDINGS
 from .operators.jpeg_cells import nearest_picture, read_file
@@ -147,6 +147,16 @@ def grey_levels(operator: Operator, y_hat: Tensor, y: Tensor) -> tuple[Tensor, T
     levels = (operator.difference(y_hat, y).float() * 127.5).flatten(1)
     rms = torch.linalg.vector_norm(levels, dim=1) / operator.elements(y).to(levels).sqrt()
     return rms, levels.abs().amax(dim=1)
+
+
+def residual_levels(operator: Operator, residual: Tensor, y: Tensor) -> Tensor | None:
+    """What residuals (B,) of `operator.distance` from y (B, c, h, w) are in grey levels of 255, as a root mean square, (B,); None where values are not compared.
+
+    Of known noise, which the residual is without: an upper bound where that is 0.
+    """
+    if isinstance(parts(operator)[-1], Segmentation):
+        return None
+    return (residual / operator.elements(y).to(residual).sqrt() + operator.noise) * 127.5
 
 
 def fill(f: Inpainting, x: Tensor, y: Tensor, feather: float) -> Tensor:

@@ -6,7 +6,6 @@ import math
 import textwrap
 from typing import Any
 
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
@@ -19,12 +18,12 @@ from ..dmap_core.operators import Operator as CoreOperator
 from ..dmap_core.operators import Segmentation
 from ..dmap_core.operators.noisy import parts
 from ..dmap_core.operators.segmentation import CLASSES
+from .heat import heat, page
 from .host.compute import Bar, measuring, place, residuals, with_operator
 from .host.folders import weights_folder
 from .host.gradients import normal
-from .messages import speaking_of_nodes
 from .operators import Operator
-from .pictures import check_picture, measurement_to_core, to_core, to_image
+from .pictures import check_picture, measurement_of, to_core, to_image
 from .reports import read_report
 
 NAME = "RestorationMetrics"
@@ -47,7 +46,6 @@ HEADER = 18  # characters of a line in a column's head
 FOOTER = 84  # characters of a line below the table
 MARGIN = 16
 LEAST = 256  # pixels: smaller error maps are enlarged, so that their numbers can be read
-HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # black, violet, red, orange, pale yellow: ever lighter
 
 
 class RestorationMetrics(io.ComfyNode):
@@ -135,15 +133,7 @@ def _given(
         raise ValueError(f"{NAME}: {given} is connected but {missing} is not; connect both or neither")
     if operator is None:
         return restored, reference.expand_as(restored), None
-    y = measurement_to_core(measurement, operator, f"{NAME}: measurement")
-    with speaking_of_nodes(f"{NAME}: measurement: "):
-        made = operator.image_size(y)
-    if made != size:
-        raise ValueError(
-            f"{NAME}: measurement and {operator.describe()} belong to pictures of {made[1]}x{made[0]}, but restored is {size[1]}x{size[0]}"
-        )
-    if len(y) not in (1, len(restored)):
-        raise ValueError(f"{NAME}: measurement holds {len(y)} for {len(restored)} restored pictures; give one, or one for each")
+    y = measurement_of(restored, measurement, operator, NAME)
     return restored, reference.expand_as(restored), y.expand(len(restored), -1, -1, -1)
 
 
@@ -245,36 +235,15 @@ def table(found: Summary) -> Tensor:
 def error_pictures(restored: Tensor, errors: Tensor) -> Tensor:
     """(B, H, W, 3) in [0, 1]: each map of errors (1, H, W) in colours, with a bar that says what they mean. All have the scale of the largest error."""
     top = float(errors.max())
+    labels = {0.0: "0", **({0.5: f"{top / 2:.3g}", 1.0: f"{top:.3g}"} if top > 0 else {})}
     height, width = restored.shape[-2:]
     factor = max(1, math.ceil(LEAST / min(height, width)))
     pages = []
     for error in errors[:, 0].cpu().numpy():
         coloured = Image.fromarray(heat(error / top if top > 0 else error))
-        pages.append(_with_bar(coloured.resize((width * factor, height * factor), Image.Resampling.NEAREST), top))
+        enlarged = coloured.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        pages.append(page(enlarged, labels, "|restored - reference|"))
     return to_image(pages)
-
-
-def heat(values: np.ndarray) -> np.ndarray:
-    """(H, W) in [0, 1] -> (H, W, 3) uint8 in the colours of HEAT."""
-    places = np.linspace(0, 1, len(HEAT))
-    return np.stack([np.interp(values, places, channel) for channel in zip(*HEAT, strict=True)], axis=-1).round().astype(np.uint8)
-
-
-def _with_bar(coloured: Image.Image, top: float) -> Image.Image:
-    width, height = coloured.size
-    size = max(14, height // 28)
-    font = ImageFont.load_default(size=size)
-    bar, gap = size, size // 2
-    labels = {0.0: "0", **({0.5: f"{top / 2:.3g}", 1.0: f"{top:.3g}"} if top > 0 else {})}
-    page = Image.new("RGB", (round(width + 3 * gap + bar + max(map(font.getlength, labels.values()))), height + 2 * size), "white")
-    page.paste(coloured, (0, 0))
-    ramp = heat(np.linspace(1, 0, height - size)[:, None].repeat(bar, axis=1))
-    page.paste(Image.fromarray(ramp), (width + gap, size // 2))
-    draw = ImageDraw.Draw(page)
-    for part, text in labels.items():
-        draw.text((width + 2 * gap + bar, size // 2 + (1 - part) * (height - size)), text, fill="black", font=font, anchor="lm")
-    draw.text((2, height + size), "|restored - reference|", fill="black", font=font, anchor="lm")
-    return page
 
 
 NODES = [RestorationMetrics]

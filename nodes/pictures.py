@@ -74,6 +74,21 @@ def measurement_to_core(image: Tensor, operator: Operator, name: str) -> Tensor:
         return operator.read_masks(image.float()) if masks else operator.read(image.movedim(-1, 1).float() * 2 - 1)
 
 
+def measurement_of(restored: Tensor, measurement: Tensor, operator: Operator, node: str) -> Tensor:
+    """The y (1 or B, c, h, w) of restored pictures (B, 3, H, W). Raises ValueError, naming the inputs of `node`, for what does not go together."""
+    y = measurement_to_core(measurement, operator, f"{node}: measurement")
+    with speaking_of_nodes(f"{node}: measurement: "):
+        made = operator.image_size(y)
+    size = tuple(restored.shape[-2:])
+    if made != size:
+        raise ValueError(
+            f"{node}: measurement and {operator.describe()} belong to pictures of {made[1]}x{made[0]}, but restored is {size[1]}x{size[0]}"
+        )
+    if len(y) not in (1, len(restored)):
+        raise ValueError(f"{node}: measurement holds {len(y)} for {len(restored)} restored pictures; give one, or one for each")
+    return y
+
+
 def with_given(image: Tensor, mask: Tensor, measurement: Tensor) -> Tensor:
     """The picture (B, H, W, 3) with a measurement's own pixels where an Inpainting's mask (B, 1, H, W) is 0: to the bit, as they were never elsewhere."""
     return image.where(mask.movedim(1, -1).to(image) > 0, measurement.to(image))

@@ -18,14 +18,15 @@ class Clock:
         self.steps, self.done = steps, 0
         self._first = time.perf_counter()
 
-    def step(self) -> None:
-        """One more step is done: said on the node, and once in the console."""
+    def step(self, mismatch: float | None = None) -> None:
+        """One more step is done: said on the node, and once in the console. mismatch: of the worst sample, in grey levels of 255."""
         self.done += 1
         if self.done == 1:
             self._first = time.perf_counter()
         left = self.left()
         told = "" if left is None else f", about {in_words(left)} left"
-        say(f"step {self.done} of {self.steps}{told}")
+        missed = "" if mismatch is None else f", mismatch {mismatch:.1f} of 255 grey levels"
+        say(f"step {self.done} of {self.steps}{told}{missed}")
         if self.done == TIMED and self.done < self.steps:
             log.info("DPSGuider: %d steps of %.1f s%s", self.steps, self.seconds_per_step(), told)
 

@@ -16,7 +16,7 @@ from comfy.k_diffusion.sampling import default_noise_sampler
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...dmap_core.consistency import grey_levels
+from ...dmap_core.consistency import grey_levels, residual_levels
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
 from ...dmap_core.schedule import check_sigmas, generators
@@ -217,8 +217,12 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self.report.mismatch, self.report.mismatch_worst = rms.tolist(), worst.tolist()
 
     def _step_done(self, residual: Tensor) -> None:
-        self.report.residuals.append(residual.tolist())  # waits for the GPU
-        self._clock.step()
+        residual = residual.detach().cpu()  # waits for the GPU
+        self.report.residuals.append(residual.tolist())
+        levels = residual_levels(self.operator, residual, self._posterior.y)
+        if levels is not None:
+            self.report.levels.append(levels.tolist())
+        self._clock.step(None if levels is None else float(levels.max()))
 
     def _finish_report(self, seconds: float) -> None:
         self.report.seconds, self.report.seconds_per_step = seconds, self._clock.seconds_per_step()

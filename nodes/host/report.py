@@ -16,7 +16,8 @@ REPORT = "dmap_report"  # attribute of the latents of a run, which outlive its g
 class Report:
     """What one sampling run cost and reached.
 
-    seconds_per_step: without the first one, which also loads. residuals[step][sample]. peak_memory: bytes on the GPU, None where there is none. flop, counted_memory: operations and bytes that were counted before the run, None for
+    seconds_per_step: without the first one, which also loads. residuals[step][sample]; levels: the same in grey levels
+    (RMS), empty where they have none. peak_memory: bytes on the GPU, None where there is none. flop, counted_memory: operations and bytes that were counted before the run, None for
     networks that were not counted. mismatch[sample], mismatch_worst[sample]: what f of the
     finished picture and the measurement differ by, in grey levels (0..255), as a root mean square and at most; empty where they cannot be compared.
     noise: of the measurement, in grey levels, where it is known.
@@ -34,6 +35,7 @@ class Report:
     flop: float | None = None
     counted_memory: float | None = None
     residuals: list[list[float]] = field(default_factory=list)
+    levels: list[list[float]] = field(default_factory=list)
     mismatch: list[float] = field(default_factory=list)
     mismatch_worst: list[float] = field(default_factory=list)
     noise: float = 0.0

@@ -54,6 +54,8 @@ def test_every_step_of_a_run_is_timed(lab, sampler, monkeypatch):
     guider = lab.guider()
     lab.sample(guider, lab.dmap() if sampler == "DMAP" else lab.stock(sampler), steps=3)
     assert [text.split(",")[0] for text in said] == ["step 1 of 3", "step 2 of 3", "step 3 of 3"]
+    levels = [float(text.partition("mismatch ")[2].split(" ")[0]) for text in said]
+    assert levels == [pytest.approx(max(step), abs=0.051) for step in guider.report.levels]
     assert guider.report.seconds_per_step > 0 and " s a step), memory plan" in guider.report.text()
 
 

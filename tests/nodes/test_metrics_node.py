@@ -172,13 +172,13 @@ def test_the_text_is_shown_below_the_node(lab, pictures):
 
 
 def test_the_error_map_has_one_scale(lab):
-    metrics = module(lab, "nodes.metrics")
+    colours = module(lab, "nodes.heat").HEAT
     reference = torch.zeros(2, 16, 16, 3)
     restored = reference.clone()
     restored[0, 0, 0] = 0.6
     restored[1, 15, 15] = 0.3
     _, _, _, errors = measure(lab, restored, reference)
-    black, middle, top = (torch.tensor(metrics.HEAT[i]) / 255 for i in (0, 2, 4))
+    black, middle, top = (torch.tensor(colours[i]) / 255 for i in (0, 2, 4))
     assert errors.shape[0] == 2 and errors.shape[2] > 256 < errors.shape[1]  # 16 times as large, a bar beside, a caption below
     assert torch.allclose(errors[0, 8, 8], top, atol=1e-6) and torch.allclose(errors[0, 40, 40], black, atol=1e-6)
     assert torch.allclose(errors[1, 248, 248], middle, atol=1e-6) and torch.allclose(errors[1, 8, 8], black, atol=1e-6)

@@ -9,6 +9,7 @@ NODES = {
     "DMAP_ComparisonSheet": "DMAP Comparison Sheet",
     "DMAP_DMAPPreset": "DMAPPreset",
     "DMAP_MatchMeasurement": "Match Measurement",
+    "DMAP_MismatchMap": "Mismatch Map (fidelity)",
     "DMAP_DMAPSampler": "DMAPSampler",
     "DMAP_DMAPScheduler": "DMAPScheduler",
     "DMAP_DMAPUnconditional": "DMAPUnconditional",
@@ -33,6 +34,7 @@ NODES = {
     "DMAP_OperatorSuperResolution": "Operator: Super-Resolution (upscale)",
     "DMAP_PSLDSampler": "PSLDSampler",
     "DMAP_ReSampleSampler": "ReSampleSampler",
+    "DMAP_ResidualCurve": "Residual Curve",
     "DMAP_RestorationMetrics": "RestorationMetrics",
     "DMAP_SamplePicture": "DMAP Sample Picture",
     "DMAP_SamplingReport": "DMAP Sampling Report",
@@ -43,6 +45,7 @@ NODES = {
     "DMAP_StepsStudy": "Steps Study",
     "DMAP_ToyStudy": "Toy Study",
     "DMAP_TrainCSE": "TrainCSE",
+    "DMAP_UncertaintyMap": "Uncertainty Map (invented here)",
 }
 
 # The same holds for the order of inputs, by which saved widget values are matched, and of outputs.
@@ -66,6 +69,7 @@ INPUTS = {
     "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size max_megapixels content",
     "DMAP_FreeDoMSampler": "zeta K first last travel eta step strength jacobian",
     "DMAP_MatchMeasurement": "image measurement operator noise feather",
+    "DMAP_MismatchMap": "restored measurement operator",
     "DMAP_OperatorCompose": "first second third fourth",
     "DMAP_OperatorGaussianBlur": "sigma kernel_size",
     "DMAP_OperatorGrayscale": "",
@@ -79,6 +83,7 @@ INPUTS = {
     "DMAP_OperatorSuperResolution": "scale",
     "DMAP_PSLDSampler": "zeta gamma transpose eta",
     "DMAP_ReSampleSampler": "zeta first last every iterations learning_rate factor space tweedie eta step strength jacobian",
+    "DMAP_ResidualCurve": "guider latent",
     "DMAP_RestorationMetrics": "restored reference perceptual distribution operator measurement report",
     "DMAP_SamplePicture": "picture",
     "DMAP_SamplingReport": "guider latent",
@@ -90,6 +95,7 @@ INPUTS = {
     "DMAP_ToyStudy": "zeta K steps samples y0 noise_seed dsg_zeta dmap_zeta",
     "DMAP_TrainCSE": "model vae conditioning operator folder save_name steps batch_size accumulation learning_rate precision size seed save_every "
     "gradient_checkpointing pictures validation hint_range snr_gamma licence unreadable",
+    "DMAP_UncertaintyMap": "images",
 }
 OUTPUTS = {
     **{node_id: ["SAMPLER"] for node_id in NODES if node_id.endswith("Sampler")},
@@ -105,6 +111,8 @@ OUTPUTS = {
     "DMAP_ApplyCSE": ["CONDITIONING"],
     "DMAP_CSEControlNetLoader": ["CONTROL_NET", "OPERATOR", "STRING"],
     "DMAP_MatchMeasurement": ["IMAGE", "STRING"],
+    "DMAP_MismatchMap": ["IMAGE", "STRING"],
+    "DMAP_ResidualCurve": ["IMAGE"],
     "DMAP_SamplePicture": ["IMAGE", "MASK"],
     "DMAP_SamplingReport": ["STRING", "STRING"],
     "DMAP_SelfGenerateCSEDataset": ["IMAGE", "STRING"],
@@ -116,6 +124,7 @@ OUTPUTS = {
     "DMAP_ToyStudy": ["IMAGE", "STRING", "STRING"],
     "DMAP_StepsStudy": ["IMAGE", "IMAGE", "STRING"],
     "DMAP_SolverStudy": ["IMAGE", "IMAGE", "STRING"],
+    "DMAP_UncertaintyMap": ["IMAGE", "STRING"],
 }
 STEPPED = ("DMAP_DMAPSampler", "DMAP_DPSGuider", "DMAP_DPSSampler", "DMAP_FreeDoMSampler", "DMAP_ReSampleSampler")
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
@@ -161,7 +170,7 @@ CONNECTIONS = {
     "latent",
     "original",
 }
-CONNECTIONS |= {"conditioning", "cse", "pictures", "validation"}
+CONNECTIONS |= {"conditioning", "cse", "pictures", "validation", "images"}
 CONNECTIONS |= {f"{name}_{i}" for name in ("image", "report") for i in PLACES}
 CONNECTIONS |= {"restored", "reference", "report", "picture", "sigmas", "conditional", "guider_1", "guider_2"}
 CONNECTIONS |= {f"images_{i}" for i in range(1, 5)}
@@ -237,6 +246,17 @@ def test_there_is_no_help_page_of_a_node_that_is_gone(lab):
     assert sorted(path.stem for path in (lab.ROOT / lab.pack.WEB_DIRECTORY / "docs").glob("*.md")) == sorted(NODES)
 
 
-@pytest.mark.parametrize("node_id", ["DMAP_RestorationMetrics", "DMAP_SamplingReport", "DMAP_SelfGenerateCSEDataset", "DMAP_TrainCSE"])
+@pytest.mark.parametrize(
+    "node_id",
+    [
+        "DMAP_MismatchMap",
+        "DMAP_ResidualCurve",
+        "DMAP_RestorationMetrics",
+        "DMAP_SamplingReport",
+        "DMAP_SelfGenerateCSEDataset",
+        "DMAP_TrainCSE",
+        "DMAP_UncertaintyMap",
+    ],
+)
 def test_it_runs_without_a_node_after_it(lab, node_id):
     assert lab.NODES[node_id].GET_SCHEMA().is_output_node
