@@ -13,8 +13,13 @@ from PIL import Image
 from .schema import schema
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-FOLDERS = (DEMO / "held-out", DEMO / "samples")
-NAMES = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.png"))}
+# Written down, so that no folder is looked through while ComfyUI starts; a test holds it.
+HELD_OUT = tuple(f"dmap-demo-{i:02}" for i in range(64))
+SAMPLES = ("rooster-512", "rooster-blurred-512", "rooster-holes-512", "rooster-old-photo-128", "rooster-small-64")
+
+
+def picture_path(name: str) -> Path:
+    return DEMO / ("held-out" if name in HELD_OUT else "samples") / f"{name}.png"
 
 
 class SamplePicture(io.ComfyNode):
@@ -29,7 +34,7 @@ class SamplePicture(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "picture",
-                    options=list(NAMES),
+                    options=[*HELD_OUT, *SAMPLES],
                     default="dmap-demo-00",
                     tooltip="dmap-demo-*: 128x128, what the demo prior knows. rooster-512 is a good picture for Stable Diffusion; the other roosters are that one damaged, "
                     "and the number is their width and height.",
@@ -43,14 +48,14 @@ class SamplePicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture) -> io.NodeOutput:
-        with Image.open(NAMES[picture]) as file:
+        with Image.open(picture_path(picture)) as file:
             rgba = torch.from_numpy(np.asarray(file.convert("RGBA"), np.float32) / 255).unsqueeze(0)
         image = rgba[..., :3].clone()
         return io.NodeOutput(image, 1 - rgba[..., 3], ui=ui.PreviewImage(image))
 
     @classmethod
     def fingerprint_inputs(cls, picture) -> str:
-        return hashlib.sha256(NAMES[picture].read_bytes()).hexdigest()
+        return hashlib.sha256(picture_path(picture).read_bytes()).hexdigest()
 
 
 NODES = [SamplePicture]

@@ -34,6 +34,7 @@ def test_it_gives_what_load_image_gives(lab):
 
 def test_every_picture_is_listed_once_and_opens(lab):
     listed = names(lab)
+    assert listed == [path.stem for folder in ("held-out", "samples") for path in sorted((lab.ROOT / "demo" / folder).glob("*.png"))]
     assert len(listed) == len(set(listed)) == 69
     for name in (listed[0], *listed[64:]):
         image, _ = sample(lab, name)
