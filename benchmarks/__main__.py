@@ -3,6 +3,7 @@
 python -m benchmarks [options]         steps of every plan and solver, against a plain reference and the floor
 python -m benchmarks memory [options]  peak memory, counted without a device, and its calibration
 python -m benchmarks costs             the constants of dmap_core/costs.py, counted anew
+python -m benchmarks cards             README's table of graphics cards, counted
 python -m benchmarks gpu [--tiny]      all that is to be known of a CUDA device, in minutes
 """
 
@@ -22,6 +23,10 @@ def main(arguments: list[str]) -> None:
         main(arguments[1:])
     elif what == "costs":
         from .costs import main
+
+        main()
+    elif what == "cards":
+        from .cards import main
 
         main()
     elif what == "gpu":
