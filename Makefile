@@ -9,12 +9,15 @@ ARGS ?=
 export COMFYUI_PATH COMFYUI_PYTHON TORCH_INDEX_URL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-browser setup-newest demo test test-newest serve lint report bench gpu demo-prior demo-cse clean
+.PHONY: help setup setup-browser setup-newest demo test test-newest test-hosts test-nightly serve lint report bench gpu demo-prior demo-cse clean
 
 help:
 	@echo "make demo         restore pictures with the small prior in a real ComfyUI (sets it up first)"
 	@echo "make test         run the tests, also those in ComfyUI and in a browser (ARGS=... goes to pytest); .ci/run runs all"
 	@echo "make test-newest  run those of ComfyUI and the browser once more in the newest ComfyUI that the package registry has"
+	@echo "make test-hosts   run those of the nodes and the server in every ComfyUI from 0.3.52 on that the package registry has (hours;"
+	@echo "                  ARGS=\"--host 0.16.3\": in that one), and show a table"
+	@echo "make test-nightly run every test there is, also those too dear for .ci/run, and make test-newest and make test-hosts (hours)"
 	@echo "make serve        leave ComfyUI with this pack running and print its address (PORT=8188 chooses the port)"
 	@echo "make lint         check the code's style and the types of dmap_core"
 	@echo "make report       the paper's tables and studies on the small prior, into docs/report/ (hours; QUICK=1: minutes, few pictures)"
@@ -50,6 +53,15 @@ test-newest: export COMFYUI_PYTHON := $(CURDIR)/.host/newest/bin/python
 test-newest: export DMAP_TESTS_DYNAMIC_VRAM := 1
 test-newest: setup-newest
 	@$(PYTHON) tests/run.py $(or $(ARGS),--in-comfyui)
+
+test-hosts: setup
+	@env -u COMFYUI_PATH -u COMFYUI_PYTHON $(PYTHON) tools/test_hosts.py $(ARGS)
+
+test-nightly: export DMAP_TESTS_ALL := nightly
+test-nightly:
+	@$(MAKE) test ARGS=
+	@$(MAKE) test-newest ARGS=
+	@$(MAKE) test-hosts ARGS=
 
 serve: setup
 	@$(PYTHON) tests/host.py $(if $(PORT),--port $(PORT)) $(ARGS)

@@ -42,10 +42,12 @@ LONGEST = (
     "nodes-test_cse_training",
     "nodes-test_solver_nodes",
     "nodes-test_families",
+    "nodes-test_precision",
     "nodes-test_study_nodes",
 )
 FOLDERS = ("browser", "server", "nodes", "demo", "core")
-ALL = bool(os.environ.get("DMAP_TESTS_ALL"))
+# What a run leaves out, by the value of DMAP_TESTS_ALL.
+LEFT_OUT_BY = {"": ("thorough", "nightly"), "1": ("nightly",), "nightly": ()}
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -53,12 +55,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server.
 
     What is marked `thorough` is another case of what the rest proves, or costs far more than it: .ci/run runs it, with DMAP_TESTS_ALL=1.
+    What is marked `nightly` is so dear that only `make test-nightly` runs it.
     """
-    thorough = [] if ALL else [item for item in items if item.get_closest_marker("thorough")]
-    if thorough:
-        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
-        config.hook.pytest_deselected(items=thorough)
-    config.stash[LEFT_OUT] = len(thorough)
+    wanted = os.environ.get("DMAP_TESTS_ALL", "")
+    if wanted not in LEFT_OUT_BY:
+        raise pytest.UsageError(f"DMAP_TESTS_ALL is {wanted!r}: it should be one of {', '.join(map(repr, LEFT_OUT_BY))}.")
+    left_out = [item for item in items if any(map(item.get_closest_marker, LEFT_OUT_BY[wanted]))]
+    if left_out:
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, LEFT_OUT_BY[wanted]))]
+        config.hook.pytest_deselected(items=left_out)
+    config.stash[LEFT_OUT] = len(left_out)
 
     def folder(item: pytest.Item) -> str:
         return item.path.relative_to(ROOT / "tests").parts[0]
@@ -97,7 +103,8 @@ def pytest_testnodedown(node, error) -> None:
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     if count := config.stash.get(LEFT_OUT, 0):
-        terminalreporter.write_line(f"{count} tests run in .ci/run only (DMAP_TESTS_ALL=1)")
+        where = "make test-nightly" if os.environ.get("DMAP_TESTS_ALL") else ".ci/run (DMAP_TESTS_ALL=1) or make test-nightly"
+        terminalreporter.write_line(f"{count} tests run in {where} only")
 
 
 def missing(what: str) -> None:

