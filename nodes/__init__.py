@@ -2,13 +2,13 @@
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import cse, decode, guiders, maps, match, metrics, operators, samplers, samples, sheets, studies, training
+from . import cse, decode, estimate, guiders, maps, match, metrics, operators, samplers, samples, sheets, studies, training
 from .host.folders import offer_folders
 
 
 class DMAPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (samples, operators, guiders, samplers, decode, match, maps, cse, training, sheets, metrics, studies)
+        modules = (samples, operators, estimate, guiders, samplers, decode, match, maps, cse, training, sheets, metrics, studies)
         return [node for module in modules for node in module.NODES]
 
 

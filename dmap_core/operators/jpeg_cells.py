@@ -26,7 +26,7 @@ def read_file(f: Jpeg, y: Tensor) -> list[Tensor]:
     beyond[..., :height, :width] = 0
     kept, seen = [], y
     for _ in range(ROUNDS):
-        kept = [(_dct(f, plane) / table).round() * table for plane, table in zip(_unsmoothed(f, seen), f.constants(y).tables, strict=False)]
+        kept = [(_dct(f, plane) / table).round() * table for plane, table in zip(unsmoothed(f, seen), f.constants(y).tables, strict=False)]
         found = _decoded(f, [_pixels(f, c) for c in kept])
         seen = torch.where(y >= 255, found.clamp(min=255), torch.where(y <= 0, found.clamp(max=0), y))
         seen = torch.where(beyond > 0, found, seen)
@@ -95,7 +95,7 @@ def _decoded(f: Jpeg, planes: list[Tensor]) -> Tensor:
     return _rgb(f, torch.cat(full, 1)) + 128
 
 
-def _unsmoothed(f: Jpeg, x: Tensor) -> list[Tensor]:
+def unsmoothed(f: Jpeg, x: Tensor) -> list[Tensor]:
     """The planes of a picture that `_decoded` has made: averages of the colours, and from those what the triangles had mixed."""
     planes = _planes(f, x)
     for colour in planes[1:]:

@@ -107,6 +107,7 @@ ORDER = (
     "memory",
     "prior",
     "consistency",
+    "estimate",
     "metrics",
     "operators",
     "schedule",
