@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from comfy_execution.progress import get_progress_state
 from comfy_execution.utils import get_executing_context
 
 log = logging.getLogger(__name__)
@@ -56,4 +57,5 @@ def say(text: str) -> None:
     if context is not None:
         import server  # which imports nodes
 
-        server.PromptServer.instance.send_progress_text(text, context.node_id)
+        node = get_progress_state().dynprompt.get_display_node_id(context.node_id)  # one that was expanded shows what its parts say
+        server.PromptServer.instance.send_progress_text(text, node)

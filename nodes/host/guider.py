@@ -24,7 +24,7 @@ from ...dmap_core.solvers import DPS, Cost, Solver, check_finite, guided_denoise
 from ...dmap_core.solvers.step import step_of
 from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
-from .clock import Clock
+from .clock import Clock, say
 from .controlnet import controls_of, cut, untied
 from .gradients import (
     add_own_skip,
@@ -38,6 +38,7 @@ from .gradients import (
     without_caches,
 )
 from .job import GIB, job_of, room
+from .preview import Watch, is_small, save_cancelled, told
 from .prior import HostPrior, check_model, check_vae, latent_size, native_latents, round_trip, stand_in
 from .report import REPORT, Report
 from .static import static_controls, static_patchers
@@ -64,6 +65,14 @@ class HostPosterior(Posterior):
     def distance(self, image: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         return super().distance(image)
+
+    def picture(self, z0: Tensor) -> Tensor:
+        """D(z0) to look at, (B, 3, H, W), counted nowhere. A second Cancel, which the host's layers look for, begins it anew."""
+        while True:
+            try:
+                return self._plain(lambda: self.prior.picture(z0))
+            except comfy.model_management.InterruptProcessingException:
+                continue
 
 
 class PosteriorGuider(comfy.samplers.CFGGuider):
@@ -97,6 +106,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._exact = True  # whether gradients go through the denoiser
         self._tiling: tuple[int | None, int | None] = (None, None)  # what `_tiles` says
         self._clock: Clock | None = None
+        self._watch: Watch | None = None
         self._cut: dict[tuple, dict[str, list[dict]]] = {}  # conditioning of tiles, of a run
         self.vae_tried = False
         self._solving = False
@@ -106,7 +116,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         for name, conditioning in conds.items():
             self.original_conds[name] = comfy.sampler_helpers.convert_cond(conditioning)
 
-    def sample(self, noise, latent_image, sampler, sigmas, *args, seed=None, **kwargs):
+    def sample(self, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, disable_pbar=False, seed=None):
         if sigmas.shape[-1] == 0:  # denoise 0: nothing to do, as in any ComfyUI guider
             return latent_image
         ours = isinstance(sampler, PosteriorSampler)
@@ -118,6 +128,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         counted = self._counted(len(noise), sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1))
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
         self.report, self._clock = Report(name, self.operator.describe()), Clock(len(sigmas) - 1)
+        self._watch = Watch(callback, len(sigmas) - 1) if callback else None
         self.report.flop, self.report.counted_memory = counted
         original_conds, model = self.original_conds, self.model_patcher
         device = comfy.model_management.get_torch_device()
@@ -132,9 +143,9 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
                     self.original_conds = static_controls(normal(original_conds), self._static)
                 else:
                     self.original_conds = normal(original_conds)
-                noise, latent_image, sigmas, args, kwargs = normal((noise, latent_image, sigmas, args, kwargs))
+                noise, latent_image, sigmas, denoise_mask = normal((noise, latent_image, sigmas, denoise_mask))
                 seed = ((seed or 0) + SEED_SHIFT) % 2**64
-                samples = super().sample(noise, latent_image, sampler, sigmas, *args, seed=seed, **kwargs)
+                samples = super().sample(noise, latent_image, sampler, sigmas, denoise_mask, self._watch, disable_pbar, seed)
                 samples = samples.to(
                     comfy.model_management.intermediate_device()
                 )  # where sampler nodes move it: they pass on this very tensor
@@ -146,7 +157,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             self.original_conds, self.model_patcher, self._static = original_conds, model, None
             self.report.peak_memory = torch.cuda.max_memory_allocated(device) if on_gpu else None
             self._finish_report(time.perf_counter() - started)
-            self._posterior, self._cut = None, {}
+            self._posterior, self._watch, self._cut = None, None, {}
 
     def _check_run(self, noise: Tensor, sigmas: Tensor, ours: bool) -> None:
         check_sigmas(sigmas, to_zero=ours)
@@ -267,12 +278,35 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             with frozen(through), differentiable_attention(networks if self._exact else []), exact_layers(through):
                 check_quantised(through)
                 self._try_vae(prior, y[:1])
-                samples = super().inner_sample(noise, latent_image, device, *args, **kwargs)
-                if self.report.residuals:  # a study's run restores nothing
-                    self._report_mismatch(self.inner_model.process_latent_in(samples))
-                return samples
+                if self._watch:
+                    self._watch.show = prior.picture if is_small(self.vae) else prior.rough_picture if is_small(self.guidance_vae) else None
+                try:
+                    samples = super().inner_sample(noise, latent_image, device, *args, **kwargs)
+                    if self._watch:
+                        self._watch.finish()
+                    if self.report.residuals:  # a study's run restores nothing
+                        self._report_mismatch(self.inner_model.process_latent_in(samples))
+                    return samples
+                except comfy.model_management.InterruptProcessingException as error:
+                    interruption = error.with_traceback(None)  # which keeps the activations of a gradient alive
+                self._keep_last_picture()
+                raise interruption
         finally:
             self.operator.to("cpu")
+
+    def _keep_last_picture(self) -> None:
+        """Of a run that was cancelled: what was paid for is not lost."""
+        if self._watch is None or self._watch.last is None:
+            return
+        say("cancelled: keeping the last picture")
+        try:
+            paths = save_cancelled(self._posterior.picture(self._watch.last))
+        except (torch.OutOfMemoryError, OSError) as error:  # the run ends as cancelled in any case
+            log.warning("DPSGuider: the last picture of the cancelled run is not kept: %s", error)
+            return
+        text = told(paths, self._watch.done, self._clock.steps)
+        log.info("DPSGuider: %s", text)
+        say(text)
 
     def _tiles(self, noise: Tensor) -> tuple[int | None, int | None]:
         """(the tiles of a run in latents, None for whole pictures; those that it may take when the memory does not suffice)."""

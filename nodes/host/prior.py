@@ -61,14 +61,22 @@ class HostPrior:
         return self.denoiser(z, levels_of(z, sigma)).float()
 
     def decode(self, z0: Tensor) -> Tensor:
-        return self._decoded(self.vae, self.autoencoder, z0)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.picture(z0)
 
     def guide(self, z0: Tensor) -> Tensor:
         """The picture that `guidance_vae` makes."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return self.rough_picture(z0)
+
+    def picture(self, z0: Tensor) -> Tensor:
+        """What `decode` makes, for a run that is cancelled, too."""
+        return self._decoded(self.vae, self.autoencoder, z0)
+
+    def rough_picture(self, z0: Tensor) -> Tensor:
         return self._decoded(self.guidance_vae, self._guidance, z0)
 
     def _decoded(self, vae, autoencoder: nn.Module, z0: Tensor) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
         latent = self.base_model.process_latent_out(z0).to(vae.device, vae.vae_dtype)
 
         def decode(latent: Tensor, _=None) -> Tensor:

@@ -189,8 +189,8 @@ class Restored:
 class _Timed(PosteriorSampler):
     """Another sampler, and what it takes. With warm_up a gradient is computed first, which its time and its number of calls do not hold."""
 
-    def __init__(self, sampler: PosteriorSampler, warm_up: bool):
-        self.name, self.check, self._run, self._warm_up = sampler.name, sampler.check, sampler.run, warm_up
+    def __init__(self, sampler: PosteriorSampler, warm_up: bool, on_step: Callable[[], None] | None):
+        self.name, self.check, self._run, self._warm_up, self._on_step = sampler.name, sampler.check, sampler.run, warm_up, on_step
         self.through_denoiser, self.cost = sampler.through_denoiser, sampler.cost
         self.seconds = 0.0
 
@@ -199,10 +199,20 @@ class _Timed(PosteriorSampler):
             posterior.gradient(z, float(sigmas[0]), jacobian="exact" if self.through_denoiser else "none")
             posterior.denoiser_calls = posterior.decoder_calls = posterior.guidance_calls = 0
         started = time.perf_counter()
-        z = self._run(posterior, z, sigmas, generator, callback)
+        z = self._run(posterior, z, sigmas, generator, self._stepping(callback))
         float(z.sum())  # waits for the GPU
         self.seconds = time.perf_counter() - started
         return z
+
+    def _stepping(self, callback: Callable[..., None]) -> Callable[..., None]:
+        """The guider has no callback of its own here: a study's runs show no previews, and leave no picture when they are cancelled."""
+
+        def stepped(*event: Any) -> None:
+            callback(*event)
+            if self._on_step:
+                self._on_step()
+
+        return stepped
 
 
 def restore(
@@ -224,11 +234,10 @@ def restore(
     Raises what the solver raises, before models are loaded where that can be known; errors.Diverged for NaN.
     """
     guider, latent = problem.guider, problem.latent() if latent is None else latent
-    sampler = _Timed(SolverSampler(solver), warm_up)
+    sampler = _Timed(SolverSampler(solver), warm_up, on_step)
     noise = comfy.sample.prepare_noise(latent, seed)
-    callback = (lambda *_: on_step()) if on_step else None
     with _own_report(guider):
-        latents = guider.sample(noise, latent, sampler, sigmas, callback=callback, seed=seed)
+        latents = guider.sample(noise, latent, sampler, sigmas, seed=seed)
         report = guider.report
     with torch.no_grad():
         images = guider.vae.decode(latents)

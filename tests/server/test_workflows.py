@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -170,7 +171,7 @@ def test_demo_workflow_runs(host: Host, info: dict, name: str):
         assert values == sorted(values)
         told = [text for node, text in texts(messages) if node == titled(prompt, f"{solver}: run")]
         assert [text.split(",")[0] for text in told] == [f"step {i + 1} of {STEPS}" for i in range(STEPS)]
-        assert ", about " not in told[0] and all(text.endswith(" s left") for text in told[1:])
+        assert ", about " not in told[0] and all(" s left, mismatch " in text and text.endswith(" of 255 grey levels") for text in told[1:])
     assert (pictures["DPS"] != pictures["DMAP"]).any()
     if name == "demo-inpainting":
         known = np.ones((128, 128), bool)
@@ -435,9 +436,22 @@ def test_zeta_of_the_guider_is_not_the_samplers(host: Host, info: dict):
     assert (pictures[0] == pictures[1]).all()
 
 
+def test_previews_have_the_colours_of_the_picture(host: Host, info: dict):
+    """ComfyUI's own preview of these latents, which comes once at the end, does not."""
+    prompt, save, _ = dmap_prompt(host, info, steps=4, seed=3, match=False)
+    with host.listen() as messages:
+        entry = host.run(prompt)
+    saved = pixels(host.images(entry, save)[0])
+    previews = [Image.open(io.BytesIO(m[1][8:])) for m in messages if isinstance(m, tuple) and int.from_bytes(m[1][:4], "big") == 1]
+    near = [psnr(np.asarray(preview.convert("RGB").resize((SMALL, SMALL), Image.BOX)), saved) for preview in previews]
+    assert len(near) == 4 + 2
+    assert near[-1] > 25 > 20 > near[-2]
+
+
 def test_interrupt_ends_the_run_and_leaves_the_server_usable(host: Host, info: dict):
     long, _, _ = dmap_prompt(host, info, steps=200)
     run = titled(long, "DMAP: run")
+    kept = set(host.output.glob("dmap-cancelled_*"))
     with host.listen() as messages:
         prompt_id = host.queue(long)
 
@@ -455,6 +469,9 @@ def test_interrupt_ends_the_run_and_leaves_the_server_usable(host: Host, info: d
             host.wait(prompt_id, timeout=60)
         assert time.monotonic() - started < 10
         assert max(progress()) < 200
+    (picture,) = set(host.output.glob("dmap-cancelled_*")) - kept
+    assert re.fullmatch(r"dmap-cancelled_\d{5}_\.png", picture.name) and pixels(picture).shape == (SMALL, SMALL, 3)
+    assert [text for node, text in texts(messages) if node == run][-1].endswith(f"the last picture is in output/{picture.name}")
     short, save, _ = dmap_prompt(host, info)
     assert host.images(host.run(short), save)
 
