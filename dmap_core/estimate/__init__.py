@@ -11,17 +11,33 @@ import torch
 from torch import Tensor
 
 from ..operators import Jpeg
-from . import colours, lattice
+from . import colours, grain, lattice, repeated, spectrum
+from .lattice import Lattice
 from .result import IDENTITY, LEVELS, Estimate
 from .samples import luma_of, tiles_of
 
 SMALLEST = 32  # pixels along a side, below which nothing but colour is looked for
+SOFT = 0.8  # pixels: a photograph's own softness is below
+LEAST_ENLARGED = 1.4  # less is taken for softness
+CLEARLY, LIKELY, MOST_OF_IT = 0.05, 0.02, 0.7  # cost that enlarging has to explain: so much, or less and that share of all
+WIDE = 0.35  # of a sigma: an estimate whose range is wider is none
+NARROW = 0.05  # cycles per pixel: where the picture shows in less of its spectrum, softness cannot be told
+HARMLESS = 96  # JPEG quality from which on grain may be measured as if there were none
+LUMA_ROUNDING = 0.447 / 12  # variance of the luma of three rounded values, the sum of its weights' squares being 0.447
+
+TONED = "all colours are shades of one, as in a toned print; turn the picture grey first if it was black and white"
+NOWHERE_FLAT = "nowhere is the picture flat and neither black nor white; look at its grain yourself, and put Known Noise behind the operator if it shows"
+BENEATH = "if the small picture was a JPEG, that was enlarged with it and is not seen here; take the small file itself if you have it"
+SOFTNESS_HIDDEN = (
+    "grain, compression or a picture with little in it hide how soft it is; look at an edge, count the pixels that it is wide, "
+    "and give a third of them to Operator: Gaussian Blur as sigma"
+)
 
 __all__ = ["IDENTITY", "Estimate", "estimate"]
 
 
 def estimate(picture: Tensor, jpeg: Jpeg | None = None) -> Estimate:
-    """What damaged a picture (1, 3, H, W) in [-1, 1]. jpeg: its compression, from the file's tables, where they are known: nothing is guessed then.
+    """What damaged a picture (1, 3, H, W) in [-1, 1]. jpeg: its compression, from the file's tables, where they are known: it is not guessed then.
 
     Takes the same picture to the same answer; no network, no draw. Raises ValueError for another shape, and for values that are not finite.
     """
@@ -30,28 +46,91 @@ def estimate(picture: Tensor, jpeg: Jpeg | None = None) -> Estimate:
     if not bool(torch.isfinite(picture).all()):
         raise ValueError("estimate: the picture has values that are NaN or infinite; look at what made it")
     with torch.no_grad():
-        levels = ((picture[0].detach().cpu().float().clamp(-1, 1) + 1) * (LEVELS / 2)).round()
-        return _of_levels(levels, jpeg)
+        return _of_levels(_levels(picture), jpeg)
+
+
+def _levels(picture: Tensor) -> Tensor:
+    """(3, H, W) in 0 .. 255 of (1, 3, H, W) in [-1, 1]."""
+    return ((picture[0].detach().cpu().float().clamp(-1, 1) + 1) * (LEVELS / 2)).round()
 
 
 def _of_levels(levels: Tensor, jpeg: Jpeg | None) -> Estimate:
     """Of R, G, B (3, H, W) in whole levels."""
     height, width = levels.shape[-2:]
     found = Estimate(size=(height, width), grey=colours.is_grey(levels), jpeg=jpeg, blur=None, grain=None)
+    notes = [TONED] if not found.grey and colours.is_toned(levels) else []
     if min(height, width) < SMALLEST:
-        note = f"the picture is smaller than {SMALLEST} pixels; softness, grain, enlarging and compression cannot be told from so little"
-        return replace(found, notes=(note,))
+        return replace(found, notes=(*notes, too_small(SMALLEST, "softness, grain, enlarging and compression")))
     tiles = tiles_of(levels)
     luma = luma_of(tiles)
+    times = repeated.factor(luma)
+    if times > 1 and jpeg is None:
+        return _repeated(found, levels, times)
     trace = lattice.find(tiles, luma) if jpeg is None else lattice.of(jpeg, tiles, luma)
-    notes = []
-    if not found.grey and colours.is_toned(levels):
-        notes.append("all colours are shades of one, as in a toned print; turn the picture grey first if it was black and white")
     if trace is not None:
         found = replace(found, jpeg=trace.jpeg, grid=trace.grid, spent=lattice.spent(trace) / LEVELS)
-        if trace.grid != (0, 0):
-            notes.append(cut_after(trace.grid))
-    return replace(found, notes=tuple(notes))
+        notes += [cut_after(trace.grid)] * (trace.grid != (0, 0))
+    found, more = _grain(found, tiles, luma, trace)
+    notes += more
+    found, more = _softness(found, luma, trace)
+    notes += more
+    if found.enlarged > 1:
+        small = tiles_of(_levels(found.measurement(levels.unsqueeze(0) * (2 / LEVELS) - 1)))
+        found, more = _grain(found, small, luma_of(small), None)
+        notes += more
+    return replace(found, notes=tuple(dict.fromkeys(notes)))
+
+
+def _repeated(found: Estimate, levels: Tensor, times: int) -> Estimate:
+    """Of a picture whose pixels are repeated: all is as in the small one, whose values are all there."""
+    inner = _of_levels(levels[:, ::times, ::times], None)
+    return replace(inner, size=found.size, enlarged=inner.enlarged * times, blocky=inner.enlarged == 1, beneath=inner.enlarged == 1)
+
+
+def _grain(found: Estimate, tiles: Tensor, luma: Tensor, trace: Lattice | None) -> tuple[Estimate, list[str]]:
+    if trace is not None and trace.jpeg.quality < HARMLESS:
+        sigma, most = grain.of_compressed(trace)
+        if sigma is None and most > grain.VISIBLE:
+            return replace(found, grain=None), [hidden_grain(trace.jpeg, most)]
+        sigma = sigma if sigma is not None and sigma > grain.VISIBLE else 0.0
+    else:
+        sigma = grain.of_channels(luma.unsqueeze(1) if found.grey else tiles)
+        if sigma is None:
+            return replace(found, grain=None), [NOWHERE_FLAT]
+    return replace(found, grain=sigma / LEVELS if sigma is not None and sigma > grain.FAINT else 0.0), []
+
+
+def _softness(found: Estimate, luma: Tensor, trace: Lattice | None) -> tuple[Estimate, list[str]]:
+    """Softness and smooth enlarging."""
+    if min(luma.shape[-2:]) < spectrum.LENGTH:
+        return found, [too_small(spectrum.LENGTH, "softness and smooth enlarging")]
+    rounding = 1 / 12 if found.grey else LUMA_ROUNDING
+    if trace is not None and trace.jpeg.quality < HARMLESS:
+        noise, reach = (LEVELS * found.spent) ** 2 + rounding, lattice.reach(trace)
+    else:
+        noise, reach = (grain.of_channels(luma.unsqueeze(1)) or 0.0) ** 2 + rounding, 0.5
+    measured = spectrum.power(luma)
+    frequencies = spectrum.models()[2]
+    trusted = (frequencies <= max(reach, 4 / spectrum.LENGTH)).float()
+    plain, enlarged = spectrum.fit(measured, noise, trusted)
+    gain = plain.cost - enlarged.cost
+    if enlarged.enlarged >= LEAST_ENLARGED and (gain > CLEARLY or (gain > LIKELY and gain > MOST_OF_IT * plain.cost)):
+        return replace(found, enlarged=enlarged.enlarged, blur=enlarged.sigma if enlarged.sigma >= SOFT else 0.0), [BENEATH]
+    shown = int(((measured[spectrum.FIRST :] > 3 * noise) & (trusted > 0)).sum()) / spectrum.LENGTH
+    if plain.high >= SOFT and (plain.high - plain.low > WIDE * max(plain.sigma, 1.0) or shown < NARROW):
+        return replace(found, blur=None), [SOFTNESS_HIDDEN]
+    return replace(found, blur=plain.sigma if plain.sigma >= SOFT else 0.0), []
+
+
+def too_small(side: int, what: str) -> str:
+    return f"the picture is smaller than {side} pixels; {what} cannot be told from so little"
+
+
+def hidden_grain(jpeg: Jpeg, most: float) -> str:
+    return (
+        f"a JPEG of quality {jpeg.quality} hides grain: there may be up to {most:.0f} of 255 grey levels of it, or none. "
+        "If the picture looks grainy where it should be flat, put Known Noise behind the operator"
+    )
 
 
 def cut_after(grid: tuple[int, int]) -> str:

@@ -24,6 +24,8 @@ COARSEST = 128  # the largest step that is looked for
 BLOCKS = 2000  # looked at
 PART = 256  # pixels, of the sides of what is looked at for colours
 FEW = 600  # looked at for every place where blocks may begin
+WELL_KNOWN = 0.03  # share of a frequency's coefficients that are not zero, for their size to be known
+LEFT = 0.1  # the same, for a spectrum to be that of the picture
 MOST = 12000  # coefficients that a score is made of
 SURE = 40.0  # score of a lattice, for it to be one
 PER_COEFFICIENT = 0.12  # of it besides, in the mean
@@ -139,12 +141,36 @@ def subsampling(tiles: Tensor, quality: int, grid: tuple[int, int]) -> str:
 def spent(lattice: Lattice) -> float:
     """Standard deviation, in grey levels, of what the compression rounded away of luma: errors even in their cells, Laplacian in those of zero."""
     steps = lattice.jpeg.constants(lattice.coefficients).tables[0].flatten()
-    index = (lattice.coefficients / steps).round()
-    known = (index != 0).float().mean(0).clamp(1e-3, 0.999)
+    if len(lattice.coefficients) == 0:
+        return 0.0
+    known = share_known(lattice).clamp(1e-6, 0.999)
     # P(|c| > d / 2) = known makes b the Laplacian's scale in steps; its variance within +-1/2
     b = -0.5 / known.log()
-    inside = 2 * b**2 - known / (1 - known) * (b + 0.25)
-    return float(((known / 12 + (1 - known) * inside.clamp(0, 1 / 12)) * steps**2).mean().sqrt())
+    inside = (2 * b**2 - known / (1 - known) * (b + 0.25)).clamp(0, 1 / 12) * steps**2
+    # of a frequency of which hardly anything is left, that says little: a picture's power falls on, as it does where it is seen
+    order = (torch.arange(8.0)[:, None].square() + torch.arange(8.0).square()).flatten().clamp(min=1).log()
+    enough = (known > WELL_KNOWN) & (torch.arange(64) > 0)
+    if int(enough.sum()) >= 3:
+        seen = lattice.coefficients.square().mean(0).clamp(min=1e-6).log()
+        x, y = order[enough] - order[enough].mean(), seen[enough] - seen[enough].mean()
+        slope = ((x * y).sum() / x.square().sum()).clamp(max=-1.0)
+        expected = (seen[enough].mean() + slope * (order - order[enough].mean())).exp()
+        inside = torch.where(enough, inside, torch.minimum(inside, expected))
+    return float((known * steps**2 / 12 + (1 - known) * inside).mean().sqrt())
+
+
+def share_known(lattice: Lattice) -> Tensor:
+    """(64,): the share of every frequency's coefficients that are not zero."""
+    steps = lattice.jpeg.constants(lattice.coefficients).tables[0].flatten()
+    return ((lattice.coefficients / steps).round() != 0).float().mean(0)
+
+
+def reach(lattice: Lattice) -> float:
+    """The frequency, in cycles per pixel, up to which the compression left a picture's rows and columns as they were, about."""
+    known = share_known(lattice).view(8, 8)
+    along = (known[0] + known[:, 0]) / 2
+    lost = (along < LEFT).nonzero().flatten()
+    return float(lost[0] - 0.5) / 16 if len(lost) else 0.5
 
 
 def of(jpeg: Jpeg, tiles: Tensor, luma: Tensor) -> Lattice:

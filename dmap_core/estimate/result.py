@@ -24,7 +24,7 @@ class Estimate:
     blur: standard deviation of a Gaussian in pixels of the picture after enlarging is undone; 0.0: none, None: unsure.
     grain: standard deviation of its noise in picture values 0..1; 0.0: none, None: unsure, which is no sign of either.
     jpeg: its compression; None: none found. grid: rows and columns above and left of the first whole block of that; (0, 0) unless it was cut afterwards.
-    blocky: it was enlarged by repeating pixels. spent: standard deviation in picture values of what the compression rounded away.
+    blocky: it was enlarged by repeating pixels. beneath: it was compressed before that, so the small picture is the file's. spent: standard deviation in picture values of what the compression rounded away.
     notes: what is uncertain and what to do about it, in sentences.
     """
 
@@ -37,6 +37,7 @@ class Estimate:
     notes: tuple[str, ...] = ()
     grid: tuple[int, int] = (0, 0)
     blocky: bool = False
+    beneath: bool = False
     spent: float = 0.0
 
     @property
@@ -46,7 +47,7 @@ class Estimate:
 
     def compressed(self) -> Jpeg | None:
         """The compression where it is worth modelling: a file that lost something, uncut, and whose loss is not hidden by grain anyway."""
-        if self.jpeg is None or self.grid != (0, 0) or self.scale > 1 or self.jpeg.quality >= FAITHFUL:
+        if self.jpeg is None or self.grid != (0, 0) or (self.scale > 1 and not self.beneath) or self.jpeg.quality >= FAITHFUL:
             return None
         return None if (self.grain or 0.0) > self.spent else self.jpeg
 
