@@ -152,6 +152,15 @@ def test_every_node_is_listed_with_its_help_page():
     assert len(listed) == len(display_names())
 
 
+def test_every_help_page_has_a_small_picture():
+    """The interface finds pictures from the page's own folder."""
+    folder = ROOT / "web" / "docs"
+    shown = {page.stem: re.findall(r"!\[[^\]]+\]\((\S+)\)", text(page)) for page in folder.glob("*.md")}
+    assert {name: pictures for name, pictures in shown.items() if pictures != [f"images/{name}.webp"]} == {}
+    files = {path.stem: path.stat().st_size for path in (folder / "images").iterdir()}
+    assert files.keys() == shown.keys() and max(files.values()) <= 40_000
+
+
 def test_rooms_are_drawn_in_their_order():
     tree = ast.parse(text(ROOT / "tests" / "core" / "test_imports.py"))
     (order,) = (node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "ORDER")
