@@ -17,7 +17,8 @@ from host import HostError, comfyui_python
 TESTS = Path(__file__).resolve().parent
 PACKAGES = "DMAP_TESTS_PACKAGES"  # conftest.py reads it in every process
 PYTHON = "DMAP_TESTS_PYTHON"  # what runs this repository's programs, where that is another interpreter than the tests'
-PARALLEL = ["--numprocesses", "logical", "--maxprocesses", "4"]  # each takes up to 2 GB
+# Each process takes up to 2 GB. What is slow is listed, so that a suite that grows is noticed.
+PARALLEL = ["--numprocesses", "logical", "--maxprocesses", "4", "--durations", "20", "--durations-min", "5"]
 IN_COMFYUI = [str(TESTS / name) for name in ("browser", "server", "nodes")]
 ALONE = [str(TESTS / name) for name in ("demo", "core")]
 

@@ -6,7 +6,8 @@
     python3.11 tools/setup_host.py --host 0.9.2 # and that one of HOSTS in .host/ComfyUI-0.9.2, which .host/0.9.2/bin/python runs
 
 Needs nothing but a Python with its standard library. What is done already is not done again, and what an interrupted run left behind is
-made good by the next one. COMFYUI_PATH names a ComfyUI to use instead; it is only read. TORCH_INDEX_URL names another index for torch.
+made good by the next one. COMFYUI_PATH names a ComfyUI to use instead; it is only read. With an interpreter of its own (COMFYUI_PYTHON, or a
+venv in it) .venv stays as it is, and otherwise gets what that ComfyUI needs. TORCH_INDEX_URL names another index for torch.
 """
 
 import argparse
@@ -27,9 +28,12 @@ from pathlib import Path
 
 import tomllib
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from host import comfyui_python  # noqa: E402
+
 log = logging.getLogger("setup")
 
-ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 HOST = ROOT / ".host"
@@ -258,9 +262,9 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two `make` at the same time would install over each other
             make_venv(VENV)
             own = os.environ.get("COMFYUI_PATH")
-            if own:
-                if not (Path(own) / "main.py").exists():
-                    raise SetupError(f"COMFYUI_PATH is {own}, but there is no ComfyUI (main.py) in that folder.")
+            if own and not (Path(own) / "main.py").exists():
+                raise SetupError(f"COMFYUI_PATH is {own}, but there is no ComfyUI (main.py) in that folder.")
+            if own and comfyui_python() == sys.executable:  # nothing else can run it, so .venv has to
                 tree = Path(own)
             else:
                 fetch_tree(FIRST)

@@ -66,12 +66,13 @@ def run_host(version: str, arguments: list[str]) -> dict[str, Count]:
     subprocess.run(set_up, check=True, env={k: v for k, v in os.environ.items() if k != "COMFYUI_PATH"})
     results = RESULTS / f"{version}.xml"
     results.unlink(missing_ok=True)
-    folders = [str(ROOT / "tests" / folder) for folder in FOLDERS if folder == "nodes" or HOSTS[version].server]
+    if not any(argument.startswith("tests/") for argument in arguments):
+        arguments = [*arguments, *(f"tests/{folder}" for folder in FOLDERS)]
+    if not HOSTS[version].server:
+        arguments = [argument for argument in arguments if not argument.startswith("tests/server")]
     # Pytest takes the last of two options, so that `arguments` may set another number of processes.
     command = [sys.executable, ROOT / "tests" / "run.py", *PARALLEL, f"--junitxml={results}", *arguments]
-    if not any((ROOT / argument.partition("::")[0]).exists() for argument in arguments):
-        command += folders
-    subprocess.run(command, env=environment(version))
+    subprocess.run(command, env=environment(version), cwd=ROOT)
     return count(results) if results.exists() else {folder: Count() for folder in FOLDERS}
 
 

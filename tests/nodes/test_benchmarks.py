@@ -42,7 +42,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("step", some_at_once(STEPS, [STEPS[3], STEPS[5], STEPS[6], STEPS[7]]), ids=str)
+@pytest.mark.parametrize("step", some_at_once(STEPS, [STEPS[3], STEPS[5], STEPS[6], STEPS[7]], nightly=STEPS[-2:]), ids=str)
 def test_memory_of_a_whole_step(benchmarks, step):
     family, decoder, dtype, size, plan, tile, jacobian = step
     with torch.inference_mode(False):

@@ -7,37 +7,52 @@ from variants import some_at_once
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
 
 TILE = "128"
-HEIGHT, WIDTH = 136, 180  # of a picture; 17x23 latents
+HEIGHT, WIDTH = 128, 180  # of a picture; 16x23 latents
+
+
+def measured(lab, height, width):
+    operator = lab.call("DMAP_OperatorSuperResolution", scale=4)
+    picture = lab.picture(1, height, width)
+    return {"operator": operator, "measurement": lab.call("DMAP_Degrade", image=picture, operator=operator, noise_sigma=0.0, seed=0)}
 
 
 @pytest.fixture(scope="module")
 def large(lab):
-    """A measurement of a picture that has two tiles across and one more row than a tile, of no whole latents."""
-    operator = lab.call("DMAP_OperatorSuperResolution", scale=4)
-    picture = lab.picture(1, HEIGHT, WIDTH)
-    return {"operator": operator, "measurement": lab.call("DMAP_Degrade", image=picture, operator=operator, noise_sigma=0.0, seed=0)}
+    """A measurement of a picture that has two tiles across, of no whole latents."""
+    return measured(lab, HEIGHT, WIDTH)
+
+
+@pytest.fixture(scope="module")
+def larger(lab):
+    """Of one that has one more row than a tile, too: 17x23 latents."""
+    return measured(lab, 136, WIDTH)
 
 
 def latent(lab, large):
     made, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **large)
-    assert made["samples"].shape[-2:] == (17, 23)
     return made
 
 
-def run(lab, large, sampler=None, **changes):
+def run(lab, large, sampler=None, steps=4, **changes):
     guider = lab.guider(**large, **changes)
     sampler = lab.call("DMAP_DMAPSampler", K=1, step="auto", strength=0.7, jacobian="none", zeta=1.0) if sampler is None else sampler
-    return lab.sample(guider, sampler, latent=latent(lab, large), schedule=lab.sigmas(4, spacing="exponential")), guider.report
+    return lab.sample(guider, sampler, latent=latent(lab, large), schedule=lab.sigmas(steps, spacing="exponential")), guider.report
+
+
+@pytest.fixture(scope="module")
+def plain(lab, larger):
+    """A run without tiles."""
+    return run(lab, larger)
 
 
 def test_a_tile_that_holds_all_changes_no_bit(lab, large):
-    whole, report = run(lab, large)
-    tiled, told = run(lab, large, tile="256")
+    whole, report = run(lab, large, steps=1)
+    tiled, told = run(lab, large, steps=1, tile="256")
     assert torch.equal(whole, tiled) and "tiles" not in report.memory and told.memory.endswith("tiles of 256 pixels")
 
 
 @pytest.mark.parametrize("jacobian", some_at_once(["none", "exact"], ["none"]))
-def test_networks_see_a_tile_and_the_picture_is_as_good(lab, large, jacobian):
+def test_networks_see_a_tile_and_the_picture_is_as_good(lab, larger, jacobian):
     sampler = lab.call("DMAP_DMAPSampler", K=1, step="auto", strength=0.7, jacobian=jacobian, zeta=1.0)
     model, vae = lab.shared()
     seen = {"unet": set(), "decoder": set()}
@@ -46,9 +61,9 @@ def test_networks_see_a_tile_and_the_picture_is_as_good(lab, large, jacobian):
         for name, module in (("unet", model.model.diffusion_model), ("decoder", vae.first_stage_model.taesd_decoder))
     ]
     try:
-        tiled, report = run(lab, large, sampler, tile=TILE)
+        tiled, report = run(lab, larger, sampler, tile=TILE)
         assert seen == {"unet": {(16, 16)}, "decoder": {(16, 16)}}
-        whole, plain = run(lab, large, sampler)
+        whole, plain = run(lab, larger, sampler)
         assert seen["unet"] == {(16, 16), (17, 23)}
     finally:
         for hook in hooks:
@@ -56,8 +71,8 @@ def test_networks_see_a_tile_and_the_picture_is_as_good(lab, large, jacobian):
     # the demo prior's attention sees less of the picture, so the two are no equals; the measurement is explained as well
     assert plain.residuals[-1][0] < 0.6 * plain.residuals[0][0] and report.residuals[-1][0] < 1.5 * plain.residuals[-1][0]
     assert report.denoiser_calls == plain.denoiser_calls and report.memory.endswith("tiles of 128 pixels")
-    images = [lab.call("DMAP_Decode", latent={"samples": z}, vae=vae, keep_given=True, **large) for z in (tiled, whole)]
-    assert images[0].shape == (1, HEIGHT, WIDTH, 3) and float((images[0] - images[1]).abs().mean()) < 0.1
+    images = [lab.call("DMAP_Decode", latent={"samples": z}, vae=vae, keep_given=True, **larger) for z in (tiled, whole)]
+    assert images[0].shape == (1, 136, WIDTH, 3) and float((images[0] - images[1]).abs().mean()) < 0.1
 
 
 @pytest.mark.thorough
@@ -70,7 +85,7 @@ def test_a_stock_sampler(lab, large):
 def test_a_latent_with_a_mask_keeps_the_rest(lab, large):
     given = latent(lab, large)
     given = {"samples": torch.randn(given["samples"].shape, generator=torch.Generator().manual_seed(3))}
-    mask = torch.zeros(1, 17, 23)
+    mask = torch.zeros(1, 16, 23)
     mask[..., :8] = 1
     guider = lab.guider(**large, tile=TILE)
     found = lab.sample(guider, lab.dmap(), latent=given | {"noise_mask": mask}, schedule=lab.sigmas(2, spacing="exponential"))
@@ -88,8 +103,7 @@ def hints_of(lab, control, make):
         hook.remove()
 
 
-@pytest.fixture(scope="module")
-def with_cse(lab, large):
+def applied_cse(lab, large):
     control, _, _ = lab.call("DMAP_CSEControlNetLoader", cse="dmap-demo-cse-sr4.safetensors")
     positive = lab.call(
         "DMAP_ApplyCSE",
@@ -103,43 +117,45 @@ def with_cse(lab, large):
     return control, positive
 
 
-def test_a_cse_sees_its_tile_of_the_hint(lab, large, with_cse):
-    control, positive = with_cse
-    _, whole = hints_of(lab, control, lambda: run(lab, large, positive=positive))
-    (found, report), tiles = hints_of(lab, control, lambda: run(lab, large, positive=positive, tile=TILE))
+@pytest.fixture(scope="module")
+def with_cse(lab, large):
+    return applied_cse(lab, large)
+
+
+def test_a_cse_sees_its_tile_of_the_hint(lab, larger):
+    control, positive = applied_cse(lab, larger)
+    _, whole = hints_of(lab, control, lambda: run(lab, larger, steps=1, positive=positive))
+    (found, report), tiles = hints_of(lab, control, lambda: run(lab, larger, steps=1, positive=positive, tile=TILE))
     assert {tuple(h.shape) for h in whole} == {(1, 3, 136, 184)} and {tuple(h.shape) for h in tiles} == {(1, 3, 128, 128)}
     picture = whole[0]
     places = [(top, left) for top in (0, 8) for left in (0, 56)]
     for hint, (top, left) in zip(tiles[: len(places)], places, strict=True):
         assert torch.equal(hint, picture[..., top : top + 128, left : left + 128])
     assert torch.isfinite(found).all() and report.memory.endswith("tiles of 128 pixels")
-    again, _ = run(lab, large, positive=positive)  # the conditioning itself is whole again
-    plain, _ = run(lab, large)
+    again, _ = run(lab, larger, steps=1, positive=positive)  # the conditioning itself is whole again
+    plain, _ = run(lab, larger, steps=1)
     assert not torch.equal(again, plain)
 
 
 @pytest.mark.thorough
 def test_a_batch_is_as_many_single_pictures(lab, large):
     operator = large["operator"]
-    picture = lab.picture(
-        1, 136, 192
-    )  # 17 x 24 x 4 latents: where they are no multiple of 16, torch draws the last of a longer batch differently
+    # 16 x 23 x 4 latents: where they are no multiple of 16, torch draws the last of a longer batch differently
+    picture = lab.picture(1, HEIGHT, WIDTH)
     measurement = lab.call("DMAP_Degrade", image=picture, operator=operator, noise_sigma=0.0, seed=0)
     dps, found = lab.call("DMAP_DPSSampler", step="auto", strength=0.7, jacobian="none", zeta=1.0), []
     for pictures in (torch.cat([measurement, measurement.flip(2)]), measurement):
         given = {"operator": operator, "measurement": pictures}
         made, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **given)
-        found.append(lab.sample(lab.guider(**given, tile=TILE), dps, latent=made, schedule=lab.sigmas(3, spacing="exponential")))
+        found.append(lab.sample(lab.guider(**given, tile=TILE), dps, latent=made, schedule=lab.sigmas(2, spacing="exponential")))
     assert len(found[0]) == 2 and not torch.allclose(found[0][0], found[0][1], atol=0.1)
     torch.testing.assert_close(found[0][:1], found[1], rtol=1e-3, atol=1e-2)  # rounding, amplified
 
 
 def test_auto_takes_tiles_where_the_picture_is_much_larger(lab, large):
-    _, report = run(lab, large, tile="auto")  # 17 x 23 latents are less than a quarter more than 16 x 16
+    _, report = run(lab, large, steps=1, tile="auto")  # 16 x 23 latents are less than a quarter more than 16 x 16
     assert "tiles" not in report.memory
-    operator = large["operator"]
-    measurement = lab.call("DMAP_Degrade", image=lab.picture(1, 136, 208), operator=operator, noise_sigma=0.0, seed=0)
-    wider = {"operator": operator, "measurement": measurement}
+    wider = measured(lab, HEIGHT, 208)
     made, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **wider)
     dps = lab.call("DMAP_DPSSampler", step="auto", strength=0.7, jacobian="none", zeta=1.0)
     auto, number = (lab.guider(**wider, tile=tile) for tile in ("auto", TILE))
@@ -152,7 +168,7 @@ def out_of_memory(lab, large, after, **changes):
     decoder, calls = lab.shared()[1].first_stage_model.taesd_decoder, []
 
     def full(_, inputs):
-        if inputs[0].shape[-2:] == (17, 23):
+        if inputs[0].shape[-2:] != (16, 16):
             calls.append(torch.is_grad_enabled())
             if len(calls) > after:
                 raise torch.OutOfMemoryError("CUDA out of memory")
@@ -164,18 +180,18 @@ def out_of_memory(lab, large, after, **changes):
         hook.remove()
 
 
-def test_where_it_does_not_fit_it_goes_on_in_tiles(lab, large):
+def test_where_it_does_not_fit_it_goes_on_in_tiles(lab, larger, plain):
     """From the very step that failed, with the noise and the levels that were next."""
-    expected, _ = run(lab, large, tile=TILE)
-    found, report = out_of_memory(lab, large, after=0, tile="auto")
-    whole = run(lab, large)[0]
+    expected, _ = run(lab, larger, tile=TILE)
+    found, report = out_of_memory(lab, larger, after=0, tile="auto")
+    whole = plain[0]
     assert report.memory == "fast, tiles of 128 pixels" and len(report.residuals) == 4
     assert not torch.equal(found, whole)
     # before it failed, the denoiser's first call saw the whole picture
     assert float((found - expected).square().mean()) < float((whole - expected).square().mean())
-    later, report = out_of_memory(lab, large, after=2, tile="auto")
+    later, report = out_of_memory(lab, larger, after=2, tile="auto")
     assert len(report.residuals) == 4 and report.memory == "fast, tiles of 128 pixels"
-    residuals = run(lab, large)[1].residuals
+    residuals = plain[1].residuals
     assert report.residuals[:2] == residuals[:2] and report.residuals[2:] != residuals[2:]
 
 
@@ -189,7 +205,7 @@ def test_what_does_not_fit_either_way_says_what_would(lab, large):
     try:
         with pytest.raises(torch.OutOfMemoryError, match="DPSGuider: the memory does not suffice for a gradient of tiles of 128 pixels"):
             run(lab, large, tile="auto")
-        with pytest.raises(torch.OutOfMemoryError, match="of the whole picture of 180x136.*tile auto"):
+        with pytest.raises(torch.OutOfMemoryError, match="of the whole picture of 180x128.*tile auto"):
             run(lab, large, tile="whole")
     finally:
         hook.remove()
@@ -197,16 +213,16 @@ def test_what_does_not_fit_either_way_says_what_would(lab, large):
 
 @pytest.mark.thorough
 def test_a_picture_of_no_whole_latents_comes_back_in_its_own_size(lab):
-    """451 x 300: what the latents have too much is cropped."""
+    """211 x 140: what the latents have too much is cropped."""
     operator = lab.call("DMAP_OperatorGaussianBlur", sigma=2.0, kernel_size=61)
     given = {"operator": operator}
-    given["measurement"] = lab.call("DMAP_Degrade", image=lab.picture(2, 300, 451), operator=operator, noise_sigma=0.0, seed=0)
+    given["measurement"] = lab.call("DMAP_Degrade", image=lab.picture(2, 140, 211), operator=operator, noise_sigma=0.0, seed=0)
     made, width, height = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **given)
     guider = lab.guider(**given, tile="auto")
     dps = lab.call("DMAP_DPSSampler", step="auto", strength=0.7, jacobian="none", zeta=1.0)
     latents = lab.sample(guider, dps, latent=made, schedule=lab.sigmas(2, spacing="exponential"))
     image = lab.call("DMAP_Decode", latent={"samples": latents}, vae=lab.shared()[1], keep_given=True, **given)
-    assert (width, height) == (451, 300) and image.shape == (1, 300, 451, 3) and guider.report.memory.endswith("tiles of 128 pixels")
+    assert (width, height) == (211, 140) and image.shape == (1, 140, 211, 3) and guider.report.memory.endswith("tiles of 128 pixels")
     assert guider.report.mismatch and not any("size" in warning for warning in guider.report.warnings)
 
 
@@ -230,9 +246,7 @@ def test_conditioning_that_cannot_be_cut(lab, large, with_cse):
 
 @pytest.mark.thorough
 def test_auto_leaves_such_conditioning_whole_and_says_so(lab, large):
-    operator = large["operator"]
-    measurement = lab.call("DMAP_Degrade", image=lab.picture(1, 136, 208), operator=operator, noise_sigma=0.0, seed=0)
-    wider = {"operator": operator, "measurement": measurement}
+    wider = measured(lab, HEIGHT, 208)
     made, _, _ = lab.call("DMAP_EmptyMeasurementLatent", vae=lab.shared()[1], batch_size=1, **wider)
     positive = lab.problem(**wider)["positive"]
     area = lab.call("ConditioningSetArea", conditioning=positive, width=64, height=64, x=0, y=0, strength=1.0)
