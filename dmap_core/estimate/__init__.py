@@ -88,16 +88,17 @@ def _repeated(found: Estimate, levels: Tensor, times: int) -> Estimate:
 
 
 def _grain(found: Estimate, tiles: Tensor, luma: Tensor, trace: Lattice | None) -> tuple[Estimate, list[str]]:
+    """Grain, of every channel's values, or of a compression's luma, which is all that it leaves."""
     if trace is not None and trace.jpeg.quality < HARMLESS:
         sigma, most = grain.of_compressed(trace)
-        if sigma is None and most > grain.VISIBLE:
-            return replace(found, grain=None), [hidden_grain(trace.jpeg, most)]
-        sigma = sigma if sigma is not None and sigma > grain.VISIBLE else 0.0
+        if sigma is None and most <= grain.FAINT:
+            sigma = 0.0
+        unknown = hidden_grain(trace.jpeg, most)
     else:
-        sigma = grain.of_channels(luma.unsqueeze(1) if found.grey else tiles)
-        if sigma is None:
-            return replace(found, grain=None), [NOWHERE_FLAT]
-    return replace(found, grain=sigma / LEVELS if sigma is not None and sigma > grain.FAINT else 0.0), []
+        sigma, unknown = grain.of_channels(luma.unsqueeze(1) if found.grey else tiles), NOWHERE_FLAT
+    if sigma is None:
+        return replace(found, grain=None), [unknown]
+    return replace(found, grain=sigma / LEVELS if sigma > grain.FAINT else 0.0), []
 
 
 def _softness(found: Estimate, luma: Tensor, trace: Lattice | None) -> tuple[Estimate, list[str]]:
@@ -112,11 +113,13 @@ def _softness(found: Estimate, luma: Tensor, trace: Lattice | None) -> tuple[Est
     measured = spectrum.power(luma)
     frequencies = spectrum.models()[2]
     trusted = (frequencies <= max(reach, 4 / spectrum.LENGTH)).float()
+    shown = int(((measured[spectrum.FIRST :] > 3 * noise) & (trusted > 0)).sum()) / spectrum.LENGTH
+    if shown == 0:
+        return replace(found, blur=None), [SOFTNESS_HIDDEN]
     plain, enlarged = spectrum.fit(measured, noise, trusted)
     gain = plain.cost - enlarged.cost
     if enlarged.enlarged >= LEAST_ENLARGED and (gain > CLEARLY or (gain > LIKELY and gain > MOST_OF_IT * plain.cost)):
         return replace(found, enlarged=enlarged.enlarged, blur=enlarged.sigma if enlarged.sigma >= SOFT else 0.0), [BENEATH]
-    shown = int(((measured[spectrum.FIRST :] > 3 * noise) & (trusted > 0)).sum()) / spectrum.LENGTH
     if plain.high >= SOFT and (plain.high - plain.low > WIDE * max(plain.sigma, 1.0) or shown < NARROW):
         return replace(found, blur=None), [SOFTNESS_HIDDEN]
     return replace(found, blur=plain.sigma if plain.sigma >= SOFT else 0.0), []
@@ -127,8 +130,9 @@ def too_small(side: int, what: str) -> str:
 
 
 def hidden_grain(jpeg: Jpeg, most: float) -> str:
+    amount = f"up to {most:.0f} of 255 grey levels of it" if most < LEVELS else "any amount of it"
     return (
-        f"a JPEG of quality {jpeg.quality} hides grain: there may be up to {most:.0f} of 255 grey levels of it, or none. "
+        f"a JPEG of quality {jpeg.quality} hides grain: there may be {amount}, or none. "
         "If the picture looks grainy where it should be flat, put Known Noise behind the operator"
     )
 

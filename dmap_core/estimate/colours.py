@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ..operators.jpeg import ycbcr_matrix
 
-BLOCK = 8  # pixels: their mean is free of grain and of the rounding of a JPEG's colours
+BLOCK = 16  # pixels: their mean is free of grain and of the rounding of a JPEG's colours
 FAINT = 1.5  # grey levels of chroma that a grey picture's blocks may have: a compression leaves 1
 RARE = 0.002  # of the blocks, that may have more
 

@@ -12,7 +12,7 @@ from .lattice import Lattice
 
 FLAT = 0.1  # share of the blocks, those with least at low frequencies, that is taken for flat
 FEWEST = 12  # blocks that an estimate is made of
-FAINT = 2.0  # grey levels: less is what any camera leaves, and is called none
+FAINT = 3.0  # grey levels: less is what most cameras leave, and is called none
 FALL = 2.0  # log likelihood that a grain may lose for it to be possible still
 LEAST = 6  # coefficients that a compression left, for grain to be seen in them at all
 
@@ -27,7 +27,6 @@ LOW, HIGH = (ORDER > 0) & (ORDER < 5), ORDER >= 9
 KEPT = tuple((least <= ORDER) & (ORDER <= 9) for least in (4, 5, 6))  # of a compression, which hardly leaves higher ones
 FLATTER, WIDER = 0.04, 0.15  # shares of the blocks of a compression, of which texture has more in the wider, noise as much
 EVEN = 1.3  # times: more of it in the wider share is texture
-VISIBLE = 3.0  # grey levels of a compression's grain: less is as likely texture
 
 
 def flattest(coefficients: Tensor, low: Tensor, share: float = FLAT) -> Tensor:

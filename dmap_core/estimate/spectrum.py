@@ -26,6 +26,7 @@ FLOORS = (0.6, 1.0, 1.6)  # times the noise that is expected
 SOFTENED = 1.0  # times the noise that is expected, added to both sides: what is below it counts little
 START, ROUNDS = 6, 4  # bins that a model's strength is first taken from; corrections of it
 NEAR = 0.004  # cost that a model may have more to fit about as well
+FAR = 3.0  # of a logarithm, for one of them
 MISFIT = 0.3  # of a logarithm: natural spectra are no straighter than this
 
 
@@ -59,7 +60,7 @@ def power(luma: Tensor) -> Tensor:
 @lru_cache(maxsize=1)
 @torch.inference_mode(False)
 def models() -> tuple[Tensor, Tensor, Tensor]:
-    """(settings (m, 2): enlarged and sigma; shapes (m, p, bins): their power but for its strength, one for every power p; the bins' frequencies)."""
+    """(settings (m, 2): enlarged and sigma; shapes (m, p, bins): logarithms of their power but for its strength, one for every power p; the bins' frequencies)."""
     along = torch.arange(FIRST, LENGTH // 2, dtype=torch.float64) / LENGTH
     across = (torch.arange(LENGTH // 2, dtype=torch.float64) + 0.5) / LENGTH
     settings, shapes = [], []
@@ -73,7 +74,7 @@ def models() -> tuple[Tensor, Tensor, Tensor]:
             settings += [(factor, sigma) for sigma in SIGMAS]
             summed = torch.einsum("pfg,sg->spf", natural, soft[1] * there)
             shapes.append(summed * (soft[0] * here)[:, None])
-    return torch.tensor(settings), torch.cat(shapes).clamp(min=1e-30).float(), along.float()
+    return torch.tensor(settings), torch.cat(shapes).clamp(min=1e-30).log().float(), along.float()
 
 
 def responses(frequency: Tensor) -> list[Tensor]:
@@ -98,13 +99,16 @@ def fit(spectrum: Tensor, noise: float, trusted: Tensor | None = None) -> tuple[
     best = None
     for floor in FLOORS:
         raised = noise * (floor + SOFTENED)
-        strength = (measured - shapes.log())[..., :START].mean(-1, keepdim=True)
+        strength = (measured - shapes)[..., :START].mean(-1, keepdim=True)
         for _ in range(ROUNDS):  # Gauss-Newton's
-            signal = (shapes.log() + strength).exp()
+            signal = (shapes + strength).exp()
             difference = measured - (signal + raised).log()
             slope = signal / (signal + raised)
-            strength = strength + (slope * difference * weights).sum(-1, keepdim=True) / (slope.square() * weights).sum(-1, keepdim=True)
-        difference = measured - ((shapes.log() + strength).exp() + raised).log()
+            change = (slope * difference * weights).sum(-1, keepdim=True) / (slope.square() * weights).sum(-1, keepdim=True).clamp(
+                min=1e-12
+            )
+            strength = strength + change.clamp(-FAR, FAR)
+        difference = measured - ((shapes + strength).exp() + raised).log()
         cost = ((difference.square() * weights).sum(-1) + unusual).amin(-1)
         best = cost if best is None else torch.minimum(best, cost)
     assert best is not None
