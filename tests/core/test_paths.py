@@ -60,7 +60,7 @@ def test_the_wheel_holds_dmap_core_and_its_command(wheel):
     assert commands.split() == ["[console_scripts]", "dmap", "=", "dmap_core.cli:main"]
 
 
-@pytest.mark.thorough
+@pytest.mark.nightly
 def test_the_installed_command_restores_a_picture(wheel, tmp_path):
     """In an environment of its own, in another folder, from the wheel alone.
 

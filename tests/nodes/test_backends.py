@@ -6,7 +6,10 @@ import pytest
 import torch
 from variants import some_at_once
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.hosts("one"),
+]
 
 CLOSE = 1e-4  # see `apart`; an 8-bit picture has steps of 4e-3
 STEPS = 4

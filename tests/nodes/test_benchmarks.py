@@ -13,6 +13,8 @@ from variants import some_at_once
 
 from dmap_core import costs
 
+pytestmark = pytest.mark.hosts("one")
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

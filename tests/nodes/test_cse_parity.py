@@ -8,7 +8,10 @@ import json
 import pytest
 import torch
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"),
+    pytest.mark.hosts("one"),
+]
 
 CLOSE = 1e-5  # of the largest value; ControlNet and denoised latent are equal to the bit where both use the same kernels
 ROUNDING = 0.005  # (here 6e-5) of the way that the weights went. Adam divides gradients by their size, and so makes rounding errors of small ones large

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.hosts("one")
+
 STEPS = 3
 # Part of the way that the weights went. Adam divides gradients by their size, and so makes rounding errors of small ones large.
 ROUNDING = 0.02
@@ -79,6 +81,7 @@ def same_file(cses, ours, theirs):
 # ---- what comes out
 
 
+@pytest.mark.hosts("all")
 def test_the_file(lab, cses, whole):
     path, (control, _, _, summary), _ = whole
     weights, described = cses.checkpoint.read_cse(path)
@@ -170,6 +173,7 @@ def test_what_it_is_for(lab, cses, whole):
 
 
 @pytest.mark.thorough
+@pytest.mark.hosts("all")
 def test_after_bf16_and_checkpointing(cses, folders, whole, start, untouched):
     """The arithmetic is another for the time of the training only."""
     cses.train(save_name="half", steps=1, precision="bf16", gradient_checkpointing=True)
@@ -184,6 +188,7 @@ def test_after_an_error(lab, cses, untouched):
         cses.train(save_name="broken", steps=1)
 
 
+@pytest.mark.hosts("all")
 def test_a_lora(lab, cses, folders, whole):
     """It is part of what the CSE learns to work with. Without it the model is what it was."""
     model, vae = lab.shared()
@@ -197,6 +202,7 @@ def test_a_lora(lab, cses, folders, whole):
 
 
 @pytest.mark.thorough
+@pytest.mark.hosts("all")
 def test_to_need_less_memory_changes_nothing_but_rounding(cses, folders, whole, start):
     cses.train(save_name="lean", gradient_checkpointing=True, accumulation=2)
     ours, theirs = cses.state(folders.controlnet / "lean"), cses.state(whole[0])
@@ -613,7 +619,7 @@ def test_an_operator_that_no_file_can_describe(lab, cses, folders, monkeypatch):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
+@pytest.mark.parametrize("name", ["SD1.5", pytest.param("SDXL", marks=pytest.mark.nightly)])
 def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
     """One step, and the file is a ControlNet for that family. SDXL reads pooled conditioning and sizes as well."""
     import families
@@ -638,6 +644,7 @@ def test_other_families(lab, cses, folders, tmp_path, monkeypatch, name):
         assert float((changed - plain).abs().max()) > 1e-4
 
 
+@pytest.mark.hosts("all")
 def test_a_v_model(lab, cses, folders, whole):
     """Its loss is of its own target, which is the other one's but for a factor that every noise level has."""
     model = lab.call("ModelSamplingDiscrete", model=lab.shared()[0], sampling="v_prediction", zsnr=False)

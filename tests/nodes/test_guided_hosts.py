@@ -89,7 +89,7 @@ def test_a_training_sees_the_models_patches(lab):
         assert relative(ours, plain) > 1e-3, "this patch changes nothing"
 
 
-@pytest.mark.thorough
+@pytest.mark.nightly
 def test_a_compiled_model(lab):
     """torch.compile's front end, with the eager back end: the same operations, recorded and split into forward and backward."""
     helpers = importlib.import_module("comfy_api.torch_helpers")

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.hosts("one")
+
 SIGMA = 2.0
 ROOM = 64  # pixels; the smallest room
 BLUR = 128
@@ -181,6 +183,7 @@ def test_the_blur_is_the_networks(lab, learned, blurred):
 
 
 @pytest.mark.thorough
+@pytest.mark.hosts("all")
 def test_a_step_through_the_blur(lab, learned, blurred):
     made, measurement, _ = blurred
     latent, width, height = empty(lab, measurement, made)

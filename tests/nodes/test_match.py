@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.hosts("one")
+
 
 def smooth(*shape, seed=0):
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).movedim(-1, 1)

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.hosts("one")
+
 REPORT = {
     "solver": "DMAP (K 2, zeta 30)",
     "operator": "Super-Resolution (scale 8)",

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+pytestmark = pytest.mark.hosts("one")
+
 KERNEL = torch.tensor([[0.0, 0.2, 0.0], [0.1, 1.0, 0.3], [0.0, 0.0, 0.5], [0.0, 0.1, 0.0], [0.2, 0.0, 0.0]])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.thorough  # a minute of one core, and 4 GiB
+pytestmark = [pytest.mark.thorough, pytest.mark.hosts("one")]  # a minute of one core, and 4 GiB
 
 COSINE = 0.999
 HARDEST = (14.0, True)  # the one that falls below the bound without scaling

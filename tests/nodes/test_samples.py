@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.hosts("one")
+
 DAMAGED = {"rooster-small-64": 64, "rooster-blurred-512": 512, "rooster-old-photo-128": 128}
 
 

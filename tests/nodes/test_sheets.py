@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+pytestmark = pytest.mark.hosts("one")
+
 
 def flat(colour, height=16, width=16):
     return torch.tensor(colour, dtype=torch.float32).expand(1, height, width, 3).clone()

@@ -85,6 +85,7 @@ def test_a_run(lab, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.hosts("one")
 def test_it_is_the_solver_with_these_settings(lab, name):
     """The same bits as from the solver, which is given the posterior and the noise by hand; and every setting reaches it."""
     guiders = importlib.import_module(f"{lab.pack.__name__}.nodes.host.guider")
@@ -131,6 +132,7 @@ FREEDOM_BATCH = {"zeta": 0.5}
         ("ReSample", RESAMPLE_BATCH),
     ],
 )
+@pytest.mark.hosts("one")
 def test_a_batch_is_as_good_as_single_runs(lab, monkeypatch, name, changes):
     monkeypatch.setattr(torch.optim, "AdamW", torch.optim.SGD)
     sampler, schedule = make(lab, name, **changes), lab.sigmas(STEPS)
@@ -216,6 +218,7 @@ def test_dsg_stays_on_the_sphere_of_the_noise(lab):
     torch.testing.assert_close(zs[-1], denoised[-1], rtol=0, atol=1e-5)  # the last step is not guided
 
 
+@pytest.mark.hosts("one")
 def test_resample_ends_where_the_picture_fits(lab):
     schedule = lab.sigmas(STEPS, spacing="exponential")
     settings = {"zeta": 1.0, "first": 3, "iterations": 30, "learning_rate": 0.05, "tweedie": "correct"}
@@ -224,6 +227,7 @@ def test_resample_ends_where_the_picture_fits(lab):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (36, 44)])
+@pytest.mark.hosts("one")
 def test_the_second_term_of_psld_is_the_slope_of_what_the_encoder_says(lab, height, width):
     """Also where the picture is no multiple of the VAE's factor: the encoder then sees its edge repeated."""
     sigma, h, gamma, operator = 2.0, 0.05, 0.5, lab.call("DMAP_OperatorSuperResolution", scale=4)
@@ -426,6 +430,7 @@ def test_a_preset_makes_what_the_solvers_own_node_makes(lab, levels, solver):
         assert (by_hand.name, by_hand.solver) == (sampler.name, sampler.solver)
 
 
+@pytest.mark.hosts("one")
 def test_a_preset_runs_as_its_settings_by_hand(lab, levels):
     levels(1)
     for solver in ("DMAP", "FreeDoM"):

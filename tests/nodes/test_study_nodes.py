@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+pytestmark = pytest.mark.hosts("one")
+
 SEED = 11
 SHAPE = (4, 4, 4)
 
@@ -279,6 +281,7 @@ def test_a_batch_of_measurements_of_an_odd_size(lab, undrawn):
     assert figures(text, "PSNR (dB)") == pytest.approx(psnr(pictures, images.repeat(3, 1, 1, 1)))
 
 
+@pytest.mark.hosts("all")
 def test_samplers_and_models_are_those_of_a_graph(lab):
     other = lab.guider(model=lab.with_lora(lab.shared()[0], 0.5))
     plot, pictures, text = solver(lab, guider_2=other, names="plain, with LoRA")
