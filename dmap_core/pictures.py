@@ -5,7 +5,7 @@ A sheet is painted in one place, here: what a node, a training, a table and the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+GREY_DEPTHS = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # modes of more than 8 bits
+ORIENTATION = 0x0112  # the EXIF tag of how the camera was held
 NAMED = 5  # files named in a message
 
 
@@ -119,6 +121,27 @@ def open_rgb(file: Path) -> Image.Image:
     Raises PictureError, naming the file, for one that is damaged, no regular file, above Pillow's limit of pixels, or whose values have no
     known white.
     """
+    return _read(file, _rgb)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A picture file as `open_photo` reads it. picture: upright, 8-bit RGB. alpha: 8-bit, of its size, None where all is opaque. turned: whether the camera had
+    held it otherwise. frames: of an animation, of which this is the first.
+    """
+
+    picture: Image.Image
+    alpha: Image.Image | None
+    turned: bool
+    frames: int
+
+
+def open_photo(file: Path) -> Photo:
+    """A picture with its transparency apart. Raises PictureError as `open_rgb` does."""
+    return _read(file, _photo)
+
+
+def _read(file: Path, how: Callable[[Image.Image], Any]) -> Any:
     file = Path(file)
     try:
         if file.exists() and not file.is_file():  # opening a pipe would wait for its other end
@@ -127,15 +150,27 @@ def open_rgb(file: Path) -> Image.Image:
             limit = Image.MAX_IMAGE_PIXELS
             if limit and opened.width * opened.height > limit:
                 raise PictureError(f"it has {opened.width}x{opened.height} pixels, and Pillow opens up to {limit}; make it smaller")
-            return _rgb(opened)
+            return how(opened)
     except Exception as error:  # a damaged file raises whatever its bytes mean
         reason = str(error) if isinstance(error, PictureError) else f"{type(error).__name__}: {error}"
         raise PictureError(f"pictures: {file.parent / shown(file)} cannot be read ({reason})") from error
 
 
+def _photo(opened: Image.Image) -> Photo:
+    upright = ImageOps.exif_transpose(opened)
+    turned = opened.getexif().get(ORIENTATION, 1) != 1
+    frames = getattr(opened, "n_frames", 1) if opened.format != "MPO" else 1  # of which the second is a camera's thumbnail
+    if upright.mode in GREY_DEPTHS or not upright.has_transparency_data:
+        return Photo(_rgb(opened), None, turned, frames)
+    rgba = upright.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    opaque = alpha.getextrema()[0] == 255
+    return Photo(rgba.convert("RGB"), None if opaque else alpha, turned, frames)
+
+
 def _rgb(opened: Image.Image) -> Image.Image:
     picture = ImageOps.exif_transpose(opened)
-    if picture.mode in ("I", "F") or picture.mode.startswith("I;"):
+    if picture.mode in GREY_DEPTHS:
         return Image.fromarray(_grey(np.asarray(picture), opened)).convert("RGB")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

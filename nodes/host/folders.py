@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +14,23 @@ import folder_paths
 from ...dmap_core.files import check_name
 from ...dmap_core.weights import SUFFIXES
 
+log = logging.getLogger(__name__)
+
+PACK = Path(__file__).resolve().parents[2]
+SAMPLES = PACK / "demo" / "samples"
+OFFERED = "dmap"  # folder of ComfyUI's input directory, for those
+SAMPLE_FILES = (
+    "emoji-blurred-128.png",
+    "emoji-old-photo-64.png",
+    "emoji-scratched-128.png",
+    "emoji-small-32.png",
+    "rooster-256.png",
+    "rooster-512.png",
+    "rooster-blurred-512.png",
+    "rooster-holes-512.png",
+    "rooster-old-photo-128.png",
+    "rooster-small-64.png",
+)
 WEIGHTS_FOLDER = "dmap"  # below ComfyUI's models
 NO_WEIGHTS = "no file yet: see the help of this node"
 FOLDER = "controlnet"  # below ComfyUI's models
@@ -24,10 +43,47 @@ NAME = re.compile(r"[\w][\w .()+-]*(/[\w][\w .()+-]*)*")
 
 def offer_folders() -> None:
     """List the small prior among the checkpoints and its CSE among the ControlNets, and make models/dmap known, the place of operators' weights."""
-    shipped = Path(__file__).resolve().parents[2] / "models"
+    shipped = PACK / "models"
     folder_paths.add_model_folder_path("checkpoints", str(shipped / "checkpoints"))
     folder_paths.add_model_folder_path(WEIGHTS_FOLDER, str(Path(folder_paths.models_dir) / WEIGHTS_FOLDER))
     folder_paths.add_model_folder_path(FOLDER, str(shipped / FOLDER))
+
+
+def offer_samples() -> None:
+    """Put the pack's damaged pictures into input/dmap, unless that folder is there: who empties it is not given them again."""
+    folder = Path(folder_paths.get_input_directory()) / OFFERED
+    if folder.exists():
+        return
+    part = folder.with_name(f".{OFFERED}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(SAMPLES, part)
+        part.replace(folder)
+    except OSError as error:  # such as an input folder that may only be read: nodes find the samples in the pack, but the interface shows no preview
+        log.warning("DMAP: the sample pictures cannot be copied to %s: %s", folder, error)
+
+
+def input_pictures() -> list[str]:
+    """Names that Load Photo offers: pictures of the input directory, as Load Image lists them, and the pack's own."""
+    with os.scandir(folder_paths.get_input_directory()) as entries:
+        files = sorted(entry.name for entry in entries if entry.is_file())
+    return [*folder_paths.filter_files_content_types(files, ["image"]), *(f"{OFFERED}/{name}" for name in SAMPLE_FILES)]
+
+
+def photo_path(name: str) -> Path:
+    """The file that Load Photo names: of ComfyUI's input directory, or of output or temp where the name ends with [output] or [temp], as the interface writes it.
+
+    Raises FileNotFoundError for one that is not there, or outside of these.
+    """
+    bare, given = folder_paths.annotated_filepath(name)
+    root = Path(given or folder_paths.get_input_directory()).resolve()
+    path = (root / bare).resolve()
+    if path.is_relative_to(root) and path.is_file():
+        return path
+    folder, _, file = bare.replace("\\", "/").rpartition("/")
+    if folder == OFFERED and file in SAMPLE_FILES:
+        return SAMPLES / file
+    raise FileNotFoundError(f"image: there is no {name!r} in ComfyUI's input folder; upload it, or choose another")
 
 
 def weights_files() -> list[str]:

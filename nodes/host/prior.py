@@ -227,6 +227,11 @@ def null_conditioning(model):
     return [[torch.zeros(1, 1, width), {"pooled_output": pooled}]]
 
 
+def has_text(model) -> bool:
+    """Whether a model was trained with prompts, an empty one among them; SDXL's empty prompt is all zeros, as `null_conditioning` is."""
+    return not is_demo_prior(model) and model.model.model_config.unet_config.get("context_dim") != SDXL_WIDTH
+
+
 def prediction_of(model: Any) -> str:
     """What the network of a MODEL predicts: "eps" or "v"."""
     return "v" if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION) else "eps"
