@@ -151,7 +151,9 @@ def _measured(found: Estimate, name: str, looks: frozenset[str], meant: bool, no
         return value
     if not meant:
         return 0.0
-    notes.append(f"{word} could not be measured: {usual:g} {'pixels' if unit == 1 else 'grey levels'} assumed. If the result is not right, set it")
+    notes.append(
+        f"{word} could not be measured: {usual:g} {'pixels' if unit == 1 else 'grey levels'} assumed. If the result is not right, set it"
+    )
     return usual / unit
 
 
@@ -192,4 +194,6 @@ def _scale(said: Said, size: Size, times: float, native: int, looked_for: bool, 
 
 def _check_size(size: Size) -> None:
     if min(size) < LEAST:
-        raise ValueError(f"image: the result would be {size[1]}x{size[0]}; it must be {LEAST} pixels wide and high at least: enlarge it more")
+        raise ValueError(
+            f"image: the result would be {size[1]}x{size[0]}; it must be {LEAST} pixels wide and high at least: enlarge it more"
+        )

@@ -49,7 +49,9 @@ class LoadPhoto(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="RGB; with an alpha channel where that stays, which DMAP Restore puts back in the end."),
+                io.Image.Output(
+                    display_name="image", tooltip="RGB; with an alpha channel where that stays, which DMAP Restore puts back in the end."
+                ),
                 io.Mask.Output(display_name="mask", tooltip="White where the photo is missing: what was painted."),
                 io.Mask.Output(display_name="alpha", tooltip="The alpha channel: white is opaque."),
                 Operator.Output(

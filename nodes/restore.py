@@ -106,7 +106,10 @@ class Restore(io.ComfyNode):
                     tooltip="keep: a grey photo stays grey. colourise: its colours are invented.",
                 ),
                 io.Combo.Input(
-                    "quality", options=list(QUALITIES), default="good", tooltip="look: quick. good: three times as long. best: four to five times as long as look."
+                    "quality",
+                    options=list(QUALITIES),
+                    default="good",
+                    tooltip="look: quick. good: three times as long. best: four to five times as long as look.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -124,10 +127,14 @@ class Restore(io.ComfyNode):
                     tooltip="How many restorations, with seeds that follow. Where they differ the picture is invented: see uncertainty.",
                 ),
                 io.Boolean.Input(
-                    "keep_known", default=True, tooltip="With a mask: what was not painted comes back exactly as it was, if nothing else is repaired."
+                    "keep_known",
+                    default=True,
+                    tooltip="With a mask: what was not painted comes back exactly as it was, if nothing else is repaired.",
                 ),
                 io.Boolean.Input(
-                    "match", default=True, tooltip="Puts back what the VAE lost, so that the result explains the photo to within half a grey level."
+                    "match",
+                    default=True,
+                    tooltip="Puts back what the VAE lost, so that the result explains the photo to within half a grey level.",
                 ),
                 max_megapixels_input(),
                 advanced(
@@ -141,7 +148,11 @@ class Restore(io.ComfyNode):
                         tooltip="For shaken: the direction of the streaks in degrees, 0 horizontal, 90 vertical, counter-clockwise.",
                     )
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="White where the photo is scratched or missing: paint it in the mask editor of Load Photo."),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="White where the photo is scratched or missing: paint it in the mask editor of Load Photo.",
+                ),
                 io.Conditioning.Input(
                     "positive",
                     optional=True,
@@ -150,14 +161,23 @@ class Restore(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip=f"What the photo should not show. Takes twice as long (cfg {CFG:g})."
                 ),
-                Operator.Input("operator", optional=True, tooltip="For damage custom: how it was damaged. Otherwise Load Photo's jpeg, which is used for damage JPEG and auto."),
+                Operator.Input(
+                    "operator",
+                    optional=True,
+                    tooltip="For damage custom: how it was damaged. Otherwise Load Photo's jpeg, which is used for damage JPEG and auto.",
+                ),
                 io.ControlNet.Input("cse", optional=True, tooltip="CSEControlNetLoader: a start that was trained for this damage."),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The restored photo; several versions as a batch."),
                 io.Image.Output(display_name="before_after", tooltip="The photo and the result side by side, in one size."),
-                io.Image.Output(display_name="mismatch", tooltip="Where the result, damaged again, differs from your photo, with a scale in grey levels."),
-                io.Image.Output(display_name="uncertainty", tooltip="Where versions differ: what is bright was invented. Needs 2 versions or more."),
+                io.Image.Output(
+                    display_name="mismatch",
+                    tooltip="Where the result, damaged again, differs from your photo, with a scale in grey levels.",
+                ),
+                io.Image.Output(
+                    display_name="uncertainty", tooltip="Where versions differ: what is bright was invented. Needs 2 versions or more."
+                ),
                 io.Mask.Output(display_name="mask", tooltip="The mask that was used, of the photo's size."),
                 Operator.Output(display_name="operator", tooltip="The damage as it was understood. Goes to the pack's other nodes."),
                 io.String.Output(display_name="text", tooltip="What was seen, chosen, and reached."),
@@ -253,9 +273,9 @@ def expanded(graph: Expansion, case: Case, model, vae, image: Tensor, mask, posi
     restored = None
     for i in range(settings["versions"]):
         noise = graph.add("RandomNoise", noise_seed=settings["seed"] + i)(0)
-        samples = graph.add(
-            "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=preset(0), sigmas=preset(1), latent_image=latent
-        )(0)
+        samples = graph.add("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=preset(0), sigmas=preset(1), latent_image=latent)(
+            0
+        )
         picture = graph.add("DMAP_Decode", latent=samples, vae=vae, keep_given=settings["keep_known"], **problem)(0)
         restored = picture if restored is None else graph.add("ImageBatch", image1=restored, image2=picture)(0)
     report = graph.add("DMAP_SamplingReport", guider=guider, latent=samples)(0)
@@ -330,7 +350,9 @@ def one_photo(image: Tensor, name: str = NAME) -> Tensor:
     alpha = isinstance(image, Tensor) and image.ndim == 4 and image.shape[-1] == 4
     colours = check_picture(image[..., :3] if alpha else image, f"{name}: image").float()
     if len(colours) != 1:
-        raise ValueError(f"{name}: image: {len(colours)} pictures were given; a photo is restored at a time: use 'Image From Batch' to choose one")
+        raise ValueError(
+            f"{name}: image: {len(colours)} pictures were given; a photo is restored at a time: use 'Image From Batch' to choose one"
+        )
     if colours.shape[-1] == 1:
         colours = colours.expand(-1, -1, -1, 3)
     return torch.cat([colours, image[..., 3:].float()], dim=-1) if alpha else colours
@@ -360,9 +382,13 @@ def used_mask(mask: Tensor | None, size: tuple[int, int]) -> tuple[Tensor | None
     mask = (mask[0] >= 0.5).float()
     missing = float(mask.mean())
     if missing == 1:
-        raise ValueError(f"{NAME}: mask: everything is painted, and nothing of the photo would be used; paint only what is damaged, or invert the mask")
+        raise ValueError(
+            f"{NAME}: mask: everything is painted, and nothing of the photo would be used; paint only what is damaged, or invert the mask"
+        )
     if missing > QUESTIONED:
-        notes.append(f"{100 * missing:.0f} % of the photo is masked: is the mask inverted? White is what is missing; 'Invert Mask' turns it round")
+        notes.append(
+            f"{100 * missing:.0f} % of the photo is masked: is the mask inverted? White is what is missing; 'Invert Mask' turns it round"
+        )
     return mask, notes
 
 

