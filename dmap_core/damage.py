@@ -101,9 +101,12 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
         chain.append(_motion(found, said, scale, notes))
     elif blur:
         chain.append(gaussian(blur * scale))
-    chain += [SuperResolution(scale)] * (scale > 1)
-    chain += [jpeg] * (jpeg is not None)
-    chain += [Inpainting(mask)] * (mask is not None)
+    if scale > 1:
+        chain.append(SuperResolution(scale))
+    if jpeg is not None:
+        chain.append(jpeg)
+    if mask is not None:
+        chain.append(Inpainting(mask))
     if said.colours == "colourise" and not found.grey:
         notes.append("the photo has colours, which colourise replaces: set colours to keep if they are right")
     height, width = size_of(photo)

@@ -81,12 +81,12 @@ class LoadPhoto(io.ComfyNode):
         picture = as_image(photo.picture)
         alpha = torch.ones(picture.shape[:3]) if photo.alpha is None else as_mask(photo.alpha)
         holes = transparent == TRANSPARENT[1] or (transparent == TRANSPARENT[0] and image.replace("\\", "/").startswith(PAINTED))
-        jpeg = None if photo.turned else jpeg_of_file(path)
+        jpeg = jpeg_of_file(path)
         said = [f"{photo.picture.width}x{photo.picture.height}"]
         if jpeg is not None:
             said.append(jpeg.describe())
         if photo.turned:
-            said.append("turned upright, which moves a JPEG's blocks: its tables are left out")
+            said.append("turned upright" + ("" if jpeg else ", after which its tables are of no use if it is a JPEG"))
         if photo.frames > 1:
             said.append(f"the first of {photo.frames} frames")
         if photo.alpha is not None:

@@ -23,12 +23,15 @@ def pytest_runtest_protocol(item):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def comfyui(comfyui_tree):
+def comfyui(comfyui_tree, tmp_path_factory):
     """ComfyUI's modules can be imported."""
     if comfyui_python() != sys.executable:
         pytest.fail(f"These tests have to run in {comfyui_python()}: python tests/run.py does that.", pytrace=False)
     sys.dont_write_bytecode = True  # ComfyUI's tree is only read
     import_comfy()
+    import folder_paths
+
+    folder_paths.set_input_directory(str(tmp_path_factory.mktemp("input")))  # where the pack puts its samples
     sys.path.append(str(FOLDER))  # for lab and its like, behind ComfyUI's modules
     from comfy.cli_args import args
 
