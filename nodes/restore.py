@@ -8,8 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dmap_core.consistency import matchable
-from ..dmap_core.damage import AUTO, COLOURS, CUSTOM, ENLARGE, LOOKS_FOR, QUESTIONED, Case, Said, case_of
-from ..dmap_core.operators import Operator as CoreOperator
+from ..dmap_core.damage import AUTO, COLOURS, ENLARGE, LOOKS_FOR, QUESTIONED, Case, Said, case_of
 from ..dmap_core.operators.colour import luma
 from ..dmap_core.presets import AUTO as BEST_SOLVER
 from ..dmap_core.presets import QUALITIES
@@ -18,7 +17,7 @@ from .host.graph import Expansion
 from .host.prior import check_conditioning, check_model, check_vae, has_text, native_latents
 from .messages import speaking_of_nodes
 from .operators import Operator
-from .pictures import check_mask, check_picture, from_core, to_core, with_given
+from .pictures import check_mask, check_picture, from_core, to_core
 from .schema import advanced, schema
 from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
@@ -242,14 +241,18 @@ class Restore(io.ComfyNode):
             "match": match,
             "max_megapixels": max_megapixels,
         }
-        outputs = expanded(graph, case, model, vae, image, mask, positive, negative, cse, ". ".join(notes), settings)
+        # the photo itself where nothing was done to it: the way to the other units and back rounds
+        measurement = image[..., :3] if case.measurement is photo else from_core(case.measurement)
+        outputs = expanded(graph, case, measurement, model, vae, image, mask, positive, negative, cse, ". ".join(notes), settings)
         restored, before_after, mismatch, uncertainty, text = outputs
         return io.NodeOutput(restored, before_after, mismatch, uncertainty, shown_mask, case.operator, text, expand=graph.finalize())
 
 
-def expanded(graph: Expansion, case: Case, model, vae, image: Tensor, mask, positive, negative, cse, notes: str, settings) -> tuple:
+def expanded(
+    graph: Expansion, case: Case, measurement: Tensor, model, vae, image: Tensor, mask, positive, negative, cse, notes: str, settings
+) -> tuple:
     """(image, before_after, mismatch, uncertainty, text): the outputs of the nodes that an expert would wire."""
-    problem = {"measurement": from_core(case.measurement), "operator": case.operator}
+    problem = {"measurement": measurement, "operator": case.operator}
     limit = {"max_megapixels": settings["max_megapixels"]}
     if positive is None:
         positive = graph.add("DMAP_DMAPUnconditional", model=model)(0)

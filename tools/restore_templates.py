@@ -168,14 +168,18 @@ def blueprint(info: dict[str, Any], checkpoint: str) -> dict[str, Any]:
     inputs, outputs = [], []
     for name, kind in ins:
         number = len(links) + 1
-        links.append({"id": number, "origin_id": -10, "origin_slot": len(inputs), "target_id": restore, "target_slot": slots[name], "type": kind})
+        links.append(
+            {"id": number, "origin_id": -10, "origin_slot": len(inputs), "target_id": restore, "target_slot": slots[name], "type": kind}
+        )
         inner[restore - 1]["inputs"][slots[name]]["link"] = number
         inputs.append({"id": _uuid("in", name), "name": name, "type": kind, "linkIds": [number], "pos": [-90, 120 + 20 * len(inputs)]})
     for name, kind in outs:
         number, slot = len(links) + 1, names.index(name)
         links.append({"id": number, "origin_id": restore, "origin_slot": slot, "target_id": -20, "target_slot": len(outputs), "type": kind})
         inner[restore - 1]["outputs"][slot]["links"].append(number)
-        outputs.append({"id": _uuid("out", name), "name": name, "type": kind, "linkIds": [number], "pos": [g.right + 80, 120 + 20 * len(outputs)]})
+        outputs.append(
+            {"id": _uuid("out", name), "name": name, "type": kind, "linkIds": [number], "pos": [g.right + 80, 120 + 20 * len(outputs)]}
+        )
     shown = [(loader, "ckpt_name"), (restore, "damage"), (restore, "enlarge"), (restore, "quality"), (restore, "seed")]
     identity = _uuid("graph", BLUEPRINT)
     graph = {

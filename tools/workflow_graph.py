@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import tomllib
-
 from prompts import is_widget, node_inputs
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -102,7 +102,7 @@ def test_it_is_what_an_expert_wires(lab):
     matched, told = lab.call("DMAP_MatchMeasurement", image=picture, **problem)
     assert torch.equal(restored, matched)
     assert tuple(restored.shape) == (1, 64, 64, 3) == (1, height, width, 3)
-    assert told in text and "explains your picture to within 1 level" in text and "DPS on Super-Resolution" in text
+    assert told in text and "explains your picture to within 1 level" in text and " on Super-Resolution (scale 2)" in text
     assert before_after.shape[2] > 2 * 64 and mismatch.ndim == uncertainty.ndim == 4
     assert not mask.any()
 
@@ -140,7 +140,9 @@ def test_alpha_is_put_back(lab):
     image = torch.cat([lab.picture(), alpha], dim=-1)
     results, graph = output(lab, image, damage="soft", softness=1.0)
     finish = next(node for node in graph.values() if node["class_type"] == "DMAP_FinishRestore")
-    restored, both, text = lab.call("DMAP_FinishRestore", **finish["inputs"] | {"image": lab.picture(1), "chosen": "", "report": "", "matched": ""})
+    restored, both, text = lab.call(
+        "DMAP_FinishRestore", **finish["inputs"] | {"image": lab.picture(1), "chosen": "", "report": "", "matched": ""}
+    )
     assert restored.shape[-1] == 4 and torch.equal(restored[..., 3:], alpha)
     assert both.shape[-1] == 3
 
