@@ -33,19 +33,18 @@ class LoadPhoto(io.ComfyNode):
             search_aliases=["load image", "open photo", "jpeg quality", "exif", "restore", "upload"],
             inputs=[
                 io.Combo.Input(
+                    "transparent",
+                    options=list(TRANSPARENT),
+                    default=TRANSPARENT[0],
+                    tooltip="What transparent pixels are. is missing: holes, which are the mask. stays transparent: the result has the same alpha channel. "
+                    "auto: holes where they were painted in the mask editor, else transparency.",
+                ),
+                io.Combo.Input(
                     "image",
                     options=input_pictures(),
                     upload=io.UploadType.image,
                     image_folder=io.FolderType.input,
                     tooltip="A file of ComfyUI's input folder; upload, drop or paste one. Those of dmap/ come with this pack.",
-                ),
-                io.Combo.Input(
-                    "transparent",
-                    options=list(TRANSPARENT),
-                    default=TRANSPARENT[0],
-                    optional=True,
-                    tooltip="What transparent pixels are. is missing: holes, which are the mask. stays transparent: the result has the same alpha channel. "
-                    "auto: holes where they were painted in the mask editor, else transparency.",
                 ),
             ],
             outputs=[
@@ -63,7 +62,7 @@ class LoadPhoto(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, image, transparent="auto") -> bool | str:
+    def validate_inputs(cls, image) -> bool | str:
         try:
             photo_path(image)
         except FileNotFoundError as error:
@@ -71,11 +70,11 @@ class LoadPhoto(io.ComfyNode):
         return True
 
     @classmethod
-    def fingerprint_inputs(cls, image, transparent="auto") -> str:
+    def fingerprint_inputs(cls, transparent, image) -> str:
         return hashlib.sha256(photo_path(image).read_bytes()).hexdigest()
 
     @classmethod
-    def execute(cls, image, transparent="auto") -> io.NodeOutput:
+    def execute(cls, transparent, image) -> io.NodeOutput:
         path = photo_path(image)
         photo = open_photo(path)
         picture = as_image(photo.picture)

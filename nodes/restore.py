@@ -10,10 +10,12 @@ from torch.nn import functional as F
 from ..dmap_core.consistency import matchable
 from ..dmap_core.damage import AUTO, COLOURS, ENLARGE, LOOKS_FOR, QUESTIONED, Case, Said, case_of
 from ..dmap_core.operators.colour import luma
+from ..dmap_core.pictures import to_picture
 from ..dmap_core.presets import AUTO as BEST_SOLVER
 from ..dmap_core.presets import QUALITIES
 from .host.clock import say
 from .host.graph import Expansion
+from .host.preview import show
 from .host.prior import check_conditioning, check_model, check_vae, has_text, native_latents
 from .messages import speaking_of_nodes
 from .operators import Operator
@@ -281,12 +283,12 @@ def expanded(
         )
         picture = graph.add("DMAP_Decode", latent=samples, vae=vae, keep_given=settings["keep_known"], **problem)(0)
         restored = picture if restored is None else graph.add("ImageBatch", image1=restored, image2=picture)(0)
-    report = graph.add("DMAP_SamplingReport", guider=guider, latent=samples)(0)
+    report = graph.add("DMAP_SamplingReport", quiet=True, guider=guider, latent=samples)(0)
     matched = None
     if settings["match"] and matchable(case.operator) is None:
         found = graph.add("DMAP_MatchMeasurement", image=restored, feather=FEATHER if mask is not None else 0.0, **problem)
         restored, matched = found(0), found(1)
-    mismatch = graph.add("DMAP_MismatchMap", restored=restored, **problem)(0)
+    mismatch = graph.add("DMAP_MismatchMap", quiet=True, restored=restored, **problem)(0)
     finished = graph.add(
         "DMAP_FinishRestore",
         image=restored,
@@ -299,7 +301,7 @@ def expanded(
         report=report,
         matched=matched,
     )
-    uncertainty = graph.add("DMAP_UncertaintyMap", images=finished(0))(0)
+    uncertainty = graph.add("DMAP_UncertaintyMap", quiet=True, images=finished(0))(0)
     return finished(0), finished(1), mismatch, uncertainty, finished(2)
 
 
@@ -343,6 +345,7 @@ class FinishRestore(io.ComfyNode):
             alpha = resized(given[..., 3:], (height, width)).expand(len(result), -1, -1, -1)
             result = torch.cat([result, alpha.to(result)], dim=-1)
         text = "\n".join(line for line in (notes, chosen, report, matched) if line)
+        show(to_picture(both[0].movedim(-1, 0) * 2 - 1))  # or the last preview of the run would stay
         if matched:
             say(matched)
         return io.NodeOutput(result, both, text, ui=ui.PreviewImage(both))

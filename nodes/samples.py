@@ -10,12 +10,13 @@ import torch
 from comfy_api.latest import io, ui
 from PIL import Image
 
+from .host.folders import SAMPLE_FILES
 from .schema import schema
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 # Written down, so that no folder is looked through while ComfyUI starts; a test holds it.
 HELD_OUT = tuple(f"dmap-demo-{i:02}" for i in range(64))
-SAMPLES = ("rooster-512", "rooster-blurred-512", "rooster-holes-512", "rooster-old-photo-128", "rooster-small-64")
+SAMPLES = tuple(name.removesuffix(".png") for name in SAMPLE_FILES)
 
 
 def picture_path(name: str) -> Path:
@@ -37,7 +38,7 @@ class SamplePicture(io.ComfyNode):
                     options=[*HELD_OUT, *SAMPLES],
                     default="dmap-demo-00",
                     tooltip="dmap-demo-*: 128x128, what the demo prior knows. rooster-512 is a good picture for Stable Diffusion; the other roosters are that one damaged, "
-                    "and the number is their width and height.",
+                    "emoji-* the same for the demo prior. The number is their width and height.",
                 )
             ],
             outputs=[

@@ -92,14 +92,14 @@ class Placed(Graph):
         self.groups.append(
             {"id": len(self.groups) + 1, "title": title, "bounding": bounding, "color": GROUP_COLOUR, "font_size": 24, "flags": {}}
         )
-        self.right += width + 80
+        self.right += width + 60
 
     def paint(self, node: int, colours: dict[str, str]) -> None:
         self.nodes[node - 1] |= colours
 
     def workflow(self) -> dict[str, Any]:
         found = {"last_node_id": len(self.nodes), "last_link_id": len(self.links), "nodes": self.nodes, "links": self.links}
-        view = {"ds": {"scale": 1.0, "offset": [40, 60]}}
+        view = {"ds": {"scale": 1.0, "offset": [90, 140]}}
         return found | {"groups": self.groups, "config": {}, "extra": view, "version": 0.4}
 
     def save(self, path: Path) -> None:
@@ -122,10 +122,10 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
         "- **seed**: another one, another restoration. **versions** 2 or more shows where they differ: that was invented.\n"
         "- **text** (connect *Preview Any*) says what was seen and chosen, and how well the result explains your photo."
     )
-    note = g._place("MarkdownNote", 0, about.title, (340, 470), [], [], {}, [text])
+    note = g._place("MarkdownNote", 0, about.title, (320, 470), [], [], {}, [text])
     loader = g.add("CheckpointLoaderSimple", 0, models=_models(name, url, sha256), ckpt_name=name)
     photo = g.add(
-        "DMAP_LoadPhoto", 1, title="Your photo", size=(340, 420), image=f"dmap/{about.demo if demo else about.sd}.png", **about.photo
+        "DMAP_LoadPhoto", 1, title="Your photo", size=(320, 420), image=f"dmap/{about.demo if demo else about.sd}.png", **about.photo
     )
     prompt = None
     if not demo:
@@ -133,7 +133,8 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
     restore = g.add(
         "DMAP_Restore",
         2,
-        size=(400, 760),
+        title="DMAP Restore",
+        size=(380, 760),
         model=(loader, 0),
         vae=(loader, 2),
         image=(photo, 0),
@@ -143,7 +144,7 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
         **about.restore,
     )
     g.paint(restore, GREEN)
-    save = g.add("SaveImage", 3, title="Restored photo", size=(400, 460), images=(restore, 0), filename_prefix="dmap/restored")
+    save = g.add("SaveImage", 3, title="Restored photo", size=(360, 460), images=(restore, 0), filename_prefix="dmap/restored")
     g.group("1  Model", note, loader)
     g.group("2  Your photo", *([photo, prompt] if prompt else [photo]))
     g.group("3  Restore", restore)

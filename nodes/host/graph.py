@@ -16,9 +16,15 @@ class Expansion:
     def __init__(self):
         self._builder = GraphBuilder()
 
-    def add(self, kind: str, **inputs: Any) -> Outputs:
-        """The outputs of a new node, by their index. None is an input that is not connected."""
-        return self._builder.node(kind, **{name: value for name, value in inputs.items() if value is not None}).out
+    def add(self, kind: str, quiet: bool = False, **inputs: Any) -> Outputs:
+        """The outputs of a new node, by their index. None is an input that is not connected.
+
+        What it shows is seen on the node in whose place it is, unless it is quiet.
+        """
+        node = self._builder.node(kind, **{name: value for name, value in inputs.items() if value is not None})
+        if quiet:
+            node.set_override_display_id(node.id)
+        return node.out
 
     def finalize(self) -> dict[str, Any]:
         return self._builder.finalize()

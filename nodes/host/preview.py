@@ -13,6 +13,7 @@ import latent_preview
 import torch
 from comfy.cli_args import LatentPreviewMethod, args
 from comfy.taesd.taesd import TAESD
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
@@ -76,6 +77,12 @@ class Watch:
             log.warning("DPSGuider: no more previews: the memory does not suffice for them")
             self.show = None
             return None
+
+
+def show(picture: Image.Image) -> None:
+    """Shows a picture on the node that is running, in the place of a run's preview, which would stay; without a server nowhere."""
+    if get_executing_context() is not None:
+        comfy.utils.ProgressBar(1).update_absolute(1, 1, ("JPEG", picture, None))
 
 
 def save_cancelled(images: Tensor) -> list[Path]:

@@ -23,7 +23,7 @@ def picture(width=40, height=24):
 
 def load(lab, name, **settings):
     assert lab.NODES["DMAP_LoadPhoto"].validate_inputs(name) is True
-    image, mask, alpha, jpeg, text = lab.call("DMAP_LoadPhoto", image=name, **settings)
+    image, mask, alpha, jpeg, text = lab.call("DMAP_LoadPhoto", image=name, **{"transparent": "auto", **settings})
     return {"image": image, "mask": mask, "alpha": alpha, "jpeg": jpeg, "text": text}
 
 
@@ -74,7 +74,7 @@ def test_depths_and_colour_spaces(lab, folder):
 
 
 def test_the_packs_samples_are_there_without_the_input_folder(lab, folder):
-    for name in lab.NODES["DMAP_LoadPhoto"].GET_SCHEMA().inputs[0].options:
+    for name in lab.NODES["DMAP_LoadPhoto"].GET_SCHEMA().inputs[1].options:
         if name.startswith("dmap/"):
             assert load(lab, name)["image"].shape[-1] in (3, 4)
 
@@ -85,13 +85,13 @@ def test_only_files_of_comfyuis_folders(lab, folder, name):
     told = lab.NODES["DMAP_LoadPhoto"].validate_inputs(name)
     assert told is not True and "input folder" in told
     with pytest.raises(FileNotFoundError):
-        lab.call("DMAP_LoadPhoto", image=name)
+        lab.call("DMAP_LoadPhoto", image=name, transparent="auto")
 
 
 def test_a_damaged_file_is_named(lab, folder):
     (folder / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png cannot be read"):
-        lab.call("DMAP_LoadPhoto", image="bad.png")
+        lab.call("DMAP_LoadPhoto", image="bad.png", transparent="auto")
 
 
 def test_samples_are_offered_once(lab, folder):
