@@ -17,7 +17,7 @@ LOOKS_FOR = {
     AUTO: frozenset({"blur", "grain", "jpeg", "size", "enlarged"}),
     "too small": frozenset({"size"}),
     "soft": frozenset({"blur"}),
-    "shaken": frozenset({"motion"}),
+    "shaken": frozenset(),
     "scratched": frozenset(),
     "grainy": frozenset({"grain"}),
     "JPEG": frozenset({"jpeg"}),
@@ -29,7 +29,6 @@ COLOURS = ("keep", "colourise")
 # Assumed where a person says that there is a damage, and nothing of it is found in the photo: pixels, grey levels, libjpeg's scale.
 SOFTNESS, SHAKE, GRAIN, QUALITY = 2.0, 15.0, 8.0, 50
 SHARP = 0.1  # sigma in pixels of a blur that is none: its kernel is a single 1
-HARMLESS = 90  # quality of a JPEG from which on its errors are smaller than those of everything else here
 LEAST = 32  # pixels of a result's side, which networks halve again and again
 QUESTIONED = 0.6  # of the photo, from which on a mask is probably inverted
 
@@ -88,17 +87,19 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
     found = estimate(photo, given if isinstance(given, Jpeg) else None)
     looks = LOOKS_FOR[said.damage]
     notes: list[str] = []
-    measurement, times = photo, 1.0
-    if "enlarged" in looks and found.enlarged > 1 and said.enlarge in (AUTO, "1") and mask is None:
-        measurement, times = found.measurement(photo), found.enlarged
-        notes.append(f"the photo had been enlarged {times:g} times, which is undone first")
+    measurement, again = photo, 1
+    if "enlarged" in looks and found.scale > 1 and said.enlarge in (AUTO, "1") and mask is None:
+        measurement, again = found.measurement(photo), found.scale
+        notes.append(f"the photo had been enlarged {found.enlarged:.3g} times: it is made {again} times smaller first")
     blur = said.softness or _measured(found, "blur", looks, said.damage == "soft", notes)
     grain = said.grain / 255 or _measured(found, "grain", looks, said.damage == "grainy", notes)
+    if said.damage == AUTO and not said.grain:
+        grain = found.noise()  # with what a compression took that is not modelled
     jpeg = _jpeg(found, said, looks, notes)
-    scale = _scale(said, size_of(measurement), times, native, "size" in looks, said.damage == "too small")
+    scale = again if again > 1 else _scale(said, size_of(measurement), native, "size" in looks, said.damage == "too small")
     chain: list[Operator] = [Grayscale()] if said.colours == "colourise" else []
     if said.damage == "shaken":
-        chain.append(_motion(found, said, scale, notes))
+        chain.append(_motion(said, scale, notes))
     elif blur:
         chain.append(gaussian(blur * scale))
     if scale > 1:
@@ -110,11 +111,11 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
     if said.colours == "colourise" and not found.grey:
         notes.append("the photo has colours, which colourise replaces: set colours to keep if they are right")
     height, width = size_of(photo)
-    times = 1 if times > 1 else scale
-    size = height * times, width * times
+    larger = scale // again
+    size = height * larger, width * larger
     _check_size(size)
     if said.damage == AUTO:
-        notes.append(found.text())
+        notes = [found.text().splitlines()[0].rstrip("."), *notes, *found.notes]
         if not chain and not grain:
             return Case(photo, None, size_of(photo), found.grey, tuple(notes))
     operator = _of(chain or [gaussian(SHARP)])
@@ -165,28 +166,23 @@ def _jpeg(found: Estimate, said: Said, looks: frozenset[str], notes: list[str]) 
         return Jpeg(said.jpeg_quality)
     if "jpeg" not in looks:
         return None
+    if said.damage == AUTO:
+        return found.compressed()
     if found.jpeg is None:
-        if said.damage != "JPEG":
-            return None
         notes.append(f"no traces of JPEG were found: quality {QUALITY} assumed. If the result is not right, set jpeg_quality")
-        return Jpeg(QUALITY)
-    return found.jpeg if said.damage == "JPEG" or found.jpeg.quality < HARMLESS else None
+    return found.jpeg or Jpeg(QUALITY)
 
 
-def _motion(found: Estimate, said: Said, scale: int, notes: list[str]) -> MotionBlur:
-    length, angle = found.motion or (SHAKE, said.angle)
-    if said.softness:
-        length, angle = said.softness, said.angle
-    else:
-        word = "measured" if found.motion else "assumed. If the result is not right, set softness and angle"
-        notes.append(f"streaks of {length:.0f} pixels at {angle:.0f} degrees, {word}")
-    return MotionBlur(max(length * scale, 1.1), angle)
+def _motion(said: Said, scale: int, notes: list[str]) -> MotionBlur:
+    if not said.softness:
+        notes.append(
+            f"streaks of {SHAKE:g} pixels at {said.angle:g} degrees are assumed: set softness to their length, and shake_angle to their direction"
+        )
+    return MotionBlur(max((said.softness or SHAKE) * scale, 1.1), said.angle)
 
 
-def _scale(said: Said, size: Size, times: float, native: int, looked_for: bool, meant: bool) -> int:
+def _scale(said: Said, size: Size, native: int, looked_for: bool, meant: bool) -> int:
     """How many times smaller the measurement is than what is restored."""
-    if times > 1:
-        return max(2, round(times))
     if said.enlarge != AUTO:
         return int(said.enlarge)
     if not looked_for:

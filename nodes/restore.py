@@ -25,6 +25,7 @@ from .sizes import MAX_MEGAPIXELS, check_megapixels, max_megapixels_input
 
 NAME = "DMAP Restore"
 VERSIONS = 8
+MARGIN = 8  # pixels that an operator's whole scale may add at the right and below
 GAP = 8  # pixels between before and after
 CFG = 2.0  # with a negative prompt
 FEATHER = 4.0  # pixels inside a hole, over which a difference at its edge fades away
@@ -365,9 +366,10 @@ def one_photo(image: Tensor, name: str = NAME) -> Tensor:
 
 
 def resized(image: Tensor, size: tuple[int, int], mode: str = "bicubic") -> Tensor:
-    """A picture (B, H, W, C) in [0, 1] at another size (H, W)."""
-    if tuple(image.shape[1:3]) == tuple(size):
-        return image
+    """A picture (B, H, W, C) in [0, 1] at another size (H, W); of one that is a few pixels larger what is too much is cut off."""
+    height, width = size
+    if 0 <= image.shape[1] - height < MARGIN and 0 <= image.shape[2] - width < MARGIN:
+        return image[:, :height, :width]
     smooth = {"antialias": True, "align_corners": False} if mode == "bicubic" else {}
     return F.interpolate(image.movedim(-1, 1), size, mode=mode, **smooth).clamp(0, 1).movedim(1, -1)
 

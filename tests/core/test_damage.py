@@ -50,13 +50,16 @@ def test_what_is_said_counts_and_not_what_is_measured(seen):
 
 
 def test_what_is_measured_counts_where_damage_looks_for_it(seen):
-    seen(blur=1.25, grain=0.02, jpeg=Jpeg(33))
+    seen(blur=1.25, grain=0.02, jpeg=Jpeg(33), spent=0.01)
     assert parts(case_of(PHOTO, Said("soft")).operator)[0].sigma == 1.25
     assert names(case_of(PHOTO, Said("soft")).operator) == ["GaussianBlur"]
     assert case_of(PHOTO, Said("grainy")).operator.sigma == 0.02
     assert case_of(PHOTO, Said("JPEG")).operator == Jpeg(33)
     every = case_of(PHOTO, Said(AUTO), native=64).operator
-    assert isinstance(every, Noisy) and names(every) == ["GaussianBlur", "Jpeg"]
+    assert isinstance(every, Noisy) and names(every) == ["GaussianBlur"], "a JPEG whose loss the grain hides is part of it"
+    assert every.sigma == pytest.approx(math.hypot(0.02, 0.01))
+    seen(blur=1.25, grain=0.0, jpeg=Jpeg(33), spent=0.01)
+    assert names(case_of(PHOTO, Said(AUTO), native=64).operator) == ["GaussianBlur", "Jpeg"]
 
 
 def test_softness_is_in_pixels_of_the_photo_and_the_blur_in_those_of_the_result(seen):
