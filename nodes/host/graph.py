@@ -23,7 +23,7 @@ class Expansion:
         """
         node = self._builder.node(kind, **{name: value for name, value in inputs.items() if value is not None})
         if quiet:
-            node.set_override_display_id(node.id)
+            node.set_override_display_id(f"{node.id}.quiet")  # an id that is on no page; its own would be looked up without end
         return node.out
 
     def finalize(self) -> dict[str, Any]:

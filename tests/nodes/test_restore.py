@@ -197,3 +197,16 @@ def test_another_models_vae_is_refused(lab):
     other.__dict__ |= vae.__dict__ | {"latent_channels": 16}
     with pytest.raises(ValueError, match="DMAP Restore: vae: it has 16 latent channels and the model 4"):
         output(lab, lab.picture(), vae=other)
+
+
+def test_what_quiet_nodes_show_is_on_no_page(lab):
+    """As the executor resolves it: an id that led to itself would be looked up for ever."""
+    from comfy_execution.graph import DynamicPrompt
+
+    _, graph = output(lab, lab.picture())
+    prompt = DynamicPrompt({"7": {}})
+    for name, node in graph.items():
+        prompt.add_ephemeral_node(name, node, "7", node.get("override_display_id", "7"))
+    shown = {node["class_type"]: prompt.get_display_node_id(name) for name, node in graph.items() if node.get("override_display_id") != name}
+    quiet = {kind for kind, at in shown.items() if at != "7"}
+    assert quiet == {"DMAP_SamplingReport", "DMAP_MismatchMap", "DMAP_UncertaintyMap"} and len(shown) == len(graph)
