@@ -25,6 +25,13 @@ SHEETS = {  # by how a workflow's name ends
     "-toy": DOCS / "toy.png",
 }
 SIDE = 384  # three times the demo's 128 pixels, and a multiple of every degraded size: nearest neighbours stay even squares
+KINDS = {  # of the numbered workflows: the results that show the same damage
+    "1": "old-photo",
+    "2": "inpainting",
+    "3": "super-resolution-x8",
+    "4": "gaussian-deblur",
+    "5": "super-resolution-x4",
+}
 QUALITY = 85
 MAX_BYTES = 40_000
 
@@ -39,6 +46,11 @@ def find_pair(folder: Path, picture: str | None) -> tuple[Path, Path]:
         f"{folder} holds no {picture or '*'}-DMAP.png with a {picture or '*'}-degraded.png beside it; "
         f"make them with: python demo/run.py --operators {folder.name} --out {folder.parent}"
     )
+
+
+def kind(name: str) -> str:
+    """The damage that a workflow of that name is about, as demo/run.py calls it."""
+    return KINDS.get(name[0]) or name.partition("-")[2]
 
 
 def label(page: Image.Image, caption: str) -> None:
@@ -71,11 +83,11 @@ def main() -> None:
     sheets = {path: sheet for path in everything for end, sheet in SHEETS.items() if path.stem.endswith(end)}
     workflows = [path for path in everything if path not in sheets]
     # all are found before the first is written: the thumbnails are of one run
-    pairs = [find_pair(args.results / path.stem.partition("-")[2], args.picture) for path in workflows]
+    pairs = [find_pair(args.results / kind(path.stem), args.picture) for path in workflows]
     pages = {w: thumbnail(Image.open(degraded), Image.open(restored)) for w, (degraded, restored) in zip(workflows, pairs, strict=True)}
     pages |= {w: ImageOps.pad(Image.open(sheet).convert("RGB"), (SIDE, SIDE), color="white") for w, sheet in sheets.items()}
     for workflow, page in pages.items():
-        if workflow.stem.startswith("sd2-"):
+        if workflow.stem.startswith("sd2-") or workflow.stem.endswith("-sd"):
             label(page, "demo prior")
         content = io.BytesIO()
         page.save(content, "JPEG", quality=QUALITY, optimize=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from prompts import NOTES, node_inputs, titled, to_prompt
 
 FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
-SD2 = [name for name in FILES if name.startswith("sd2-")]
+SD2 = [name for name in FILES if name.startswith("sd2-") or name.endswith("-sd")]
 STEPS = 2
 TITLE_BAR = 30  # pixels above a node's position
 # What the page says when it cannot reach something: a picture that is not there yet, the internet.

@@ -107,6 +107,7 @@ ORDER = (
     "memory",
     "prior",
     "consistency",
+    "damage",
     "estimate",
     "metrics",
     "operators",

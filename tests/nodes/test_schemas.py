@@ -21,7 +21,9 @@ NODES = {
     "DMAP_DiversityStudy": "Diversity Study",
     "DMAP_EmptyMeasurementLatent": "Empty Measurement Latent",
     "DMAP_EstimateDegradation": "Estimate Degradation (what is wrong with a photo)",
+    "DMAP_FinishRestore": "Finish Restore (part of DMAP Restore)",
     "DMAP_FreeDoMSampler": "FreeDoMSampler",
+    "DMAP_LoadPhoto": "Load Photo (with mask and JPEG tables)",
     "DMAP_OperatorCompose": "Operator: Compose (old photo)",
     "DMAP_OperatorGaussianBlur": "Operator: Gaussian Blur (deblur)",
     "DMAP_OperatorGrayscale": "Operator: Grayscale (colorize)",
@@ -37,6 +39,7 @@ NODES = {
     "DMAP_ReSampleSampler": "ReSampleSampler",
     "DMAP_ResidualCurve": "Residual Curve",
     "DMAP_RestorationMetrics": "RestorationMetrics",
+    "DMAP_Restore": "DMAP Restore (repair, enlarge, sharpen a photo)",
     "DMAP_SamplePicture": "DMAP Sample Picture",
     "DMAP_SamplingReport": "DMAP Sampling Report",
     "DMAP_ScoreErrorStudy": "Score Error Study",
@@ -98,6 +101,10 @@ INPUTS = {
     "DMAP_TrainCSE": "model vae conditioning operator folder save_name steps batch_size accumulation learning_rate precision size seed save_every "
     "gradient_checkpointing pictures validation hint_range snr_gamma licence unreadable",
     "DMAP_UncertaintyMap": "images",
+    "DMAP_FinishRestore": "image photo width height grey notes chosen report matched",
+    "DMAP_LoadPhoto": "transparent image",
+    "DMAP_Restore": "model vae image damage enlarge softness grain jpeg_quality colours quality seed versions keep_known match "
+    "max_megapixels shake_angle mask positive negative operator cse",
 }
 OUTPUTS = {
     **{node_id: ["SAMPLER"] for node_id in NODES if node_id.endswith("Sampler")},
@@ -128,6 +135,9 @@ OUTPUTS = {
     "DMAP_StepsStudy": ["IMAGE", "IMAGE", "STRING"],
     "DMAP_SolverStudy": ["IMAGE", "IMAGE", "STRING"],
     "DMAP_UncertaintyMap": ["IMAGE", "STRING"],
+    "DMAP_FinishRestore": ["IMAGE", "IMAGE", "STRING"],
+    "DMAP_LoadPhoto": ["IMAGE", "MASK", "MASK", "OPERATOR", "STRING"],
+    "DMAP_Restore": ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "MASK", "OPERATOR", "STRING"],
 }
 STEPPED = ("DMAP_DMAPSampler", "DMAP_DPSGuider", "DMAP_DPSSampler", "DMAP_FreeDoMSampler", "DMAP_ReSampleSampler")
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
@@ -148,7 +158,12 @@ OPTIONS = {
     "folder": ["the pictures input"],  # before folders of the machine
     "picture": ["dmap-demo-00"],  # the pack's own pictures
     "content": "empty measurement",
-    "quality": {"DMAP_DMAPPreset": ["look", "good", "best", "paper"]},
+    "quality": {"DMAP_DMAPPreset": ["look", "good", "best", "paper"], "DMAP_Restore": ["look", "good", "best"]},
+    "damage": "auto|too small|soft|shaken|scratched|grainy|JPEG|old photo|custom",
+    "enlarge": "auto 1 2 4 8",
+    "colours": "keep colourise",
+    "transparent": "auto|is missing|stays transparent",
+    "image": [],  # of ComfyUI's input folder, and the pack's own
     "step": {node: ["auto", "zeta"] for node in STEPPED},
     "jacobian": "exact none",
     "tile": "auto whole 128 256 384 512 640 768 1024",
@@ -156,7 +171,7 @@ OPTIONS = {
     "distribution": "none|FID and KID|EfficientNet-Lite0",
 }
 # Combos that list files.
-FILES = {"weights", "cse"}
+FILES = {"weights", "cse", "image"}
 # Everything else is a widget. A measurement is a picture, or masks of classes.
 CONNECTIONS = {
     "model",
@@ -176,6 +191,7 @@ CONNECTIONS = {
 CONNECTIONS |= {"conditioning", "cse", "pictures", "validation", "images"}
 CONNECTIONS |= {f"{name}_{i}" for name in ("image", "report") for i in PLACES}
 CONNECTIONS |= {"restored", "reference", "report", "picture", "sigmas", "conditional", "guider_1", "guider_2"}
+CONNECTIONS |= {"photo", "chosen", "matched"}
 CONNECTIONS |= {f"images_{i}" for i in range(1, 5)}
 
 

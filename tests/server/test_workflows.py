@@ -25,7 +25,8 @@ FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))
 ALL_SOLVERS = [name for name in FILES if name.endswith("-all-solvers")]
 WITH_CSE = ["demo-cse", "sd2-train-cse"]
 STUDIES = ["demo-metrics", "demo-observations", "demo-steps-and-solvers", "demo-toy"]
-OTHERS = [*ALL_SOLVERS, *WITH_CSE, *STUDIES]
+RESTORE = [name for name in FILES if name[0].isdigit()]  # of DMAP Restore: test_restore.py
+OTHERS = [*ALL_SOLVERS, *WITH_CSE, *STUDIES, *RESTORE]
 DEMO = [name for name in FILES if name.startswith("demo-") and name not in OTHERS]
 SD2 = [name for name in FILES if name.startswith("sd2-") and name not in OTHERS]
 SD2_CHECKPOINT = "512-base-ema.safetensors"
@@ -96,6 +97,7 @@ def test_workflows_are_there():
     assert len(DEMO) == 5
     assert len(SD2) == 4
     assert len(ALL_SOLVERS) == 2
+    assert len(RESTORE) == 10
     assert sorted(DEMO + SD2 + OTHERS) == sorted(FILES)
 
 
@@ -129,7 +131,7 @@ def test_every_link_and_slot_fits_the_nodes(info: dict, name: str):
 def test_checkpoint_can_be_downloaded_from_the_workflow(name: str):
     (loader,) = [node for node in load(name)["nodes"] if node["type"] == "CheckpointLoaderSimple"]
     (model,) = loader["properties"]["models"]
-    assert model["name"] == loader["widgets_values"][0] == (PRIOR if name.startswith("demo-") else SD2_CHECKPOINT)
+    assert model["name"] == loader["widgets_values"][0] == (PRIOR if name.startswith("demo-") or name.endswith("-demo") else SD2_CHECKPOINT)
     assert model["directory"] == "checkpoints"
     assert model["url"].startswith("https://")
     assert model["url"].endswith("/" + model["name"])
