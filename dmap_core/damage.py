@@ -136,9 +136,9 @@ def _of(chain: list[Operator]) -> Operator:
 def _custom(photo: Tensor, said: Said, mask: Tensor | None, given: Operator | None) -> Case:
     if given is None:
         raise ValueError("operator: damage is custom, and no operator is connected; connect one, or choose another damage")
-    holes = mask is not None and not any(isinstance(f, Inpainting) for f in parts(given))
-    noise, bare = (given.sigma, given.operator) if isinstance(given, Noisy) else (0.0, given)
-    operator = Compose((*(bare.parts or (bare,)), Inpainting(mask))) if holes else bare
+    noise, operator = (given.sigma, given.operator) if isinstance(given, Noisy) else (0.0, given)
+    if mask is not None and not any(isinstance(f, Inpainting) for f in parts(operator)):
+        operator = Compose((*(operator.parts or (operator,)), Inpainting(mask)))
     size = operator.image_size(photo)
     _check_size(size)
     grey = said.colours == "keep" and estimate(photo).grey and operator.channels() == 3

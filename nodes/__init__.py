@@ -8,7 +8,23 @@ from .host.folders import offer_folders, offer_samples
 
 class DMAPExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        modules = (restore, photos, estimate, samples, operators, guiders, samplers, decode, match, maps, cse, training, sheets, metrics, studies)
+        modules = (
+            restore,
+            photos,
+            estimate,
+            samples,
+            operators,
+            guiders,
+            samplers,
+            decode,
+            match,
+            maps,
+            cse,
+            training,
+            sheets,
+            metrics,
+            studies,
+        )
         return [node for module in modules for node in module.NODES]
 
 

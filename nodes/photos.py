@@ -16,7 +16,7 @@ from .host.folders import input_pictures, photo_path
 from .operators import Operator
 from .schema import schema
 
-NAME = "Load Photo"
+NAME = "DMAP Load Photo"
 TRANSPARENT = ("auto", "is missing", "stays transparent")
 PAINTED = "clipspace"  # where the mask editor puts what was painted
 

@@ -358,7 +358,7 @@ def one_photo(image: Tensor, name: str = NAME) -> Tensor:
     colours = check_picture(image[..., :3] if alpha else image, f"{name}: image").float()
     if len(colours) != 1:
         raise ValueError(
-            f"{name}: image: {len(colours)} pictures were given; a photo is restored at a time: use 'Image From Batch' to choose one"
+            f"{name}: image: {len(colours)} pictures were given; a photo is restored at a time: use 'ImageFromBatch' to choose one"
         )
     if colours.shape[-1] == 1:
         colours = colours.expand(-1, -1, -1, 3)
@@ -395,7 +395,7 @@ def used_mask(mask: Tensor | None, size: tuple[int, int]) -> tuple[Tensor | None
         )
     if missing > QUESTIONED:
         notes.append(
-            f"{100 * missing:.0f} % of the photo is masked: is the mask inverted? White is what is missing; 'Invert Mask' turns it round"
+            f"{100 * missing:.0f} % of the photo is masked: is the mask inverted? White is what is missing; 'InvertMask' turns it round"
         )
     return mask, notes
 

@@ -117,7 +117,7 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
         "`ComfyUI/models/checkpoints/`. Stable Diffusion 1.5, 2.1 and SDXL work as well: choose yours in *Load Checkpoint*."
     )
     text = (
-        f"## {about.title}\n\n{prepared}\n\n### Your own\n\nUpload it in **Load Photo**, or drop it there. {about.text}\n\n### What to change\n\n"
+        f"## {about.title}\n\n{prepared}\n\n### Your own\n\nUpload it in **DMAP Load Photo**, or drop it there. {about.text}\n\n### What to change\n\n"
         "- **quality**: *look* is quick, *best* takes four to five times as long.\n"
         "- **seed**: another one, another restoration. **versions** 2 or more shows where they differ: that was invented.\n"
         "- **text** (connect *Preview Any*) says what was seen and chosen, and how well the result explains your photo."

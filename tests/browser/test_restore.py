@@ -37,9 +37,7 @@ def keep_a_picture(tab, request) -> Iterator[None]:
 def open_template(tab, name: str = TEMPLATE, **settings) -> None:
     """Load a template as the list of templates does, with other settings of Restore: what is quickest, if nothing is said."""
     tab.keyboard.press("Escape")
-    tab.evaluate(
-        "async path => app.loadGraphData(await (await fetch(path)).json())", f"/api/workflow_templates/{PACK}/{name}.json"
-    )
+    tab.evaluate("async path => app.loadGraphData(await (await fetch(path)).json())", f"/api/workflow_templates/{PACK}/{name}.json")
     tab.wait_for_function("() => app.graph.nodes.some(node => node.type === 'DMAP_Restore')", timeout=MILLISECONDS)
     tab.evaluate(
         """settings => {
@@ -81,7 +79,9 @@ def test_from_an_empty_page_to_a_picture_in_four_clicks(open_page, host: Host):
         card.click()
         page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'DMAP_Restore')", timeout=MILLISECONDS)
         page.evaluate(WATCH)
-        page.evaluate("() => { app.graph.nodes.find(n => n.type === 'DMAP_Restore').widgets.find(w => w.name === 'quality').value = 'look' }")
+        page.evaluate(
+            "() => { app.graph.nodes.find(n => n.type === 'DMAP_Restore').widgets.find(w => w.name === 'quality').value = 'look' }"
+        )
         page.get_by_role("button", name="Run", exact=True).first.click()
         event, detail = ended(page)
         assert event == "execution_success", detail
@@ -156,7 +156,9 @@ def test_a_mask_painted_in_the_mask_editor_arrives(tab, host: Host):
         }""",
         photo,
     )
-    tab.wait_for_function("id => app.graph.nodes.find(node => String(node.id) === id).imgs?.[0]?.naturalWidth === 128", arg=photo, timeout=MILLISECONDS)
+    tab.wait_for_function(
+        "id => app.graph.nodes.find(node => String(node.id) === id).imgs?.[0]?.naturalWidth === 128", arg=photo, timeout=MILLISECONDS
+    )
     tab.evaluate(
         """id => {
             const node = app.graph.nodes.find(node => String(node.id) === id)
@@ -195,5 +197,7 @@ def test_the_blueprint_opens_and_has_its_nodes(tab, host: Host):
     inside = tab.evaluate("() => app.graph.nodes[0].subgraph.nodes.map(node => [node.type, node.type in LiteGraph.registered_node_types])")
     assert ["DMAP_Restore", True] in inside and all(known for _, known in inside)
     assert tab.evaluate("() => app.graph.nodes[0].inputs.map(slot => slot.name)")[:2] == ["image", "mask"]
-    widgets = tab.evaluate("() => app.graph.nodes[0].widgets.map(widget => widget.name)")  # some interfaces put the number of the node inside before them
+    widgets = tab.evaluate(
+        "() => app.graph.nodes[0].widgets.map(widget => widget.name)"
+    )  # some interfaces put the number of the node inside before them
     assert [name.split(": ")[-1] for name in widgets][:3] == ["ckpt_name", "damage", "enlarge"]

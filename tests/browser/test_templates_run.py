@@ -25,7 +25,21 @@ SHORT = {
     "DMAP_ToyStudy": {"samples": 100},
     "DMAP_Restore": {"quality": "look"},
 }
-WORDS = ["deblur", "upscale", "restore", "photo", "denoise", "scratch", "enlarge", "sharpen", "colorize", "inpaint", "repair", "grain", "super resolution"]
+WORDS = [
+    "deblur",
+    "upscale",
+    "restore",
+    "photo",
+    "denoise",
+    "scratch",
+    "enlarge",
+    "sharpen",
+    "colorize",
+    "inpaint",
+    "repair",
+    "grain",
+    "super resolution",
+]
 
 
 def files(folder: Path) -> list[Path]:

@@ -207,6 +207,8 @@ def test_what_quiet_nodes_show_is_on_no_page(lab):
     prompt = DynamicPrompt({"7": {}})
     for name, node in graph.items():
         prompt.add_ephemeral_node(name, node, "7", node.get("override_display_id", "7"))
-    shown = {node["class_type"]: prompt.get_display_node_id(name) for name, node in graph.items() if node.get("override_display_id") != name}
+    shown = {
+        node["class_type"]: prompt.get_display_node_id(name) for name, node in graph.items() if node.get("override_display_id") != name
+    }
     quiet = {kind for kind, at in shown.items() if at != "7"}
     assert quiet == {"DMAP_SamplingReport", "DMAP_MismatchMap", "DMAP_UncertaintyMap"} and len(shown) == len(graph)

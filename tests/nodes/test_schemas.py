@@ -23,7 +23,7 @@ NODES = {
     "DMAP_EstimateDegradation": "Estimate Degradation (what is wrong with a photo)",
     "DMAP_FinishRestore": "Finish Restore (part of DMAP Restore)",
     "DMAP_FreeDoMSampler": "FreeDoMSampler",
-    "DMAP_LoadPhoto": "Load Photo (with mask and JPEG tables)",
+    "DMAP_LoadPhoto": "DMAP Load Photo (with mask and JPEG tables)",
     "DMAP_OperatorCompose": "Operator: Compose (old photo)",
     "DMAP_OperatorGaussianBlur": "Operator: Gaussian Blur (deblur)",
     "DMAP_OperatorGrayscale": "Operator: Grayscale (colorize)",
