@@ -16,6 +16,8 @@ HOSTS = {
     "RandomNoise",
     "Results",
     "Nothing was saved",
+    "ImageFromBatch",
+    "InvertMask",
 }
 WORDS = ["deblur", "upscale", "restore", "photo", "denoise", "scratch", "enlarge", "sharpen", "colorize", "inpaint"]
 REACH = 30  # how far into a name the search of older interfaces looks
