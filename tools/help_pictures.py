@@ -135,6 +135,13 @@ def estimated(p: Prompt) -> Strip:
     return [("what you have", y), ("restored from what was found", p.solve([found, 0], [found, 1])["matched"]), ("the picture", p.sample)]
 
 
+def whole(p: Prompt) -> Strip:
+    parts = [p.operator("GaussianBlur", sigma=1.0, kernel_size=61), p.operator("SuperResolution", scale=2)]
+    y = p.degrade(p.operator("Compose", first=parts[0], second=parts[1]), 0.02)
+    found = p.add("DMAP_Restore", model=p.model, vae=p.vae, image=y, damage="old photo", enlarge="2", grain=5.0, seed=3)
+    return [("what you have", y), ("restored", found), ("the picture", p.sample)]
+
+
 def degraded(p: Prompt) -> Strip:
     small = p.operator("SuperResolution", scale=4)
     blur = p.operator("MotionBlur", length=15.0, angle=30.0)
@@ -217,6 +224,7 @@ def own_pictures(p: Prompt) -> Strip:
 
 
 STRIPS: dict[str, Callable[[Prompt], Strip]] = {
+    "DMAP_Restore": whole,
     "DMAP_OperatorSuperResolution": damage("SuperResolution", scale=4),
     "DMAP_OperatorGaussianBlur": damage("GaussianBlur", sigma=2.0, kernel_size=61),
     "DMAP_OperatorMotionBlur": damage("MotionBlur", length=15.0, angle=30.0),
@@ -264,6 +272,8 @@ NODES = (
     "DMAP_OperatorNonlinearBlur",
     "DMAP_OperatorSegmentation",
     "DMAP_TrainCSE",
+    "DMAP_LoadPhoto",
+    "DMAP_FinishRestore",
 )
 
 
@@ -384,10 +394,10 @@ def main() -> None:
     if all(node_id in SHEETS for node_id in wanted):
         return
     with Host() as host:
-        draw_inputs(host.input)
         nodes = [node_id for node_id in wanted if node_id in NODES]
         for node_id, picture in (painted(host, nodes) if nodes else {}).items():
             save(node_id, picture)
+        draw_inputs(host.input)
         info = host.object_info()
         for node_id in wanted:
             if node_id in STRIPS:
