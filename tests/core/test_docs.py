@@ -156,9 +156,9 @@ def test_every_help_page_has_a_small_picture():
     """The interface finds pictures from the page's own folder."""
     folder = ROOT / "web" / "docs"
     shown = {page.stem: re.findall(r"!\[[^\]]+\]\((\S+)\)", text(page)) for page in folder.glob("*.md")}
-    assert {name: pictures for name, pictures in shown.items() if pictures and pictures != [f"images/{name}.webp"]} == {}
+    assert {name: pictures for name, pictures in shown.items() if pictures != [f"images/{name}.webp"]} == {}
     files = {path.stem: path.stat().st_size for path in (folder / "images").iterdir()}
-    assert files.keys() <= shown.keys() and max(files.values()) <= 40_000
+    assert files.keys() == shown.keys() and max(files.values()) <= 40_000
 
 
 def test_rooms_are_drawn_in_their_order():

@@ -21,7 +21,7 @@ def packed():
 
 
 def test_all_that_runs_is_in_it(packed):
-    for folder in ("nodes", "dmap_core", "web", "workflows", "models", "studies"):
+    for folder in ("nodes", "dmap_core", "web", "workflows", "subgraphs", "locales", "models", "studies"):
         here = listed(folder)
         assert here and here <= packed, folder
     assert {"__init__.py", "pyproject.toml", "README.md", "LICENSE"} <= packed
