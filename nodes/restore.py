@@ -231,7 +231,7 @@ class Restore(io.ComfyNode):
             notes.append("no prompt: connect CLIP Text Encode with an empty text, which this model was trained with")
         shown_mask = torch.zeros(1, *size) if mask is None else mask[None]
         if case.operator is None:
-            say(case.notes[-1])
+            say(case.notes[0])
             empty = torch.zeros(1, *size, 3)
             return io.NodeOutput(image, image, empty, empty, shown_mask, operator, ". ".join(notes), ui=ui.PreviewImage(image[..., :3]))
         check_megapixels(NAME, case.operator.image_size(case.measurement), tuple(case.measurement.shape[-2:]), max_megapixels)

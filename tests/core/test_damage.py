@@ -80,6 +80,12 @@ def test_auto_finds_nothing_to_repair(seen):
     assert torch.equal(case.measurement, PHOTO)
 
 
+def test_auto_asks_where_it_cannot_tell(seen):
+    seen(blur=None)
+    case = case_of(PHOTO, Said(), native=96)
+    assert case.operator is None and "whether it is soft cannot be told" in case.notes[-1]
+
+
 def test_auto_enlarges_a_small_photo(seen):
     assert case_of(PHOTO, Said(), native=512).operator == SuperResolution(4)
 
