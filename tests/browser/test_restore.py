@@ -116,7 +116,12 @@ def test_an_error_is_shown_on_the_node_that_the_artist_sees(tab):
     event, detail = run(tab)
     assert event == "execution_error"
     assert detail["node_id"] == node_id(tab, "DMAP_Restore") and "nothing is painted" in detail["exception_message"]
-    tab.get_by_text("nothing is painted").first.wait_for(timeout=MILLISECONDS)
+    details = tab.get_by_role("button", name="View details")  # newer interfaces: a notice that opens the error
+    message = tab.get_by_text("nothing is painted").first
+    details.or_(message).first.wait_for(timeout=MILLISECONDS)
+    if details.count():
+        details.first.click()
+    message.wait_for(timeout=MILLISECONDS)
     tab.keyboard.press("Escape")
 
 
