@@ -78,8 +78,8 @@ def photo_path(name: str) -> Path:
     Raises FileNotFoundError for one that is not there, or outside of these.
     """
     bare, given = folder_paths.annotated_filepath(name)
-    root = Path(given or folder_paths.get_input_directory()).resolve()
-    path = (root / bare).resolve()
+    root = Path(os.path.abspath(given or folder_paths.get_input_directory()))
+    path = Path(os.path.normpath(root / bare))  # links that people put there are followed
     if path.is_relative_to(root) and path.is_file():
         return path
     folder, _, file = bare.replace("\\", "/").rpartition("/")

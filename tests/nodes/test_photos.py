@@ -88,6 +88,13 @@ def test_only_files_of_comfyuis_folders(lab, folder, name):
         lab.call("DMAP_LoadPhoto", image=name, transparent="auto")
 
 
+def test_a_link_in_the_input_folder_is_followed(lab, folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("archive") / "a.png"
+    picture().save(elsewhere)
+    (folder / "linked.png").symlink_to(elsewhere)
+    assert load(lab, "linked.png")["image"].shape == (1, 24, 40, 3)
+
+
 def test_a_damaged_file_is_named(lab, folder):
     (folder / "bad.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="bad.png cannot be read"):
