@@ -91,7 +91,7 @@ def _grain(found: Estimate, tiles: Tensor, luma: Tensor, trace: Lattice | None) 
     """Grain, of every channel's values, or of a compression's luma, which is all that it leaves."""
     if trace is not None and trace.jpeg.quality < HARMLESS:
         sigma, most = grain.of_compressed(trace)
-        if sigma is None and most <= grain.FAINT:
+        if most <= grain.FAINT or (sigma is not None and sigma < grain.VISIBLE):
             sigma = 0.0
         unknown = hidden_grain(trace.jpeg, most)
     else:

@@ -10,6 +10,7 @@ from ..operators.jpeg import ycbcr_matrix
 
 BLOCK = 16  # pixels: their mean is free of grain and of the rounding of a JPEG's colours
 FAINT = 1.5  # grey levels of chroma that a grey picture's blocks may have: a compression leaves 1
+SHADES = 0.06  # of the mean chroma, that colours of one tone may lie off their line
 RARE = 0.002  # of the blocks, that may have more
 
 
@@ -36,4 +37,4 @@ def is_toned(levels: Tensor) -> bool:
     along = axis @ planes
     across = (planes - axis[:, None] * along).square().sum(0).sqrt()
     same_side = float(((along > -FAINT) if float(along.mean()) > 0 else (along < FAINT)).float().mean())
-    return float(across.square().mean().sqrt()) < max(FAINT, 0.12 * float(strength.mean())) and same_side > 0.98
+    return float(across.square().mean().sqrt()) < max(FAINT / 2, SHADES * float(strength.mean())) and same_side > 0.98

@@ -26,6 +26,7 @@ ORDER = _order()
 LOW, HIGH = (ORDER > 0) & (ORDER < 5), ORDER >= 9
 KEPT = tuple((least <= ORDER) & (ORDER <= 9) for least in (4, 5, 6))  # of a compression, which hardly leaves higher ones
 FLATTER, WIDER = 0.04, 0.15  # shares of the blocks of a compression, of which texture has more in the wider, noise as much
+VISIBLE = 4.5  # grey levels of a compression's grain: less is as often texture
 EVEN = 1.3  # times: more of it in the wider share is texture
 
 

@@ -22,6 +22,8 @@ SEEN = 1.6  # grey levels, four times that: a larger coefficient was not zero in
 OUTLIER = 0.03  # share of coefficients that lie anywhere, in spite of a lattice
 COARSEST = 128  # the largest step that is looked for
 BLOCKS = 2000  # looked at
+USUAL = "4:2:0"
+COLOURFUL, APART = 50, 0.1  # coefficients of colours, and the difference of mean scores, that subsampling is told from
 PART = 256  # pixels, of the sides of what is looked at for colours
 FEW = 600  # looked at for every place where blocks may begin
 WELL_KNOWN = 0.03  # share of a frequency's coefficients that are not zero, for their size to be known
@@ -121,23 +123,24 @@ def find(tiles: Tensor, luma: Tensor) -> Lattice | None:
 
 
 def subsampling(tiles: Tensor, quality: int, grid: tuple[int, int]) -> str:
-    """How colours were stored; "4:2:0", which is usual, where that cannot be told."""
-    best, found = SURE / 2, "4:2:0"
-    tiles = tiles[:2, :, :PART, :PART]
+    """How colours were stored: as where their coefficients are best on their lattice, in the mean. "4:2:0", which is usual, where that cannot be told."""
+    if bool((tiles[:, :1] == tiles[:, 1:]).all()):
+        return USUAL
+    tiles, dct, found = tiles[:2, :, :PART, :PART], dct_matrix().to(tiles), {}
     for name, (down, across) in SUBSAMPLINGS.items():
         for top in range(grid[0], 8 * down, 8):
             for left in range(grid[1], 8 * across, 8):
                 part = tiles[..., top:, left:]
                 height, width = part.shape[-2] // (8 * down) * 8 * down, part.shape[-1] // (8 * across) * 8 * across
-                if not height or not width or bool((tiles[:, :1] == tiles[:, 1:]).all()):
-                    continue
-                planes = unsmoothed(Jpeg(quality, name), part[..., :height, :width])
-                dct = dct_matrix().to(tiles)
-                values, frequencies = _large((dct @ in_blocks(planes[1]) @ dct.mT).flatten(0, 3).flatten(1))
-                score = float(_ratio(values, standard_tables()[1, frequencies, quality - 1]).sum())
-                if score > best:
-                    best, found = score, name
-    return found
+                if height and width:
+                    planes = unsmoothed(Jpeg(quality, name), part[..., :height, :width])
+                    values, frequencies = _large((dct @ in_blocks(planes[1]) @ dct.mT).flatten(0, 3).flatten(1))
+                    ratio = _ratio(values, standard_tables()[1, frequencies, quality - 1])
+                    if len(values) >= COLOURFUL:
+                        found[name] = max(found.get(name, -math.inf), float(ratio.mean()))
+    ranked = sorted(found, key=lambda name: -found[name])
+    sure = len(ranked) > 1 and found[ranked[0]] - found[ranked[1]] > APART
+    return ranked[0] if sure else USUAL
 
 
 def spent(lattice: Lattice) -> float:
