@@ -119,7 +119,9 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
         if not chain and not grain:
             unknown = [word for word, value in (("soft", found.blur), ("grainy", found.grain)) if value is None]
             if unknown:
-                notes.append(f"whether it is {' or '.join(unknown)} cannot be told from this photo: if you see that it is, choose that damage")
+                notes.append(
+                    f"whether it is {' or '.join(unknown)} cannot be told from this photo: if you see that it is, choose that damage"
+                )
             return Case(photo, None, size_of(photo), found.grey, tuple(notes))
     operator = _of(chain or [gaussian(SHARP)])
     if grain:
