@@ -88,14 +88,15 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
     looks = LOOKS_FOR[said.damage]
     notes: list[str] = []
     measurement, again = photo, 1
-    if "enlarged" in looks and found.scale > 1 and said.enlarge in (AUTO, "1") and mask is None:
+    beneath = said.damage == "JPEG" and found.beneath  # what was compressed is the smaller picture
+    if ("enlarged" in looks or beneath) and found.scale > 1 and said.enlarge in (AUTO, "1") and mask is None:
         measurement, again = found.measurement(photo), found.scale
         notes.append(f"the photo had been enlarged {found.enlarged:.3g} times: it is made {again} times smaller first")
     blur = said.softness or _measured(found, "blur", looks, said.damage == "soft", notes)
     grain = said.grain / 255 or _measured(found, "grain", looks, said.damage == "grainy", notes)
     if said.damage == AUTO and not said.grain:
         grain = found.noise()  # with what a compression took that is not modelled
-    jpeg = _jpeg(found, said, looks, notes)
+    jpeg = _jpeg(found, said, looks, notes) if again > 1 or not found.beneath or said.jpeg_quality else None
     scale = again if again > 1 else _scale(said, size_of(measurement), native, "size" in looks, said.damage == "too small")
     chain: list[Operator] = [Grayscale()] if said.colours == "colourise" else []
     if said.damage == "shaken":

@@ -96,6 +96,17 @@ def test_what_had_been_enlarged_is_shrunk_and_enlarged_by_the_model(seen):
     assert case.operator == SuperResolution(2) and case.measurement.shape[-2:] == (32, 48) and case.size == (64, 96)
 
 
+@pytest.mark.parametrize("kind", [AUTO, "JPEG"])
+def test_a_jpeg_beneath_an_enlargement_is_that_of_the_smaller_picture(seen, kind):
+    seen(enlarged=2.0, blocky=True, beneath=True, jpeg=Jpeg(30), spent=0.01)
+    case = case_of(PHOTO, Said(kind), native=96)
+    assert names(case.operator) == ["SuperResolution", "Jpeg"] and case.measurement.shape[-2:] == (32, 48)
+    kept = case_of(
+        PHOTO, Said(kind, softness=1.0), MASK, native=96
+    ).operator  # a mask keeps the photo's own size, where those blocks are not
+    assert names(kept) == ["GaussianBlur", "Inpainting"]
+
+
 def test_a_good_jpeg_is_left_out_unless_it_is_the_damage(seen):
     seen(jpeg=Jpeg(95), blur=1.0)
     assert names(case_of(PHOTO, Said(), native=64).operator) == ["GaussianBlur"]
