@@ -32,6 +32,7 @@ def comfyui(comfyui_tree, tmp_path_factory):
     import folder_paths
 
     folder_paths.set_input_directory(str(tmp_path_factory.mktemp("input")))  # where the pack puts its samples
+    folder_paths.set_output_directory(str(tmp_path_factory.mktemp("output")))  # and what a cancelled run leaves
     sys.path.append(str(FOLDER))  # for lab and its like, behind ComfyUI's modules
     from comfy.cli_args import args
 
