@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .estimate import Estimate, estimate
+from .estimate import IDENTITY, Estimate, estimate
 from .operators import Compose, GaussianBlur, Grayscale, Inpainting, Jpeg, MotionBlur, Noisy, Operator, SuperResolution
 from .operators.base import Size, real, size_of, whole
 from .operators.noisy import parts
@@ -124,7 +124,7 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
                     f"whether it is {' or '.join(unknown)} cannot be told from this photo: if you see that it is, choose that damage"
                 )
             return Case(photo, None, size_of(photo), found.grey, tuple(notes))
-    operator = _of(chain or [gaussian(SHARP)])
+    operator = _of(chain or [IDENTITY])
     if grain:
         operator = Noisy(operator, grain)
     return Case(measurement, operator, size, found.grey and said.colours == "keep", tuple(notes))
