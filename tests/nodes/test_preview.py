@@ -84,7 +84,7 @@ def test_it_changes_no_bit_and_is_no_call_of_the_run(lab, sampler):
     guiders = [lab.guider(), lab.guider()]
     with shown(lab, "none") as sent:
         plain = run(lab, guiders[0], sampler)
-    assert [picture for _, _, picture in sent] == [None] * STEPS
+    assert {picture for _, _, picture in sent} == {None}  # how often: newer hosts leave out steps that follow quickly
     with shown(lab):
         seen = run(lab, guiders[1], sampler)
     for without, with_previews in zip(plain, seen, strict=True):
