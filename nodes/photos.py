@@ -14,6 +14,7 @@ from ..dmap_core.operators.jpeg import jpeg_of_file
 from ..dmap_core.pictures import open_photo
 from .host.folders import input_pictures, photo_path
 from .operators import Operator
+from .pictures import to_image
 from .schema import schema
 
 NAME = "DMAP Load Photo"
@@ -77,7 +78,7 @@ class LoadPhoto(io.ComfyNode):
     def execute(cls, transparent, image) -> io.NodeOutput:
         path = photo_path(image)
         photo = open_photo(path)
-        picture = as_image(photo.picture)
+        picture = to_image([photo.picture])
         alpha = torch.ones(picture.shape[:3]) if photo.alpha is None else as_mask(photo.alpha)
         holes = transparent == TRANSPARENT[1] or (transparent == TRANSPARENT[0] and image.replace("\\", "/").startswith(PAINTED))
         jpeg = jpeg_of_file(path)
@@ -94,11 +95,6 @@ class LoadPhoto(io.ComfyNode):
             picture = torch.cat([picture, alpha[..., None]], dim=-1)
         mask = 1 - alpha if holes else torch.zeros_like(alpha)
         return io.NodeOutput(picture, mask, alpha, jpeg, f"{image}: {', '.join(said)}")
-
-
-def as_image(picture: Image.Image) -> Tensor:
-    """(1, H, W, 3) in [0, 1] of an 8-bit RGB picture."""
-    return torch.from_numpy(np.array(picture, np.float32) / 255).unsqueeze(0)
 
 
 def as_mask(channel: Image.Image) -> Tensor:
