@@ -161,6 +161,20 @@ def test_help_pages_are_served(page, info: dict):
         assert len(text.split()) > 20, node_id
 
 
+def test_the_help_of_a_node_opens_with_its_text_and_its_picture(page):
+    """By the button that stands above a node that is selected."""
+    load(page, "3-enlarge-a-small-picture-demo")
+    for node_id in ("DMAP_Restore", "DMAP_LoadPhoto"):
+        page.evaluate("type => app.canvas.selectNode(app.graph.nodes.find(node => node.type === type))", node_id)
+        page.get_by_test_id("info-button").click(timeout=MILLISECONDS)
+        text = (ROOT / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+        title, picture = text.partition("\n")[0].removeprefix("# "), re.compile(r"!\[.*\)")
+        shown = page.locator(".node-help-content").filter(has=page.get_by_role("heading", name=title, exact=True))
+        shown.wait_for(timeout=MILLISECONDS)
+        assert re.findall(r"\w+", shown.inner_text()) == re.findall(r"\w+", picture.sub("", text))
+        page.wait_for_function("picture => picture.naturalWidth > 0", arg=shown.get_by_role("img").element_handle(), timeout=MILLISECONDS)
+
+
 def test_templates_are_listed_and_served(page):
     listed, served = page.evaluate(
         """async ([pack, names]) => {
