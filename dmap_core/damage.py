@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .estimate import IDENTITY, Estimate, estimate
+from .estimate import IDENTITY, Estimate, estimate, is_grey
 from .operators import Compose, GaussianBlur, Grayscale, Inpainting, Jpeg, MotionBlur, Noisy, Operator, SuperResolution
 from .operators.base import Size, real, size_of, whole
+from .operators.colour import luma
 from .operators.noisy import parts
 
 AUTO, CUSTOM = "auto", "custom"
@@ -30,7 +31,6 @@ COLOURS = ("keep", "colourise")
 SOFTNESS, SHAKE, GRAIN, QUALITY = 2.0, 15.0, 8.0, 50
 SHARP = 0.1  # sigma in pixels of a blur that is none: its kernel is a single 1
 LEAST = 32  # pixels of a result's side, which networks halve again and again
-QUESTIONED = 0.6  # of the photo, from which on a mask is probably inverted
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,16 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
         raise ValueError(
             "mask: damage is scratched, and nothing is painted. Open the photo in the mask editor, paint over the scratches, and connect mask"
         )
-    found = estimate(photo, given if isinstance(given, Jpeg) else None)
     looks = LOOKS_FOR[said.damage]
+    found = _seen(photo, said, given if isinstance(given, Jpeg) else None)
     notes: list[str] = []
     measurement, again = photo, 1
     beneath = said.damage == "JPEG" and found.beneath  # what was compressed is the smaller picture
     if ("enlarged" in looks or beneath) and found.scale > 1 and said.enlarge in (AUTO, "1") and mask is None:
         measurement, again = found.measurement(photo), found.scale
         notes.append(f"the photo had been enlarged {found.enlarged:.3g} times: it is made {again} times smaller first")
-    blur = said.softness or _measured(found, "blur", looks, said.damage == "soft", notes)
-    grain = said.grain / 255 or _measured(found, "grain", looks, said.damage == "grainy", notes)
+    blur = said.softness or _measured(found, "blur", said, notes)
+    grain = said.grain / 255 or _measured(found, "grain", said, notes)
     if said.damage == AUTO and not said.grain:
         grain = found.noise()  # with what a compression took that is not modelled
     jpeg = _jpeg(found, said, looks, notes) if again > 1 or not found.beneath or said.jpeg_quality else None
@@ -125,9 +125,23 @@ def case_of(photo: Tensor, said: Said, mask: Tensor | None = None, given: Operat
                 )
             return Case(photo, None, size_of(photo), found.grey, tuple(notes))
     operator = _of(chain or [IDENTITY])
+    grey = found.grey and said.colours == "keep"
     if grain:
         operator = Noisy(operator, grain)
-    return Case(measurement, operator, size, found.grey and said.colours == "keep", tuple(notes))
+        if (
+            grey and not said.grain and not bool((measurement == measurement[:, :1]).all())
+        ):  # luma's grain was measured, of which colours have more
+            measurement = luma(measurement).clamp(-1, 1).expand(-1, 3, -1, -1)
+            notes.append("the photo is grey, and its grain has colours, which are left out")
+    return Case(measurement, operator, size, grey, tuple(notes))
+
+
+def _seen(photo: Tensor, said: Said, jpeg: Jpeg | None) -> Estimate:
+    """What is in the photo, as far as it counts: of a damage that is not looked for, or of which a number is given, nothing is measured but whether it is grey."""
+    given = {name for name, value in (("blur", said.softness), ("grain", said.grain)) if value}
+    if LOOKS_FOR[said.damage] - given <= {"size"}:
+        return Estimate(size=size_of(photo), grey=is_grey(photo), blur=None, grain=None)
+    return estimate(photo, jpeg)
 
 
 def gaussian(sigma: float) -> GaussianBlur:
@@ -147,24 +161,25 @@ def _custom(photo: Tensor, said: Said, mask: Tensor | None, given: Operator | No
         operator = Compose((*(operator.parts or (operator,)), Inpainting(mask)))
     size = operator.image_size(photo)
     _check_size(size)
-    grey = said.colours == "keep" and estimate(photo).grey and operator.channels() == 3
+    grey = said.colours == "keep" and operator.channels() == 3 and is_grey(photo)
     return Case(photo, Noisy(operator, noise) if noise else operator, size, grey, ())
 
 
-def _measured(found: Estimate, name: str, looks: frozenset[str], meant: bool, notes: list[str]) -> float:
-    """What was measured of blur (pixels) or grain (0..1); where it is meant and was not found, what is usual. 0 where it is not looked for."""
-    if name not in looks:
+def _measured(found: Estimate, name: str, said: Said, notes: list[str]) -> float:
+    """What was measured of blur (pixels) or grain (0..1); where it is what the person named and was not found, what is usual. 0 where it is not looked for."""
+    if name not in LOOKS_FOR[said.damage]:
         return 0.0
     value, (word, usual, unit) = getattr(found, name), {"blur": ("softness", SOFTNESS, 1), "grain": ("grain", GRAIN, 255)}[name]
+    pixels = "pixels" if unit == 1 else "grey levels"
     if value:
-        notes.append(f"{word}: {value * unit:.1f} {'pixels' if unit == 1 else 'grey levels'}, measured")
+        notes.append(f"{word}: {value * unit:.1f} {pixels}, measured")
         return value
-    if not meant:
-        return 0.0
-    notes.append(
-        f"{word} could not be measured: {usual:g} {'pixels' if unit == 1 else 'grey levels'} assumed. If the result is not right, set it"
-    )
-    return usual / unit
+    if said.damage in ("soft", "grainy"):
+        notes.append(f"{word} could not be measured: {usual:g} {pixels} assumed. If the result is not right, set it")
+        return usual / unit
+    if value is None and said.damage != AUTO:  # whose notes say it
+        notes.append(f"{word} cannot be measured in this photo, and none is assumed: if you see it, set {word} (often {usual:g} {pixels})")
+    return 0.0
 
 
 def _jpeg(found: Estimate, said: Said, looks: frozenset[str], notes: list[str]) -> Jpeg | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..dmap_core.consistency import matchable
-from ..dmap_core.damage import AUTO, COLOURS, ENLARGE, LOOKS_FOR, QUESTIONED, Case, Said, case_of
+from ..dmap_core.damage import AUTO, COLOURS, ENLARGE, LOOKS_FOR, Case, Said, case_of
 from ..dmap_core.operators.colour import luma
 from ..dmap_core.pictures import to_picture
 from ..dmap_core.presets import AUTO as BEST_SOLVER
@@ -28,6 +28,7 @@ VERSIONS = 8
 MARGIN = 8  # pixels that an operator's whole scale may add at the right and below
 GAP = 8  # pixels between before and after
 CFG = 2.0  # with a negative prompt
+QUESTIONED = 0.6  # of the photo, from which on a mask is probably inverted
 FEATHER = 4.0  # pixels inside a hole, over which a difference at its edge fades away
 
 

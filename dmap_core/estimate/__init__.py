@@ -28,12 +28,13 @@ LUMA_ROUNDING = 0.447 / 12  # variance of the luma of three rounded values, the 
 TONED = "all colours are shades of one, as in a toned print; turn the picture grey first if it was black and white"
 NOWHERE_FLAT = "nowhere is the picture flat and neither black nor white; look at its grain yourself, and put Known Noise behind the operator if it shows"
 BENEATH = "if the small picture was a JPEG, that was enlarged with it and is not seen here; take the small file itself if you have it"
+FEW_BLOCKS = "in a picture as small as this fine texture may be taken for grain; if it does not look grainy, leave Known Noise away"
 SOFTNESS_HIDDEN = (
     "grain, compression or a picture with little in it hide how soft it is; look at an edge, count the pixels that it is wide, "
     "and give a third of them to Operator: Gaussian Blur as sigma"
 )
 
-__all__ = ["IDENTITY", "Estimate", "estimate"]
+__all__ = ["IDENTITY", "Estimate", "estimate", "is_grey"]
 
 
 def estimate(picture: Tensor, jpeg: Jpeg | None = None) -> Estimate:
@@ -41,12 +42,22 @@ def estimate(picture: Tensor, jpeg: Jpeg | None = None) -> Estimate:
 
     Takes the same picture to the same answer; no network, no draw. Raises ValueError for another shape, and for values that are not finite.
     """
+    with torch.no_grad():
+        return _of_levels(_checked_levels(picture), jpeg)
+
+
+def is_grey(picture: Tensor) -> bool:
+    """Whether a picture (1, 3, H, W) in [-1, 1] has no colour: what `estimate` says of it, without the rest. Raises ValueError as that does."""
+    with torch.no_grad():
+        return colours.is_grey(_checked_levels(picture))
+
+
+def _checked_levels(picture: Tensor) -> Tensor:
     if picture.ndim != 4 or len(picture) != 1 or picture.shape[1] != 3 or 0 in picture.shape:
         raise ValueError(f"estimate: the picture has shape {tuple(picture.shape)}; it must be (1, 3, H, W), one picture")
     if not bool(torch.isfinite(picture).all()):
         raise ValueError("estimate: the picture has values that are NaN or infinite; look at what made it")
-    with torch.no_grad():
-        return _of_levels(_levels(picture), jpeg)
+    return _levels(picture)
 
 
 def _levels(picture: Tensor) -> Tensor:
@@ -98,7 +109,8 @@ def _grain(found: Estimate, tiles: Tensor, luma: Tensor, trace: Lattice | None) 
         sigma, unknown = grain.of_channels(luma.unsqueeze(1) if found.grey else tiles), NOWHERE_FLAT
     if sigma is None:
         return replace(found, grain=None), [unknown]
-    return replace(found, grain=sigma / LEVELS if sigma > grain.FAINT else 0.0), []
+    few = min(found.size) < spectrum.LENGTH and sigma > grain.FAINT
+    return replace(found, grain=sigma / LEVELS if sigma > grain.FAINT else 0.0), [FEW_BLOCKS] * few
 
 
 def _softness(found: Estimate, luma: Tensor, trace: Lattice | None) -> tuple[Estimate, list[str]]:

@@ -23,6 +23,7 @@ def seen(monkeypatch):
     def see(**found):
         values = {"grey": False, "enlarged": 1.0, "blur": 0.0, "grain": 0.0, "jpeg": None, "notes": ()} | found
         monkeypatch.setattr(damage, "estimate", lambda photo, jpeg=None: Estimate(size=tuple(photo.shape[-2:]), **values))
+        monkeypatch.setattr(damage, "is_grey", lambda photo: values["grey"])
 
     see()
     return see
@@ -47,6 +48,44 @@ def test_what_is_said_counts_and_not_what_is_measured(seen):
     blur, jpeg = parts(case.operator)
     assert blur.sigma == 1.5 and jpeg == Jpeg(40)
     assert case.notes == ()
+
+
+def test_nothing_is_measured_where_nothing_of_it_would_be_used(monkeypatch):
+    asked = []
+    monkeypatch.setattr(damage, "estimate", lambda photo, jpeg=None: asked.append(photo) or Estimate(size=tuple(photo.shape[-2:])))
+    grey = PHOTO[:, :1].expand(-1, 3, -1, -1)
+    for said in (
+        Said("shaken"),
+        Said("too small"),
+        Said("soft", softness=2.0),
+        Said("grainy", grain=8.0),
+        Said("old photo", softness=2.0, grain=8.0),
+    ):
+        assert case_of(grey, said).grey and not case_of(PHOTO, said).grey
+    assert case_of(grey, Said("scratched"), MASK).grey and case_of(grey, Said("custom"), given=GaussianBlur()).grey
+    assert asked == []
+    case_of(PHOTO, Said("old photo", softness=2.0))
+    assert len(asked) == 1
+
+
+def test_the_colours_of_a_grey_photos_grain_are_left_out(seen):
+    """What is measured in a grey photo is luma's grain, and that is what the measurement then has."""
+    noise = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
+    photo = (PHOTO[:, :1] * 0.5 + 0.1 * noise).clamp(-1, 1)
+    seen(grey=True, grain=0.03)
+    case = case_of(photo, Said("grainy"))
+    weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    torch.testing.assert_close(case.measurement, (photo * weights).sum(1, keepdim=True).expand(-1, 3, -1, -1), rtol=0, atol=1e-6)
+    assert any("its grain has colours" in note for note in case.notes)
+    grey = photo[:, :1].expand(-1, 3, -1, -1)
+    assert case_of(grey, Said("grainy")).measurement is grey
+    assert case_of(photo, Said("grainy", grain=8.0)).measurement is photo
+
+
+def test_an_old_photos_grain_that_cannot_be_told_is_said_to_be_none(seen):
+    seen(blur=1.0, grain=None)
+    case = case_of(PHOTO, Said("old photo", enlarge="1"))
+    assert names(case.operator) == ["GaussianBlur"] and any("grain cannot be measured" in note for note in case.notes)
 
 
 def test_what_is_measured_counts_where_damage_looks_for_it(seen):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dmap_core.estimate import IDENTITY, Estimate, estimate, grain, lattice, repeated, samples, spectrum
+from dmap_core.estimate import IDENTITY, Estimate, estimate, grain, is_grey, lattice, repeated, samples, spectrum
 from dmap_core.operators import Compose, GaussianBlur, Grayscale, Jpeg, Noisy, SuperResolution, from_spec
 from dmap_core.operators.colour import luma
 from dmap_core.pictures import to_picture, to_tensor
@@ -82,6 +82,7 @@ def test_an_undamaged_picture():
 
 def test_grey_alone_is_no_damage():
     found = estimate(grey(leaves()))
+    assert is_grey(grey(leaves())) and not is_grey(leaves())
     assert found.grey and found.operator() is None and found.text().startswith("nothing to repair; here is what I see: 192x192, grey,")
     assert estimate(grainy(grey(leaves()), 6)).grey  # with grain of all colours
     assert estimate(compressed(grey(leaves()), quality=30)).grey
@@ -111,6 +112,13 @@ def test_grain(levels):
     f = looks_right(found.operator(), found, x)
     assert isinstance(f, Noisy) and f.operator == IDENTITY and f.sigma == pytest.approx(found.grain, abs=1e-4)
     torch.testing.assert_close(IDENTITY(x), x, rtol=0, atol=1e-6)
+
+
+def test_grain_of_a_small_picture_may_be_texture():
+    x = grainy(leaves(), 8)
+    assert estimate(x).notes == ()
+    small = estimate(x[..., :64, :64])
+    assert small.grain and any("fine texture" in note for note in small.notes)
 
 
 def test_grain_in_a_jpeg_is_not_taken_for_what_its_rounding_left():
@@ -215,6 +223,7 @@ def test_any_size(size):
 @pytest.mark.parametrize("value", [-1.0, 0.0, 1.0])
 def test_a_flat_picture(value):
     found = estimate(torch.full((1, 3, 160, 160), value))
+    assert is_grey(grey(leaves())) and not is_grey(leaves())
     assert found.grey and found.operator() is None and found.jpeg is None and not found.blur and not found.grain
 
 
