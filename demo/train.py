@@ -4,6 +4,7 @@
     python demo/train.py autoencoder --minutes 30 --init prior.safetensors --decoder-only
     python demo/train.py unet --minutes 90 --init autoencoder.safetensors
     python demo/train.py unet --minutes 90 --init autoencoder.safetensors --out run/unet.safetensors    # again: resumes
+    python demo/train.py flow --minutes 90 --init unet.safetensors --out run/flow.safetensors    # the same prior as a rectified flow
 
 Every stage reads and writes whole checkpoints, saves a resumable state every few minutes (atomically) and lowers the learning rate to zero
 at the end of its minutes. `make demo-prior` runs all of it. The network classes are ComfyUI's own (COMFYUI_PATH).
@@ -161,6 +162,74 @@ def snr_weighted_eps_loss(unet, z0: torch.Tensor, rng: torch.Generator, alphas_c
     return (snr.clamp(max=5) / snr * (prediction - eps).square()).mean()
 
 
+class Velocity:
+    """Distils a flow from an eps-prediction UNet: x_t = (1 - t) z0 + t eps, v = (x_t - E[z0 | x_t]) / t.
+
+    With z = x_t / (1 - t) = z0 + sigma eps and sigma = t / (1 - t) the teacher's noise gives v = (eps - x_t) / (1 - t), exactly. Above its highest noise
+    level the velocity of the data, eps - z0, is the target.
+    """
+
+    def __init__(self, teacher: torch.nn.Module, alphas_cumprod: torch.Tensor):
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.log_sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt().log()
+
+    def timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """The teacher's, between those it was trained at, of the flow's times t (B,)."""
+        log_sigma = torch.logit(t).clamp(self.log_sigmas[0], self.log_sigmas[-1])
+        above = torch.searchsorted(self.log_sigmas, log_sigma).clamp(1, len(self.log_sigmas) - 1)
+        low, high = self.log_sigmas[above - 1], self.log_sigmas[above]
+        return above - 1 + (log_sigma - low) / (high - low)
+
+    def start(self, student: torch.nn.Module, rng: torch.Generator, steps: int = 600) -> None:
+        """The student tells its times as the teacher tells the same noise levels: only the embedding of the time is fitted, in seconds."""
+        from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
+
+        width = UNET_CONFIG["model_channels"]
+        optimizer = torch.optim.AdamW(student.time_embed.parameters(), lr=1e-3)
+        for step in range(steps):
+            optimizer.param_groups[0]["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
+            t = torch.rand(256, generator=rng).clamp(1e-3, 1 - 1e-3)
+            with torch.no_grad():
+                wanted = self.teacher.time_embed(timestep_embedding(self.timesteps(t), width))
+            loss = (student.time_embed(timestep_embedding(1000 * t, width)) - wanted).square().mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    def loss(self, student: torch.nn.Module, z0: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        """Squared error of the velocity, t uniform; context all zero."""
+        t = torch.rand(len(z0), generator=rng).clamp(1e-3, 1 - 1e-3)
+        eps = torch.randn(z0.shape, generator=rng)
+        level, context = t.view(-1, 1, 1, 1), z0.new_zeros(len(z0), 1, 1024)
+        x = (1 - level) * z0 + level * eps
+        with torch.no_grad():
+            known = self.teacher(x / ((1 - level) ** 2 + level**2).sqrt(), self.timesteps(t), context=context)
+            low = torch.logit(level) <= self.log_sigmas[-1]
+            wanted = torch.where(low, (known - x) / (1 - level), eps - z0)
+        return (student(x, 1000 * t, context=context) - wanted).square().mean()
+
+
+class Latents:
+    """Latents of the whole training pictures at 128x128, encoded once and kept beside the checkpoint; half of a batch is flipped.
+
+    The latents of a flipped picture are nearly the flipped latents, and a teacher knows what to say of any.
+    """
+
+    def __init__(self, crops: "Crops", encoder: torch.nn.Module, file: Path):
+        self.crops = crops
+        if not file.exists():
+            chosen = [Crops.tensor(crops.small[i : i + 1]) for i in crops.train]
+            with torch.no_grad():
+                encoded = [encoder(torch.cat(chosen[i : i + 16]) * 0.5 + 0.5) for i in range(0, len(chosen), 16)]
+            write_whole(file, lambda part: save_file({"latents": torch.cat(encoded)}, part))
+        self.latents = load_file(file)["latents"]
+
+    def batch(self, n: int) -> torch.Tensor:
+        chosen = self.latents[torch.randint(len(self.latents), (n,), generator=self.crops.rng)]
+        flipped = torch.randint(2, (n, 1, 1, 1), generator=self.crops.rng).bool()
+        return torch.where(flipped, chosen.flip(3), chosen)
+
+
 def autoencoder_loss(ae, x: torch.Tensor, decoder_only: bool) -> torch.Tensor:
     """L1 + 2 MSE in [0, 1]; the encoder is held to zero-mean unit-variance latents, or left alone."""
     with torch.set_grad_enabled(not decoder_only):
@@ -183,11 +252,13 @@ def train(args) -> None:
     else:
         metadata = {}
     ae = new_autoencoder(TAESD, part(given, VAE))
-    is_unet = args.stage == "unet"
+    is_unet, is_flow = args.stage != "autoencoder", args.stage == "flow"
     if is_unet and not given:
-        raise SystemExit("unet needs --init: a checkpoint with an autoencoder (see the autoencoder stage)")
+        raise SystemExit(f"{args.stage} needs --init: a checkpoint with an autoencoder (see the autoencoder stage)")
+    if is_flow and not part(given, UNET):
+        raise SystemExit("flow needs --init: a checkpoint with a UNet, which is its teacher (see the unet stage)")
     model = new_unet(UNetModel, part(given, UNET)) if is_unet else (ae.taesd_decoder if args.decoder_only else ae)
-    if not is_unet:
+    if not is_unet or is_flow:
         model = model.to(memory_format=torch.channels_last)
     ae.vae_scale.requires_grad_(False)
     ae.vae_shift.requires_grad_(False)
@@ -198,6 +269,12 @@ def train(args) -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas_cumprod = torch.cumprod(1 - betas, 0).float()
     step, spent = 0, 0.0
+    if is_flow:
+        velocity = Velocity(new_unet(UNetModel, part(given, UNET)).to(memory_format=torch.channels_last), alphas_cumprod)
+        latents = Latents(crops, ae.taesd_encoder.to(memory_format=torch.channels_last), args.out.with_suffix(".latents"))
+
+    def unet_loss(network: torch.nn.Module, z0: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+        return velocity.loss(network, z0, rng) if is_flow else snr_weighted_eps_loss(network, z0, rng, alphas_cumprod)
 
     state_file = args.out.with_suffix(".state")
     if state_file.exists():
@@ -208,6 +285,9 @@ def train(args) -> None:
         crops.rng.set_state(state["rng"])
         step, spent = state["step"], state["spent"]
         log.info("resumed %s at step %d, %.1f minutes", state_file, step, spent / 60)
+    elif is_flow:
+        velocity.start(model, crops.rng)
+        ema.module.load_state_dict(model.state_dict())
 
     def save():
         state = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
@@ -234,7 +314,7 @@ def train(args) -> None:
         x = crops.held_out[:64]
         if is_unet:
             z0 = ae.taesd_encoder(x * 0.5 + 0.5)
-            return f"held-out loss {float(snr_weighted_eps_loss(ema, z0, rng, alphas_cumprod)):.5f}"
+            return f"held-out loss {float(unet_loss(ema, z0, rng)):.5f}"
         decoder = ema.module if args.decoder_only else ema.module.taesd_decoder
         encoder = ae.taesd_encoder if args.decoder_only else ema.module.taesd_encoder
         z = encoder(x * 0.5 + 0.5)
@@ -247,13 +327,16 @@ def train(args) -> None:
         progress = max(spent / (60 * args.minutes), step / args.steps)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * progress))
-        x = crops.batch(args.batch).to(memory_format=torch.channels_last)
-        if is_unet:
-            with torch.no_grad():
-                z0 = ae.taesd_encoder(x * 0.5 + 0.5)
-            loss = snr_weighted_eps_loss(model, z0, crops.rng, alphas_cumprod)
+        if is_flow:
+            loss = unet_loss(model, latents.batch(args.batch), crops.rng)
         else:
-            loss = autoencoder_loss(ae, x, args.decoder_only)
+            x = crops.batch(args.batch).to(memory_format=torch.channels_last)
+            if is_unet:
+                with torch.no_grad():
+                    z0 = ae.taesd_encoder(x * 0.5 + 0.5)
+                loss = unet_loss(model, z0, crops.rng)
+            else:
+                loss = autoencoder_loss(ae, x, args.decoder_only)
         if not torch.isfinite(loss):
             raise SystemExit(f"loss is {float(loss)} at step {step}; the last good weights are in {args.out}")
         optimizer.zero_grad(set_to_none=True)
@@ -275,7 +358,7 @@ def train(args) -> None:
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["autoencoder", "unet"])
+    parser.add_argument("stage", choices=["autoencoder", "unet", "flow"])
     parser.add_argument("--init", type=Path, help="checkpoint to start from")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint to write; its .state file resumes")
     parser.add_argument("--minutes", type=float, default=30, help="training time; the learning rate reaches zero at its end")
