@@ -221,7 +221,7 @@ class Latents:
             chosen = [Crops.tensor(crops.small[i : i + 1]) for i in crops.train]
             with torch.no_grad():
                 encoded = [encoder(torch.cat(chosen[i : i + 16]) * 0.5 + 0.5) for i in range(0, len(chosen), 16)]
-            write_whole(file, lambda part: save_file({"latents": torch.cat(encoded)}, part))
+            write_whole(file, lambda part: save_file({"latents": torch.cat(encoded).contiguous()}, part))
         self.latents = load_file(file)["latents"]
 
     def batch(self, n: int) -> torch.Tensor:
@@ -304,7 +304,9 @@ def train(args) -> None:
         write(
             args.out,
             out,
-            metadata | {f"{args.stage}_samples": str(step * args.batch), f"{args.stage}_init": args.init.name if args.init else "none"},
+            metadata
+            | ({"modelspec.prediction_type": "flow"} if is_flow else {})
+            | {f"{args.stage}_samples": str(step * args.batch), f"{args.stage}_init": args.init.name if args.init else "none"},
         )
 
     @torch.no_grad()

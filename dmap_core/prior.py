@@ -47,7 +47,7 @@ class Prior(Protocol):
 class NetworkPrior(Prior, Protocol):
     """A prior that was trained at timesteps, and for which ControlNets can be.
 
-    sigmas: (N,) rising VE noise levels of the timesteps. prediction: what its network predicts, "eps" or "v". fingerprint: tells networks apart.
+    sigmas: (N,) rising VE noise levels of the timesteps. prediction: what its network predicts, "eps", "v" or "flow". fingerprint: tells networks apart.
     """
 
     sigmas: Tensor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,6 +104,38 @@ def check_sigmas(sigmas: Tensor | Sequence[float], to_zero: bool = True) -> list
     if to_zero and levels[-1] != 0:
         raise ValueError(f"sigmas must end at 0, but end at {levels[-1]:.4g}; give the whole schedule, not the first half of a split one")
     return levels
+
+
+# Rectified flows: x_t = (1 - t) z0 + t eps, so that z = x_t / (1 - t) is a VE latent at sigma = t / (1 - t).
+
+FLOW_FIRST = 0.995  # time of the noisiest level, sigma 199: at 1 it would be infinite, and closer to 1 steps would go into pure noise
+FLOW_LAST = 0.02  # and of the least noisy one: below it is only rounding to be removed
+
+
+def flow_time(sigma: Any) -> Any:
+    """t of VE noise levels, numbers or a tensor."""
+    return sigma / (1 + sigma)
+
+
+def flow_sigma(t: Any) -> Any:
+    """VE noise levels of times t below 1, numbers or a tensor."""
+    return t / (1 - t)
+
+
+def flow_sigmas(times: Tensor) -> Tensor:
+    """(N,) rising VE noise levels of a flow's rising training times (as its shift makes them), without those above FLOW_FIRST and below FLOW_LAST."""
+    times = double_on_cpu(times)
+    return flow_sigma(times[(times >= FLOW_LAST) & (times <= FLOW_FIRST)]).float()
+
+
+def flow_levels(times: Tensor) -> Tensor:
+    """A schedule of falling times (T + 1,) with a first one below 1: FLOW_FIRST, or half of what the next one leaves if that is nearer to 1.
+
+    Nothing is known of the picture at either, so that it does not matter where a run begins.
+    """
+    if len(times) < 2 or times[0] < 1:
+        return times
+    return torch.cat([torch.clamp((1 + times[1:2]) / 2, min=FLOW_FIRST), times[1:]])
 
 
 def generators(seed: int, n: int) -> list[torch.Generator]:

@@ -47,6 +47,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a `.safetensors` file says of itself; nothing for other files. Raises ValueError for damaged ones."""
+    if Path(path).suffix.lower() != ".safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file (is the download complete?): {error}") from error
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     # Imported here, as the rest of the package needs torch alone.
     from safetensors import SafetensorError

@@ -12,6 +12,7 @@ from ..dmap_core.schedule import SPACINGS
 from ..dmap_core.solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
 from ..dmap_core.solvers.base import Setting
 from .host.guider import SolverSampler
+from .host.flow import host_sigmas
 from .host.prior import model_sigmas, null_conditioning, searched_model
 from .operators import Operator
 from .schema import schema
@@ -178,7 +179,7 @@ class DMAPScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, start=1.0, end=0.0, spacing="paper") -> io.NodeOutput:
-        return io.NodeOutput(SPACINGS[spacing](model_sigmas(model), steps, start, end))
+        return io.NodeOutput(host_sigmas(model, SPACINGS[spacing](model_sigmas(model), steps, start, end)))
 
 
 class DMAPPreset(io.ComfyNode):
@@ -237,7 +238,7 @@ class DMAPPreset(io.ComfyNode):
         else:
             p = presets.automatic(operator, solver, quality)
         p = replace(p.with_steps(steps) if steps else p, start=start)
-        return io.NodeOutput(SolverSampler(p.solver), p.sigmas(model_sigmas(model)), p.text())
+        return io.NodeOutput(SolverSampler(p.solver), host_sigmas(model, p.sigmas(model_sigmas(model))), p.text())
 
 
 class DMAPUnconditional(io.ComfyNode):

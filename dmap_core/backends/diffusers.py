@@ -14,12 +14,13 @@ from torch.nn import functional as F
 
 from ..memory import blocks_of
 from ..prior import levels_of
-from ..schedule import double_on_cpu
+from ..schedule import double_on_cpu, flow_time
 from ..tiles import Part, decoding, denoising, tiled
 from .keys import to_diffusers, to_ldm
 
 Network = Any  # a model of diffusers, whose decorators hide its types
 
+FLOW_TIMESTEPS = 1000  # what a flow's network is told at t = 1
 FACTOR = 8  # pixels per latent, of all autoencoders that `open_base` reads
 
 # Classes of the blocks that make up diffusers' UNets, ControlNets and autoencoders.
@@ -30,10 +31,10 @@ BLOCKS = frozenset(["ResnetBlock2D", "Transformer2DModel", "Upsample2D", "Downsa
 class DiffusersPrior:
     """prior.NetworkPrior of a frozen UNet and autoencoder, and of a ControlNet that takes part in every call of the denoiser (Sec. 4.2).
 
-    context: (1, L, D) of the prompt. sigmas: (N,) VE noise levels of the timesteps. prediction: "eps" or "v". name, fingerprint: of the
+    context: (1, L, D) of the prompt. sigmas: (N,) VE noise levels of the timesteps. prediction: "eps", "v" or "flow". name, fingerprint: of the
     checkpoint. size: (H, W) of the picture, to which a wider decoded one is cropped; None: as wide as its latents. hint: (1 or B, 3, H, W).
     tile: latents of a side of the tiles on which the networks run (`tiles.py`); None: whole pictures.
-    Between the noise levels of the timesteps the nearest timestep, by log sigma, stands for a level, as in ComfyUI.
+    Between the noise levels of the timesteps the nearest timestep, by log sigma, stands for a level, as in ComfyUI; a flow's times have no steps.
     """
 
     unet: Network
@@ -110,8 +111,9 @@ class DiffusersPrior:
 
     def _denoise(self, z: Tensor, sigma: float | Tensor, hint: Tensor | None) -> Tensor:
         levels = levels_of(z, sigma).view(-1, 1, 1, 1)
-        timestep = self._timesteps(sigma).to(z.device).expand(len(z))
-        x = (z / (1 + levels**2).sqrt()).to(self.context.dtype)
+        flow = self.prediction == "flow"
+        timestep = FLOW_TIMESTEPS * flow_time(levels.flatten()) if flow else self._timesteps(sigma).to(z.device).expand(len(z))
+        x = (z / (1 + levels if flow else (1 + levels**2).sqrt())).to(self.context.dtype)
         context = self.context.expand(len(z), -1, -1)
         control = {}
         if self.controlnet is not None:
@@ -121,6 +123,8 @@ class DiffusersPrior:
             down, mid = self.controlnet(x, timestep, encoder_hidden_states=context, controlnet_cond=hint, return_dict=False)
             control = {"down_block_additional_residuals": [d.to(x.dtype) for d in down], "mid_block_additional_residual": mid.to(x.dtype)}
         out = self.unet(x, timestep, encoder_hidden_states=context, return_dict=False, **control)[0].float()
+        if flow:  # its velocity is eps - z0
+            return z / (1 + levels) - flow_time(levels) * out
         if self.prediction == "v":
             return z / (1 + levels**2) - out * levels / (1 + levels**2).sqrt()
         return z - levels * out

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..weights import first, load_into, read_tensors
+from ..schedule import flow_sigmas
+from ..weights import first, load_into, read_metadata, read_tensors
 from .diffusers import DiffusersPrior, Network
 from .fingerprint import fingerprint
 from .keys import resnets_per_level, to_diffusers, to_ldm
@@ -30,6 +31,7 @@ CONVOLUTIONS = (".in_layers.2.weight", ".out_layers.3.weight", ".op.weight", ".c
 SD_SCALE = 0.18215  # of Stable Diffusion 1 and 2: latents have unit variance after it
 SD_BETAS = (0.00085, 0.012)
 TIMESTEPS = 1000
+PREDICTION_TYPE = "modelspec.prediction_type"  # in a file's description
 SD1_WIDTH = 768  # of its text encoder; it has 8 heads on every level, the others heads of 64 channels
 CLIP_TOKENS, CLIP_START, CLIP_END = 77, 49406, 49407
 # The published v-prediction model of SD 2 differs from the eps one in nothing but its weights: this tensor spreads wider in it.
@@ -85,10 +87,17 @@ def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
 
 
+def flow_times(shift: float) -> Tensor:
+    """(N,) rising VE noise levels of a flow's training times, which are shifted: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, Eq. 23)."""
+    t = torch.arange(1, TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
+    return flow_sigmas(shift * t / (1 + (shift - 1) * t))
+
+
 def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> DiffusersPrior:
     """The base model in a checkpoint file (.safetensors, .ckpt) or a diffusers folder. Raises ValueError that says what is wrong with it.
 
-    prediction: "eps", "v", or "auto": what a folder's scheduler says; a file is taken for eps unless it looks like the published SD 2 v-model.
+    prediction: "eps", "v", "flow", or "auto": what a folder's scheduler says; a file is taken for eps unless it looks like the published SD 2 v-model, or
+    its description says that it is a flow.
     """
     path = Path(path)
     if path.is_dir():
@@ -119,12 +128,13 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> Diffuse
     betas = torch.linspace(SD_BETAS[0] ** 0.5, SD_BETAS[1] ** 0.5, TIMESTEPS, dtype=torch.float64) ** 2
     if prediction == "auto":
         looks_v = "v_pred" in state or (V_TENSOR in state and float(state[V_TENSOR].float().std()) > V_SPREAD)
-        prediction = "v" if looks_v else "eps"
+        prediction = "flow" if read_metadata(path).get(PREDICTION_TYPE) == "flow" else "v" if looks_v else "eps"
     try:
         context = _context(state, config["cross_attention_dim"], prompt, path)
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path}: its text encoder is incomplete or damaged ({type(error).__name__}: {error})") from error
-    return DiffusersPrior(network, vae, context, sigmas_of(torch.cumprod(1 - betas, 0)), prediction, path.name, fingerprint(unet))
+    sigmas = flow_times(1.0) if prediction == "flow" else sigmas_of(torch.cumprod(1 - betas, 0))
+    return DiffusersPrior(network, vae, context, sigmas, prediction, path.name, fingerprint(unet))
 
 
 def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -214,6 +224,8 @@ def _context(state: Mapping[str, Tensor], width: int, prompt: str, path: Path) -
 
 
 def _open_folder(folder: Path, prompt: str, prediction: str) -> DiffusersPrior:
+    if (folder / "transformer").is_dir():
+        raise ValueError(f"{folder} holds a transformer, and the command line restores with UNets; ComfyUI's nodes take such flow models")
     for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is no diffusers folder of a Stable Diffusion model: it has no {part}/ in it")
@@ -224,20 +236,26 @@ def _open_folder(folder: Path, prompt: str, prediction: str) -> DiffusersPrior:
             f"{folder} is an SDXL or unCLIP model, whose conditioning needs more than a prompt. Train its CSE in ComfyUI, with the node TrainCSE"
         )
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, **local)
-    scheduler: Any = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **local)
+    flow = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler", **local)["_class_name"].startswith("FlowMatch")
+    scheduler: Any = (FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler).from_pretrained(folder, subfolder="scheduler", **local)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **local)
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True, **local)
     tokens = tokenizer(prompt, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt")
     with torch.no_grad():
         context = encoder(tokens.input_ids).last_hidden_state
+    if prediction == "auto" and flow:
+        prediction = "flow"
     if prediction == "auto":
         kinds = {"epsilon": "eps", "v_prediction": "v"}
         kind = scheduler.config.prediction_type
         if kind not in kinds:
-            raise ValueError(f"{folder}: its scheduler predicts {kind!r}; CSEs are trained for epsilon or v_prediction")
+            raise ValueError(f"{folder}: its scheduler predicts {kind!r}; it must be epsilon, v_prediction, or a FlowMatch scheduler's")
         prediction = kinds[kind]
     for network in (unet, vae):
         network.requires_grad_(False).eval()
-    return DiffusersPrior(
-        unet, vae, context, sigmas_of(scheduler.alphas_cumprod), prediction, folder.name, fingerprint(to_ldm(unet.state_dict()))
-    )
+    if flow != (prediction == "flow"):
+        raise ValueError(
+            f"{folder}: prediction is {prediction!r}, and its scheduler is {type(scheduler).__name__}; leave the prediction at auto"
+        )
+    sigmas = flow_times(scheduler.config.shift) if flow else sigmas_of(scheduler.alphas_cumprod)
+    return DiffusersPrior(unet, vae, context, sigmas, prediction, folder.name, fingerprint(to_ldm(unet.state_dict())))

@@ -11,8 +11,6 @@ from ..operators import Operator
 from ..prior import NetworkPrior
 from .settings import TrainingSettings
 
-PREDICTIONS = ("eps", "v")
-
 
 def noised(z0: Tensor, sigma: Tensor, seeds: Sequence[int]) -> Tensor:
     """z = z0 + sigma eps; the noise of every sample from a seed of its own, drawn on the CPU, so that it depends on nothing else."""
@@ -38,11 +36,12 @@ def denoising_loss(denoised: Tensor, z0: Tensor, sigma: Tensor, prediction: str,
     """Squared error of the network's own target, mean over a latent: (B,) float32 (B.2: eps-prediction).
 
     denoised, z0: (B, C, h, w) VE latents; sigma: (B,). With z = z0 + sigma eps, eps_hat - eps = (z0 - denoised) / sigma; for v-prediction
-    v_hat - v = (z0 - denoised) sqrt(1 + 1 / sigma^2). snr_gamma: min-SNR weights (Hang et al. 2023), which are min(1 / sigma^2, gamma) on
+    v_hat - v = (z0 - denoised) sqrt(1 + 1 / sigma^2), and for a flow's velocity (z0 - denoised) (1 + 1 / sigma). snr_gamma: min-SNR weights (Hang et al. 2023), which are min(1 / sigma^2, gamma) on
     the error of z0 for both: low noise levels, where a hint is worth little, count less.
     """
     snr = sigma.float() ** -2
-    weight = snr.clamp(max=snr_gamma) if snr_gamma else snr + (1 if prediction == "v" else 0)
+    own = {"eps": snr, "v": snr + 1, "flow": (1 + snr.sqrt()) ** 2}
+    weight = snr.clamp(max=snr_gamma) if snr_gamma else own[prediction]
     return weight * (denoised - z0).float().square().flatten(1).mean(1)
 
 

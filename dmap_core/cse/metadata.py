@@ -9,8 +9,7 @@ from typing import Any
 
 from ..operators import Operator, spec_in_words
 from ..prior import NetworkPrior
-from .loss import PREDICTIONS
-from .settings import HINT_RANGES, TrainingSettings
+from .settings import HINT_RANGES, PREDICTIONS, TrainingSettings
 
 KEY = "dmap_cse"
 LONGEST = 1_000_000  # characters; an inpainting mask is the longest thing in it
@@ -22,7 +21,7 @@ NUMBERS = ("steps", "pictures", "batch_size", "size", "seed")
 
 @dataclass(frozen=True)
 class CSEMetadata:
-    """operator: its spec. base: the checkpoint's name; fingerprint: of its UNet; prediction: "eps" or "v". hint_range: "0..1" or "-1..1".
+    """operator: its spec. base: the checkpoint's name; fingerprint: of its UNet; prediction: "eps", "v" or "flow". hint_range: "0..1" or "-1..1".
 
     steps, batch_size, learning_rate, size, seed: of the training. pictures: how many; source: where they came from. licence: of the file,
     as its maker states it. Fields that a file lacks have these defaults.

@@ -9,6 +9,7 @@ HINT_RANGES = ("0..1", "-1..1")
 FREE = ("steps", "accumulation", "learning_rate")  # a training that diverged can go on with a lower rate
 MOST = {"steps": 1_000_000, "batch_size": 65_536, "size": 16_384}  # what cannot have been meant; a machine's limits come earlier
 PRECISIONS = ("fp32", "bf16", "fp16")
+PREDICTIONS = ("eps", "v", "flow")  # what a base model predicts
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..consistency import matchable
-from ..cse.settings import PRECISIONS
+from ..cse.settings import PRECISIONS, PREDICTIONS
 from ..files import slug
 from ..gradient import STRATEGIES
 from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
@@ -33,7 +33,6 @@ SHOWN = 80  # characters of a value in a message
 FILES = ("cse", "guidance", "checkpoint")  # of a row
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")
-PREDICTIONS = ("auto", "eps", "v")
 UNREADABLE = ("refuse", "skip")  # what is done about files that cannot be read
 MOST = {
     "count": 10**7,
@@ -272,7 +271,7 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
     choices = {
         "precision": PRECISIONS,
         "settings_for": MODELS,
-        "prediction": PREDICTIONS,
+        "prediction": ("auto", *PREDICTIONS),
         "memory": ("auto", *STRATEGIES),
         "unreadable": UNREADABLE,
     }
@@ -292,7 +291,9 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     _known(given, Row, where)
     choices = {"operator": tuple(operators), "solver": NAMES}
     choices |= {
-        name: options for name, options in (("spacing", tuple(SPACINGS)), ("prediction", PREDICTIONS)) if given.get(name) is not None
+        name: options
+        for name, options in (("spacing", tuple(SPACINGS)), ("prediction", ("auto", *PREDICTIONS)))
+        if given.get(name) is not None
     }
     for name, options in choices.items():
         if given.get(name) not in options:

@@ -18,6 +18,7 @@ from ...dmap_core.presets import Preset
 from ..pictures import from_core, measurement_to_core
 from .compute import device
 from .controlnet import attach, load_cse
+from .flow import host_sigmas
 from .prior import latent_size, load_vae, model_sigmas, warm_latent
 from .run import Problem, restore
 
@@ -70,6 +71,6 @@ class ComfyUI:
         guider = comfy.samplers.CFGGuider(self.model)
         guider.set_conds(conditioning, conditioning)
         noise = comfy.sample.prepare_noise(latent, seed)
-        samples = guider.sample(noise, latent, comfy.samplers.sampler_object(STOCK), sigmas, seed=seed)
+        samples = guider.sample(noise, latent, comfy.samplers.sampler_object(STOCK), host_sigmas(self.model, sigmas), seed=seed)
         image = self.vae.decode(samples)[:, : size[0], : size[1]]
         return image, {"seconds": time.perf_counter() - started, "denoiser_calls": len(sigmas) - 1, "decoder_calls": 1}

@@ -19,13 +19,14 @@ from tqdm.auto import tqdm
 from ...dmap_core.consistency import grey_levels, residual_levels
 from ...dmap_core.operators import Operator
 from ...dmap_core.posterior import Posterior
-from ...dmap_core.schedule import check_sigmas, generators
+from ...dmap_core.schedule import FLOW_FIRST, check_sigmas, generators
 from ...dmap_core.solvers import DPS, Cost, Solver, check_finite, guided_denoised
 from ...dmap_core.solvers.step import step_of
 from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
 from .clock import Clock, say
 from .controlnet import controls_of, cut, untied
+from .flow import ancestral_level, host_sigmas, is_flow, to_host, to_ve, ve_sigmas
 from .gradients import (
     add_own_skip,
     check_quantised,
@@ -121,6 +122,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             return latent_image
         ours = isinstance(sampler, PosteriorSampler)
         self._exact = sampler.through_denoiser if ours else self.dps.jacobian == "exact"
+        sigmas = host_sigmas(self.model_patcher, ve_sigmas(self.model_patcher, sigmas))
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
@@ -373,21 +375,28 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
 
         if self._solving:
             return plain(x, timestep)
-        self._posterior.prior.denoiser = plain
-        sigma = float(timestep.flatten()[0])
-        levels = [float(s) for s in model_options["transformer_options"]["sample_sigmas"]]
-        sigma_next = max((s for s in levels if s < sigma * (1 - 1e-6)), default=0.0)
-        grad, denoised, residual = self._posterior.gradient(x, sigma, jacobian=self.dps.jacobian)
+        model = self.model_patcher
+        self._posterior.prior.denoiser = lambda z, sigma: plain(*to_host(model, z, sigma))
+        levels = ve_sigmas(model, model_options["transformer_options"]["sample_sigmas"]).tolist()
+        z, (sigma, *_) = to_ve(model, x, timestep.flatten())
+        sigma = float(sigma)
+        sigma_next = ancestral_level(model, sigma, max((s for s in levels if s < sigma * (1 - 1e-6)), default=0.0))
+        grad, denoised, residual = self._posterior.gradient(z, sigma, jacobian=self.dps.jacobian)
         check_finite(len(self.report.residuals), len(levels) - 1, self.dps.zeta, grad, residual)
         self._step_done(residual)
         return guided_denoised(denoised, grad, step_of(self.dps, grad, residual, sigma), sigma, sigma_next)
 
     def solve(self, sampler: PosteriorSampler, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar) -> Tensor:
         """Run a solver of dmap_core on the posterior, from the noise and the latent that the host prepared."""
+        model, levels = self.model_patcher, ve_sigmas(self.model_patcher, sigmas)
         inpaint = comfy.samplers.KSamplerX0Inpaint(self, sigmas)  # keeps the unmasked part of a latent with a noise mask
         inpaint.latent_image, inpaint.noise = latent_image, noise
-        self._posterior.prior.denoiser = lambda z, sigma: inpaint(z, sigma, denoise_mask=denoise_mask, **extra_args)
-        z = self.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, sampler.max_denoise(self, sigmas))
+        self._posterior.prior.denoiser = lambda z, sigma: inpaint(*to_host(model, z, sigma), denoise_mask=denoise_mask, **extra_args)
+        if is_flow(model):
+            whole = float(sigmas[0]) >= FLOW_FIRST * (1 - 1e-6)  # of noise, as the host has it for VE models
+            z = latent_image + (levels[0].square() + whole).sqrt() * noise
+        else:
+            z = self.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image, sampler.max_denoise(self, sigmas))
         steps = len(sigmas) - 1
 
         def report(step: int, denoised: Tensor, z: Tensor, residual: Tensor) -> None:
@@ -401,7 +410,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             # on a host that shifts the seed itself, the shift has not happened yet: only its own samplers do it
             noise_seed = extra_args["seed"] + 1 - SEED_SHIFT
             with tqdm(total=steps, disable=disable_pbar) as bar:  # the line that stock samplers write
-                z = sampler.run(self._posterior, z, sigmas, generators(noise_seed, len(z)), report)
+                z = sampler.run(self._posterior, z, levels, generators(noise_seed, len(z)), report)
         finally:
             self._solving = False
         if denoise_mask is not None:

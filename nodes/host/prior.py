@@ -23,13 +23,19 @@ from ...dmap_core.memory import blocks_of
 from ...dmap_core.operators import Operator
 from ...dmap_core.presets import MODELS
 from ...dmap_core.prior import levels_of
+from ...dmap_core.schedule import flow_sigmas
 from ...dmap_core.tiles import decoding, tiled
+from .flow import is_flow
 
-# Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them.
-BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
+# Classes of the blocks that denoisers, ControlNets and decoders are made of here, TAESD among them.
+BLOCKS = frozenset(
+    ["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"]
+    + ["JointBlock", "DoubleStreamBlock", "SingleStreamBlock", "MMDiTBlock", "DiTBlock", "JointTransformerBlock"]  # of flows
+)
 SDXL_WIDTH, SDXL_REFINER_WIDTH = 2048, 1280  # of their context
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
+USABLE = "Use Stable Diffusion 1.5, 2.0, 2.1, SDXL or 3.5, Flux.1, Chroma, AuraFlow, Lumina 2 or Z-Image"
 GUIDANCE_PSNR = 15.0  # dB between two decoders below which one does not stand for the other
 
 
@@ -131,19 +137,22 @@ def stand_in(prior: HostPrior, image: Tensor) -> list[str]:
 
 
 def check_model(model) -> None:
-    """Raises ValueError for models outside the VE convention of the paper's algorithms."""
+    """Raises ValueError for models whose latents are not those of a picture, or not VE ones in some coordinates."""
     sampling = model.get_model_object("model_sampling")
     name = type(model.model).__name__
     kinds = comfy.model_sampling
-    others = (kinds.CONST, kinds.IMG_TO_IMG, kinds.StableCascadeSampling)  # the last two are subclasses of EPS
-    if not isinstance(sampling, kinds.EPS) or isinstance(sampling, others):
+    others = (kinds.IMG_TO_IMG, kinds.StableCascadeSampling)  # subclasses of EPS
+    if not isinstance(sampling, (kinds.EPS, kinds.CONST)) or isinstance(sampling, others):
         raise ValueError(
-            f"model: {name} does not follow the noise convention of the paper (z = z0 + sigma * noise): it is a flow, cascade or "
-            "image-to-image model. Use an eps- or v-prediction model such as Stable Diffusion 1.5, 2.0, 2.1 or SDXL"
+            f"model: {name} is a cascade, an image-to-image or another model whose latents are not a picture's with Gaussian noise. {USABLE}"
         )
-    video = getattr(model.get_model_object("latent_format"), "latent_dimensions", 2) != 2
-    if video or model.model.model_config.unet_config.get("use_temporal_resblock"):
-        raise ValueError(f"model: {name} makes video; this pack restores still pictures. Use Stable Diffusion 1.5, 2.0, 2.1 or SDXL")
+    latent = model.get_model_object("latent_format")
+    if getattr(latent, "latent_dimensions", 2) != 2 or model.model.model_config.unet_config.get("use_temporal_resblock"):
+        raise ValueError(f"model: {name} works on latents of videos or of sound; this pack restores still pictures. {USABLE}")
+    if latent.latent_channels == 3:
+        raise ValueError(f"model: {name} works on pixels, without the VAE whose decoder the guidance goes through. {USABLE}")
+    if getattr(sampling, "noise_scale", 1.0) != 1.0:
+        raise ValueError(f"model: {name} scales its noise by {sampling.noise_scale:g}, which is not supported. {USABLE}")
 
 
 def check_vae(vae, model, name: str = "vae") -> None:
@@ -160,9 +169,9 @@ def check_vae(vae, model, name: str = "vae") -> None:
 
 def check_conditioning(conditioning: list, model, name: str) -> None:
     """Raises ValueError for the prompt of another model's text encoder, by its width."""
-    wanted = model.model.model_config.unet_config.get("context_dim")
+    wanted = context_width(model)
     for tokens, _ in conditioning:
-        if isinstance(wanted, int) and tokens.shape[-1] != wanted:
+        if wanted and tokens.shape[-1] != wanted:
             raise ValueError(
                 f"{name}: its width is {tokens.shape[-1]}, and {type(model.model.model_config).__name__} models read {wanted}: it comes from another "
                 "model's text encoder. Encode the prompt with the CLIP of the same checkpoint, or connect DMAPUnconditional"
@@ -192,9 +201,10 @@ def warm_latent(vae, operator: Operator, y: Tensor) -> Tensor:
 
 
 def model_sigmas(model) -> Tensor:
-    """(N,) rising VE sigmas of the model's training timesteps."""
+    """(N,) rising VE sigmas of the model's training timesteps; of a flow those between `schedule.FLOW_LAST` and FLOW_FIRST."""
     check_model(model)
-    return model.get_model_object("model_sampling").sigmas.float().cpu()
+    sigmas = model.get_model_object("model_sampling").sigmas.float().cpu()
+    return flow_sigmas(sigmas) if is_flow(model) else sigmas
 
 
 def searched_model(model) -> str:
@@ -212,28 +222,38 @@ def native_latents(model) -> int:
     """Latents of a side of the pictures that a model was trained on: those of SDXL, SD 2.1, or SD 1.5 and 2.0, and the demo prior's."""
     if is_demo_prior(model):
         return 16
-    if model.model.model_config.unet_config.get("context_dim") in (SDXL_WIDTH, SDXL_REFINER_WIDTH):
+    if is_flow(model) or context_width(model) in (SDXL_WIDTH, SDXL_REFINER_WIDTH):
         return 128
     return 96 if prediction_of(model) == "v" else 64
+
+
+def context_width(model) -> int | None:
+    """Width of the text encoder's output that a model reads; None where its configuration does not say."""
+    config = model.model.model_config.unet_config
+    named = [config.get(name) for name in ("context_dim", "context_in_dim", "cond_seq_dim", "cap_feat_dim")]
+    named.append(config.get("context_embedder_config", {}).get("params", {}).get("in_features"))
+    return next((width for width in named if isinstance(width, int)), None)
 
 
 def null_conditioning(model):
     """Conditioning of all-zero context, for checkpoints without a text encoder."""
     config = model.model.model_config.unet_config
-    width = config.get("context_dim")
+    width = context_width(model)
     if not width:
         raise ValueError(f"model: {type(model.model).__name__} has no cross-attention context; it needs no DMAPUnconditional")
-    pooled = torch.zeros(1, 1280)  # read by SDXL only
-    return [[torch.zeros(1, 1, width), {"pooled_output": pooled}]]
+    pooled = config.get("vec_in_dim") or (config.get("adm_in_channels") if is_flow(model) else None) or 1280  # read by SDXL and some flows
+    return [[torch.zeros(1, 1, width), {"pooled_output": torch.zeros(1, pooled)}]]
 
 
 def has_text(model) -> bool:
     """Whether a model was trained with prompts, an empty one among them; SDXL's empty prompt is all zeros, as `null_conditioning` is."""
-    return not is_demo_prior(model) and model.model.model_config.unet_config.get("context_dim") != SDXL_WIDTH
+    return not is_demo_prior(model) and context_width(model) != SDXL_WIDTH
 
 
 def prediction_of(model: Any) -> str:
-    """What the network of a MODEL predicts: "eps" or "v"."""
+    """What the network of a MODEL predicts: "eps", "v" or "flow"."""
+    if is_flow(model):
+        return "flow"
     return "v" if isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION) else "eps"
 
 

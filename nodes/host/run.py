@@ -23,6 +23,7 @@ from ...dmap_core.posterior import Posterior
 from ...dmap_core.solvers import DPS, Solver
 from ..messages import node_of
 from .controlnet import check_controls
+from .flow import host_sigmas, to_host, ve_sigmas
 from .guider import PosteriorGuider, PosteriorSampler, SolverSampler
 from .prior import check_conditioning, check_model, latent_size, model_sigmas
 from .report import Report
@@ -78,6 +79,11 @@ def noise_levels(guider: PosteriorGuider) -> Tensor:
     return model_sigmas(guider.model_patcher)
 
 
+def levels_of(guider: PosteriorGuider, sigmas: Tensor) -> Tensor:
+    """VE noise levels of SIGMAS as a graph has them."""
+    return ve_sigmas(guider.model_patcher, sigmas)
+
+
 def latent_shape(guider: PosteriorGuider) -> tuple[int, int, int]:
     """(C, h, w) of a latent of the guider's picture."""
     return guider.vae.latent_channels, *latent_size(guider.vae, guider.size)
@@ -109,7 +115,7 @@ def with_posterior(guider: PosteriorGuider, name: str, sigmas: Tensor, batch: in
     look = _Look(name, function)
     latent = torch.zeros(batch, *latent_shape(guider))
     with _own_report(guider):
-        guider.sample(torch.zeros_like(latent), latent, look, sigmas, seed=0)
+        guider.sample(torch.zeros_like(latent), latent, look, host_sigmas(guider.model_patcher, sigmas), seed=0)
     return look.found
 
 
@@ -122,18 +128,18 @@ def with_denoiser(
     """
     if isinstance(conditional, PosteriorGuider):
         return with_posterior(conditional, name, sigmas, shape[0], lambda posterior: function(posterior.denoise, posterior.y.device))
-    found = []
+    found, patcher = [], conditional.model_patcher
 
     def sampler(model, x, sigmas, extra_args=None, callback=None, disable=None):
         def denoise(z: Tensor, sigma: float) -> Tensor:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            return model(z.to(x), z.new_full((len(z),), sigma), **extra_args).float().to(z.device)
+            return model(*to_host(patcher, z.to(x), x.new_full((len(z),), sigma)), **extra_args).float().to(z.device)
 
         found.append(function(denoise, x.device))
         return x
 
     zeros = torch.zeros(*shape)
-    conditional.sample(zeros, zeros.clone(), comfy.samplers.KSAMPLER(sampler), sigmas, disable_pbar=True, seed=0)
+    conditional.sample(zeros, zeros.clone(), comfy.samplers.KSAMPLER(sampler), host_sigmas(patcher, sigmas), disable_pbar=True, seed=0)
     return found[0]
 
 
@@ -237,7 +243,7 @@ def restore(
     sampler = _Timed(SolverSampler(solver), warm_up, on_step)
     noise = comfy.sample.prepare_noise(latent, seed)
     with _own_report(guider):
-        latents = guider.sample(noise, latent, sampler, sigmas, seed=seed)
+        latents = guider.sample(noise, latent, sampler, host_sigmas(guider.model_patcher, sigmas), seed=seed)
         report = guider.report
     with torch.no_grad():
         images = guider.vae.decode(latents)

@@ -21,6 +21,7 @@ import comfy.samplers
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from PIL import Image
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from ...dmap_core.cse.identity import check_same, digest
 from ...dmap_core.files import write_text, write_whole
 from ...dmap_core.pictures import to_picture
 from ...dmap_core.prior import DTYPES, levels_of
+from .flow import to_host
 from .folders import checked_name
 from .gradients import (
     add_own_skip,
@@ -41,7 +43,7 @@ from .gradients import (
     pytorch_attention,
     without_caches,
 )
-from .prior import HostPrior, base_fingerprint, check_model, check_vae, latent_size, prediction_of
+from .prior import HostPrior, base_fingerprint, check_model, check_vae, latent_size, model_sigmas, prediction_of
 from .static import static_patchers
 
 log = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class TrainingPrior(HostPrior):
         comfy.sampler_helpers.prepare_model_patcher(patcher, {}, self._options)  # the patches and wrappers that nodes put on the model
         self._sampling = patcher.get_model_object("model_sampling")
         self.device = patcher.load_device
-        self.sigmas = self._sampling.sigmas.float().to(self.device)
+        self._patcher, self.sigmas = patcher, model_sigmas(patcher).to(self.device)
         self.prediction = prediction_of(patcher)
         self._controlnet: nn.Module | None = None
         self._hint: Tensor | None = None
@@ -87,7 +89,7 @@ class TrainingPrior(HostPrior):
 
     def denoise(self, z: Tensor, sigma: float | Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        sigma = levels_of(z, sigma)
+        z, sigma = to_host(self._patcher, z, levels_of(z, sigma))
         given = {name: c.process_cond(batch_size=len(z), device=self.device, area=None).cond for name, c in self._conds.items()}
         control = None
         if self._controlnet is not None:
@@ -118,10 +120,19 @@ class TrainingPrior(HostPrior):
         return network.requires_grad_(True)
 
 
+def check_trainable(model: Any) -> None:
+    """Raises ValueError for models of which no ControlNet can be made here."""
+    check_model(model)
+    if not isinstance(model.model.diffusion_model, UNetModel):
+        raise ValueError(
+            f"model: {type(model.model).__name__} is a transformer, and a CSE is a ControlNet of a UNet. Use Stable Diffusion 1.5, 2.0, 2.1 or SDXL"
+        )
+
+
 @contextmanager
 def training(model: Any, vae: Any, conditioning: list, precision: str, size: int, batch: int) -> Iterator[TrainingPrior]:
     """Model and VAE loaded whole, their weights frozen, gradients possible, for training a ControlNet on crops of `size` pixels."""
-    check_model(model)
+    check_trainable(model)
     check_vae(vae, model)
     channels = model.get_model_object("latent_format").latent_channels
     if model.model.model_config.unet_config["in_channels"] != channels:
