@@ -11,8 +11,8 @@ from ..dmap_core import presets
 from ..dmap_core.schedule import SPACINGS
 from ..dmap_core.solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
 from ..dmap_core.solvers.base import Setting
-from .host.guider import SolverSampler
 from .host.flow import host_sigmas
+from .host.guider import SolverSampler
 from .host.prior import model_sigmas, null_conditioning, searched_model
 from .operators import Operator
 from .schema import schema

@@ -236,7 +236,8 @@ def _open_folder(folder: Path, prompt: str, prediction: str) -> DiffusersPrior:
             f"{folder} is an SDXL or unCLIP model, whose conditioning needs more than a prompt. Train its CSE in ComfyUI, with the node TrainCSE"
         )
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, **local)
-    flow = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler", **local)["_class_name"].startswith("FlowMatch")
+    described: Any = FlowMatchEulerDiscreteScheduler.load_config(folder, subfolder="scheduler", **local)
+    flow = described["_class_name"].startswith("FlowMatch")
     scheduler: Any = (FlowMatchEulerDiscreteScheduler if flow else DDPMScheduler).from_pretrained(folder, subfolder="scheduler", **local)
     tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer", **local)
     encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder", use_safetensors=True, **local)
