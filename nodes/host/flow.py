@@ -17,6 +17,14 @@ def is_flow(model) -> bool:
     return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
+def check_levels(model, sigmas: Tensor) -> None:
+    """Raises ValueError for SIGMAS of a VE model where the model is a flow."""
+    if is_flow(model) and len(sigmas) and float(sigmas[0]) > 1:
+        raise ValueError(
+            f"sigmas: they begin at {float(sigmas[0]):.4g}, and the times of a flow lie between 1 and 0; connect the flow model to the scheduler, too"
+        )
+
+
 def host_sigmas(model, sigmas: Tensor) -> Tensor:
     """VE noise levels as ComfyUI's SIGMAS of that model."""
     return flow_time(sigmas) if is_flow(model) else sigmas

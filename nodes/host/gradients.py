@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .static import check_static
 
+IN_PLACE = ("DoubleStreamBlock", "SingleStreamBlock")  # classes of blocks that add to their input in place
 # Keys of the wrappers by which nodes of ComfyUI reuse outputs of earlier steps, and the names of those nodes.
 CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
 QUANTISED_GRADIENT = 0.2  # relative error of a quantised layer's gradient above which it is not one: rounding makes a few per cent
@@ -106,6 +107,33 @@ def differentiable_attention(networks: list[nn.Module]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def own_input(networks: list[nn.Module]) -> Iterator[None]:
+    """Blocks that add to their input in place (Flux, Chroma), and the norms in them, work on copies of it.
+
+    Autograd still needs what a norm was given, and a block that runs again on the way back needs it as it was.
+    """
+
+    def owned(value: Any) -> Any:
+        # also what has no gradient yet: a sum in place may give it one
+        return value.clone() if isinstance(value, Tensor) and torch.is_grad_enabled() else value
+
+    def on_copies(forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        return forward(*map(owned, args), **{name: owned(value) for name, value in kwargs.items()})
+
+    blocks = [m for network in networks for m in network.modules() if type(m).__name__ in IN_PLACE]
+    inside = dict.fromkeys(m for block in blocks for m in block.modules() if m is block or isinstance(m, nn.LayerNorm))
+    replaced = {m: m.__dict__["forward"] for m in inside if "forward" in m.__dict__}
+    for m in inside:
+        m.forward = functools.partial(on_copies, m.forward)
+    try:
+        yield
+    finally:
+        for m in inside:
+            del m.forward
+            vars(m).update({"forward": replaced[m]} if m in replaced else {})
 
 
 def without_caches(model) -> tuple[Any, list[str]]:

@@ -26,7 +26,7 @@ from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
 from .clock import Clock, say
 from .controlnet import controls_of, cut, untied
-from .flow import ancestral_level, host_sigmas, is_flow, to_host, to_ve, ve_sigmas
+from .flow import ancestral_level, check_levels, host_sigmas, is_flow, to_host, to_ve, ve_sigmas
 from .gradients import (
     add_own_skip,
     check_quantised,
@@ -35,6 +35,7 @@ from .gradients import (
     exact_layers,
     frozen,
     normal,
+    own_input,
     pytorch_attention,
     without_caches,
 )
@@ -122,6 +123,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             return latent_image
         ours = isinstance(sampler, PosteriorSampler)
         self._exact = sampler.through_denoiser if ours else self.dps.jacobian == "exact"
+        check_levels(self.model_patcher, sigmas)
         sigmas = host_sigmas(self.model_patcher, ve_sigmas(self.model_patcher, sigmas))
         self._check_run(noise, sigmas, ours)
         if ours:
@@ -277,7 +279,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             into_tiles = (lambda: self._into_tiles(prior, native)) if native else None
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory, guidance, into_tiles)
             through = prior.networks() if self._exact else [vae.model for vae in vaes]
-            with frozen(through), differentiable_attention(networks if self._exact else []), exact_layers(through):
+            tracked = networks if self._exact else []
+            with frozen(through), differentiable_attention(tracked), own_input(through), exact_layers(through):
                 check_quantised(through)
                 self._try_vae(prior, y[:1])
                 if self._watch:
