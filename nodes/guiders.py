@@ -13,7 +13,7 @@ from ..dmap_core.solvers import DPS
 from ..dmap_core.solvers.step import STRENGTH
 from .host.controlnet import check_controls
 from .host.guider import AUTO, PosteriorGuider
-from .host.prior import check_conditioning
+from .host.prior import check_conditioning, unread_guidance
 from .host.report import report_of
 from .messages import speaking_of_nodes
 from .operators import Operator, measurement_input
@@ -60,7 +60,7 @@ class DPSGuider(io.ComfyNode):
             inputs=[
                 io.Model.Input(
                     "model",
-                    tooltip="An eps- or v-prediction model: Stable Diffusion 2.0 base (the paper's), 1.5, 2.1, SDXL. LoRAs are fine; flow models (SD3, Flux) are not.",
+                    tooltip="Stable Diffusion 2.0 base (the paper's), 1.5, 2.1, SDXL, or a flow model: SD 3.5, Flux.1, Chroma, AuraFlow, Lumina 2, Z-Image. LoRAs are fine.",
                 ),
                 io.Conditioning.Input(
                     "positive",
@@ -156,6 +156,7 @@ class DPSGuider(io.ComfyNode):
         guider.set_conds(positive, positive if negative is None else negative)
         guider.set_cfg(cfg)
         guider.warnings += check_controls(positive, model, operator, "DPSGuider: positive")
+        guider.warnings += unread_guidance(positive, model)
         if negative is not None:
             check_controls(negative, model, operator, "DPSGuider: negative")
         return io.NodeOutput(guider)

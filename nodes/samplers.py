@@ -13,7 +13,7 @@ from ..dmap_core.solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
 from ..dmap_core.solvers.base import Setting
 from .host.flow import host_sigmas
 from .host.guider import SolverSampler
-from .host.prior import model_sigmas, null_conditioning, searched_model
+from .host.prior import model_sigmas, null_conditioning, searched_model, too_large_for_gradients
 from .operators import Operator
 from .schema import schema
 
@@ -237,6 +237,11 @@ class DMAPPreset(io.ComfyNode):
             p = presets.preset(operator, "DMAP" if solver == presets.AUTO else solver, searched_model(model))
         else:
             p = presets.automatic(operator, solver, quality)
+            if too_large_for_gradients(model) and p.solver.settings().get("jacobian") == "exact":
+                p = replace(
+                    p.with_settings(jacobian="none"),
+                    source=f"{p.source}; gradients end at the decoder, as the model is too large for this GPU",
+                )
         p = replace(p.with_steps(steps) if steps else p, start=start)
         return io.NodeOutput(SolverSampler(p.solver), host_sigmas(model, p.sigmas(model_sigmas(model))), p.text())
 

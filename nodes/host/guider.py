@@ -41,7 +41,17 @@ from .gradients import (
 )
 from .job import GIB, job_of, room
 from .preview import Watch, is_small, save_cancelled, told
-from .prior import HostPrior, check_model, check_vae, latent_size, native_latents, round_trip, stand_in
+from .prior import (
+    HostPrior,
+    check_model,
+    check_vae,
+    doubts,
+    latent_size,
+    native_latents,
+    round_trip,
+    stand_in,
+    too_large_for_gradients,
+)
 from .report import REPORT, Report
 from .static import static_controls, static_patchers
 
@@ -128,6 +138,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
+        self._own_doubts(len(sigmas) - 1)
         self._tiling = self._tiles(noise)
         counted = self._counted(len(noise), sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1))
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
@@ -312,6 +323,16 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         text = told(paths, self._watch.done, self._clock.steps)
         log.info("DPSGuider: %s", text)
         say(text)
+
+    def _own_doubts(self, steps: int) -> None:
+        found = doubts(self.model_patcher, steps)
+        if self._exact and too_large_for_gradients(self.model_patcher):
+            found.append(
+                f"gradients go through the denoiser, whose weights of {self.model_patcher.model_size() / GIB:.1f} GiB leave little of the GPU; "
+                "jacobian none (DMAPPreset's choice here) needs no gradient of it"
+            )
+        for doubt in found:
+            self._warn(doubt)
 
     def _tiles(self, noise: Tensor) -> tuple[int | None, int | None]:
         """(the tiles of a run in latents, None for whole pictures; those that it may take when the memory does not suffice)."""

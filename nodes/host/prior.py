@@ -36,6 +36,7 @@ SDXL_WIDTH, SDXL_REFINER_WIDTH = 2048, 1280  # of their context
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
 USABLE = "Use Stable Diffusion 1.5, 2.0, 2.1, SDXL or 3.5, Flux.1, Chroma, AuraFlow, Lumina 2 or Z-Image"
+LARGEST_SHARE = 0.5  # of a GPU's memory that the weights may take of a model through which gradients go
 GUIDANCE_PSNR = 15.0  # dB between two decoders below which one does not stand for the other
 
 
@@ -153,6 +154,38 @@ def check_model(model) -> None:
         raise ValueError(f"model: {name} works on pixels, without the VAE whose decoder the guidance goes through. {USABLE}")
     if getattr(sampling, "noise_scale", 1.0) != 1.0:
         raise ValueError(f"model: {name} scales its noise by {sampling.noise_scale:g}, which is not supported. {USABLE}")
+
+
+def doubts(model, steps: int) -> list[str]:
+    """What may be wrong with a model in the way that nodes have set it up, for people. steps: of the run."""
+    sampling, found = model.get_model_object("model_sampling"), []
+    if is_flow(model) and not is_demo_prior(model) and not isinstance(model.model.model_sampling, comfy.model_sampling.CONST):
+        found.append(
+            f"the model is a {type(model.model.model_config).__name__} by its file, and a ModelSampling node makes a flow of it: right only if it was trained as one"
+        )
+    distilled = getattr(sampling, "original_timesteps", None)  # of ModelSamplingDiscrete's lcm
+    if distilled and steps > distilled:
+        found.append(
+            f"{steps} steps of a model that was distilled for {distilled} and fewer (ModelSamplingDiscrete lcm): 4 to 8 are enough"
+        )
+    return found
+
+
+def unread_guidance(conditioning: list, model) -> list[str]:
+    """A warning if the conditioning brings a distilled guidance (FluxGuidance) that the model does not read."""
+    if any(values.get("guidance") is not None for _, values in conditioning) and not model.model.model_config.unet_config.get(
+        "guidance_embed"
+    ):
+        return [
+            f"the conditioning has a guidance, which {type(model.model.model_config).__name__} models do not read; leave FluxGuidance out, or use cfg"
+        ]
+    return []
+
+
+def too_large_for_gradients(model) -> bool:
+    """Whether a gradient through the denoiser would leave too little of the GPU for its activations: its weights must be there as a whole."""
+    device = comfy.model_management.get_torch_device()
+    return device.type != "cpu" and model.model_size() > LARGEST_SHARE * comfy.model_management.get_total_memory(device)
 
 
 def check_vae(vae, model, name: str = "vae") -> None:

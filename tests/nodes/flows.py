@@ -66,7 +66,16 @@ FLOWS = {
     ),
     "Chroma": Flow(
         "Chroma",
-        {**STREAMS, "image_model": "chroma", "in_channels": 64, "out_channels": 64, "in_dim": 64, "out_dim": 48, "hidden_dim": 32, "n_layers": 1},
+        {
+            **STREAMS,
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "in_dim": 64,
+            "out_dim": 48,
+            "hidden_dim": 32,
+            "n_layers": 1,
+        },
         24,
         1.0,
         {"pooled_output": torch.full((1, 20), 0.3)},  # which its text encoder gives, and it does not read

@@ -218,3 +218,28 @@ def test_no_cse_of_a_transformer(lab, sd3):
 
     with pytest.raises(ValueError, match="SD3 is a transformer, and a CSE is a ControlNet of a UNet"):
         check_trainable(sd3.model)
+
+
+def test_a_guidance_that_the_model_does_not_read(lab, flows, sd3):
+    tokens, values = sd3.positive[0]
+    guider = lab.guider(**problem(lab, sd3, positive=[[tokens, {**values, "guidance": 3.5}]]))
+    assert guider.warnings == ["the conditioning has a guidance, which SD3 models do not read; leave FluxGuidance out, or use cfg"]
+    with torch.inference_mode():
+        flux = flows.Loaded("Flux")
+    assert lab.guider(**problem(lab, flux)).warnings == []
+
+
+def test_large_models_are_guided_through_the_decoder(lab, sd3, monkeypatch):
+    """A hole wants the denoiser's Jacobian, for which a card may be too small."""
+    from comfy import model_management
+
+    hole = torch.zeros(1, 32, 32)
+    hole[:, 8:24, 8:24] = 1
+    operator = lab.call("DMAP_OperatorInpainting", mask=hole)
+    given = {"operator": operator, "solver": "auto", "quality": "look"}
+    sampler, _, text = lab.call("DMAP_DMAPPreset", model=sd3.model, **given)
+    assert sampler.through_denoiser and "decoder" not in text
+    monkeypatch.setattr(model_management, "get_torch_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(model_management, "get_total_memory", lambda device: 1.5 * sd3.model.model_size())
+    sampler, _, text = lab.call("DMAP_DMAPPreset", model=sd3.model, **given)
+    assert not sampler.through_denoiser and "gradients end at the decoder, as the model is too large for this GPU" in text
