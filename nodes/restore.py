@@ -62,7 +62,10 @@ class Restore(io.ComfyNode):
                 "fix photo",
             ],
             inputs=[
-                io.Model.Input("model", tooltip="Stable Diffusion 1.5, 2.0, 2.1 or SDXL, or the demo prior: Load Checkpoint."),
+                io.Model.Input(
+                    "model",
+                    tooltip="Stable Diffusion 1.5, 2.0, 2.1 or SDXL, a flow model (SD 3.5, Flux.1, Chroma, AuraFlow, Lumina 2, Z-Image), or the demo prior.",
+                ),
                 io.Vae.Input("vae", tooltip="The VAE of that checkpoint."),
                 io.Image.Input("image", tooltip="One damaged photo: Load Photo or Load Image. An alpha channel is put back in the end."),
                 io.Combo.Input(

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import_torchvision()
 
-from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, UNet2DConditionModel  # noqa: E402
+from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel  # noqa: E402
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint  # noqa: E402
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer  # noqa: E402
@@ -154,6 +154,30 @@ def test_denoising_is_diffusers_unet(checkpoint, base, unet, model_sigmas, predi
     assert found.dtype == torch.float32
     wanted = denoised_by_hand(unet, z, TIMESTEPS, torch.zeros(3, 1, CONTEXT), model_sigmas[TIMESTEPS], prediction)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_flow(tmp_path, checkpoint, unet, tiny):
+    """x_t = (1 - t) z0 + t eps, whose network is told 1000 t and says eps - z0: by option, or by the file's own word."""
+    state = load_file(checkpoint)
+    said = tmp_path / "flow.safetensors"
+    save_file(state, said, metadata={"modelspec.prediction_type": "flow"})
+    base = open_base(checkpoint, prediction="flow")
+    assert open_base(said).prediction == base.prediction == "flow" and open_base(said, prediction="eps").prediction == "eps"
+    t = torch.tensor([0.1, 0.5, 0.9])
+    x = normal(1, 3, 4, 4, 4)
+    velocity = unet(x, 1000 * t, encoder_hidden_states=torch.zeros(3, 1, CONTEXT)).sample
+    found = base.denoise(x / (1 - t).view(-1, 1, 1, 1), t / (1 - t))
+    torch.testing.assert_close(found, x - t.view(-1, 1, 1, 1) * velocity, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        base.denoise(x[:1] / 0.5, 1.0), x[:1] - 0.5 * unet(x[:1], 500.0, torch.zeros(1, 1, CONTEXT)).sample, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_the_times_of_a_flow_are_diffusers(shift):
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)  # which rise to 1 then
+    theirs = theirs[(theirs >= 0.02) & (theirs <= 0.995)]
+    torch.testing.assert_close(diffusers_files.flow_times(shift), theirs / (1 - theirs), rtol=1e-4, atol=0)
 
 
 @torch.no_grad()

@@ -32,12 +32,17 @@ def reference(prediction):
     if prediction == "eps":
         eps_hat = eps + 0.3 * error
         return (x - sigma_vp * eps_hat) / alpha, z0, (eps_hat - eps).square().mean((1, 2, 3))
+    if prediction == "flow":
+        t = s / (1 + s)
+        velocity = eps - z0
+        velocity_hat = velocity + 0.3 * error
+        return (1 - t) * z0 + t * eps - t * velocity_hat, z0, (velocity_hat - velocity).square().mean((1, 2, 3))
     v = alpha * eps - sigma_vp * z0
     v_hat = v + 0.3 * error
     return alpha * x - sigma_vp * v_hat, z0, (v_hat - v).square().mean((1, 2, 3))
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
+@pytest.mark.parametrize("prediction", ["eps", "v", "flow"])
 def test_the_loss_is_the_error_of_the_networks_own_target(prediction):
     denoised, z0, wanted = reference(prediction)
     for gamma in (None, 0.0):
