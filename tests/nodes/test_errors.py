@@ -172,28 +172,24 @@ def test_colour_that_is_lost_twice(lab, refused):
 # model and VAE
 
 
-def flow_model(lab, model):
-    return lab.call("ModelSamplingSD3", model=model, shift=3.0)
-
-
 @pytest.mark.parametrize("node", ["guider", "scheduler"])
-def test_a_flow_model(lab, refused, node):
-    with refused("model", "flow", "Stable Diffusion 1.5, 2.0, 2.1 or SDXL") as model:
-        flow = flow_model(lab, model)
+def test_an_image_to_image_model(lab, refused, node):
+    with refused("model", "image-to-image", "Stable Diffusion 1.5, 2.0, 2.1, SDXL or 3.5") as model:
+        other = lab.call("ModelSamplingDiscrete", model=model, sampling="img_to_img", zsnr=False)
         if node == "guider":
-            lab.guider(model=flow)
+            lab.guider(model=other)
         else:
-            lab.call("DMAP_DMAPScheduler", model=flow, steps=3)
+            lab.call("DMAP_DMAPScheduler", model=other, steps=3)
 
 
 def test_a_video_model(lab, refused):
-    with refused("model", "video", "Stable Diffusion 1.5, 2.0, 2.1 or SDXL") as model:
+    with refused("model", "video", "Stable Diffusion 1.5, 2.0, 2.1, SDXL or 3.5") as model:
         model.add_object_patch("latent_format", lab.comfy.latent_formats.Wan21())
         lab.guider(model=model)
 
 
 def test_a_video_model_with_latents_of_pictures(lab, refused, monkeypatch):
-    with refused("model", "video", "Stable Diffusion 1.5, 2.0, 2.1 or SDXL") as model:
+    with refused("model", "video", "Stable Diffusion 1.5, 2.0, 2.1, SDXL or 3.5") as model:
         monkeypatch.setitem(model.model.model_config.unet_config, "use_temporal_resblock", True)
         lab.guider(model=model)
 
