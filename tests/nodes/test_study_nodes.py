@@ -444,10 +444,9 @@ def test_a_conditional_model_of_another_kind(lab, run):
     sdxl.add_object_patch("latent_format", lab.comfy.latent_formats.SDXL())
     with before_any_network(lab, "Study: conditional: its model works on latents of SDXL, and the guider's on those of SD15"):
         run(lab, conditional=lab.stock_guider(model=sdxl))
-    flow = lab.shared()[0].clone()
-    flow.add_object_patch("model_sampling", type("Flow", (lab.comfy.model_sampling.CONST,), {})())
-    with before_any_network(lab, "Study: conditional: model: .*flow"):
-        run(lab, conditional=lab.stock_guider(model=flow))
+    other = lab.call("ModelSamplingDiscrete", model=lab.shared()[0], sampling="img_to_img", zsnr=False)
+    with before_any_network(lab, "Study: conditional: model: .*image-to-image"):
+        run(lab, conditional=lab.stock_guider(model=other))
     with before_any_network(lab, "Study: conditional: it is a str"):
         run(lab, conditional="guider")
     small = lab.guider(measurement=lab.problem()["measurement"][:, :2])
