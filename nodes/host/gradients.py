@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.model_management
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -134,6 +136,20 @@ def own_input(networks: list[nn.Module]) -> Iterator[None]:
         for m in inside:
             del m.forward
             vars(m).update({"forward": replaced[m]} if m in replaced else {})
+
+
+@contextmanager
+def as_in_training(denoiser: nn.Module) -> Iterator[None]:
+    """Transformers take the operations that newer hosts keep for their training node: their fast ones have no gradient. UNets have no such operations."""
+    host = comfy.model_management
+    if not hasattr(host, "in_training") or isinstance(denoiser, UNetModel):
+        yield
+        return
+    before, host.in_training = host.in_training, True
+    try:
+        yield
+    finally:
+        host.in_training = before
 
 
 def without_caches(model) -> tuple[Any, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import comfy.model_management
@@ -29,6 +30,7 @@ from .controlnet import controls_of, cut, untied
 from .flow import ancestral_level, check_levels, host_sigmas, is_flow, to_host, to_ve, ve_sigmas
 from .gradients import (
     add_own_skip,
+    as_in_training,
     check_quantised,
     check_whole,
     differentiable_attention,
@@ -291,7 +293,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             self._posterior = HostPosterior(prior, self.operator.to(device), y, self.memory, guidance, into_tiles)
             through = prior.networks() if self._exact else [vae.model for vae in vaes]
             tracked = networks if self._exact else []
-            with frozen(through), differentiable_attention(tracked), own_input(through), exact_layers(through):
+            slow = as_in_training(self.inner_model.diffusion_model) if self._exact else nullcontext()
+            with frozen(through), differentiable_attention(tracked), own_input(through), exact_layers(through), slow:
                 check_quantised(through)
                 self._try_vae(prior, y[:1])
                 if self._watch:

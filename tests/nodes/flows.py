@@ -13,6 +13,8 @@ import comfy.supported_models
 import comfy.taesd.taesd
 import families
 import torch
+from comfy.ldm.chroma.model import ChromaParams
+from comfy.ldm.flux.model import FluxParams
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Flow:
     multiplier: float  # of the times that its network is told
     cond: dict = field(default_factory=dict)
     channels: int = 16
+
+
+def known(params, **newer):
+    """What newer versions of ComfyUI detect besides."""
+    return {name: value for name, value in newer.items() if name in params.__dataclass_fields__}
 
 
 STREAMS = {
@@ -59,7 +66,7 @@ LUMINA = {  # Z-Image tells its times to layers of 256 channels
 FLOWS = {
     "Flux": Flow(
         "Flux",
-        {**STREAMS, "image_model": "flux", "vec_in_dim": 20, "guidance_embed": True},
+        {**STREAMS, "image_model": "flux", "vec_in_dim": 20, "guidance_embed": True} | known(FluxParams, txt_ids_dims=[]),
         24,
         1.0,
         {"pooled_output": torch.full((1, 20), 0.3), "guidance": 3.5},
@@ -75,7 +82,8 @@ FLOWS = {
             "out_dim": 48,
             "hidden_dim": 32,
             "n_layers": 1,
-        },
+        }
+        | known(ChromaParams, txt_ids_dims=[], vec_in_dim=None),
         24,
         1.0,
         {"pooled_output": torch.full((1, 20), 0.3)},  # which its text encoder gives, and it does not read
