@@ -51,7 +51,7 @@ def full(device: str) -> dict:
 
 
 def tiny() -> dict:
-    steps = [(64, 1, plan, None) for plan in STRATEGIES] + [(64, 2, "fast", None), (96, 1, "fast", 8)]
+    steps = [(64, 1, "lean", None), (64, 2, "checkpoint", None), (96, 1, "fast", 8)]  # to count one takes far longer than to run it
     return {
         "device": "cpu",
         "precision": ("tiny", "tiny KL", 32, precision.SIGMAS[:1]),

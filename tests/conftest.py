@@ -37,6 +37,7 @@ TOGETHER = {f"core-test_{name}": "core-processes" for name in ("evaluate_run", "
 LEFT_OUT = pytest.StashKey[int]()
 # In parallel, what takes longest comes first: these groups, then the rest of the folders.
 LONGEST = (
+    "browser",
     "server",
     "core-processes",
     "nodes-test_cse_training",
@@ -53,7 +54,7 @@ SECOND_HOST = bool(os.environ.get("DMAP_TESTS_SECOND_HOST"))
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of a file stay in one process, for what they share; those of the fixture `host` in one, with its server.
+    """Tests of a file stay in one process, for what they share; those of the fixture `host` in two, each with its server: the browser's, and the others.
 
     What is marked `thorough` is another case of what the rest proves, or costs far more than it: .ci/run runs it, with DMAP_TESTS_ALL=1.
     What is marked `nightly` is so dear that only `make test-nightly` runs it. What is marked `hosts("one")` proves the same in every ComfyUI:
@@ -77,7 +78,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return item.path.relative_to(ROOT / "tests").parts[0]
 
     def group(item: pytest.Item) -> str:
-        name = "server" if "host" in item.fixturenames else f"{folder(item)}-{item.path.stem}"
+        if "host" in item.fixturenames:
+            return "browser" if folder(item) == "browser" else "server"
+        name = f"{folder(item)}-{item.path.stem}"
         return TOGETHER.get(name, name)
 
     def place(item: pytest.Item) -> tuple[int, int]:

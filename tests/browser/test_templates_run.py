@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 from host import PACK, ROOT, Host
 from PIL import Image
+from variants import some_at_once
 
 NAMES = sorted(path.stem for pattern in ("demo-*.json", "[1-5]-*-demo.json") for path in (ROOT / "workflows").glob(pattern))
-# The server's tests run all of them; from the page, three of them do where time counts.
+# The server's tests run all of them. From the page three do where time counts, .ci/run has those of DMAP Restore too, and `make test-nightly` all.
 AT_ONCE = ("demo-inpainting", "demo-toy", "4-sharpen-a-blurred-photo-demo")
 TILED = "5-a-large-photo-in-tiles-demo"  # minutes on a CPU
-RUN = [name if name in AT_ONCE else pytest.param(name, marks=pytest.mark.thorough) for name in NAMES if name != TILED]
+RUN = some_at_once(
+    [name for name in NAMES if name != TILED], AT_ONCE, nightly=[n for n in NAMES if n.startswith("demo-") and n not in AT_ONCE]
+)
 MILLISECONDS = 120_000
 # Less of everything that only makes a run long; by node and widget.
 SHORT = {
@@ -98,7 +101,7 @@ def test_it_runs_with_nothing_prepared(tab, untouched: Host, name: str):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_opens(tab, name: str):
-    """Those that are not run here lack nothing either: the server's tests run them, and this page in .ci/run."""
+    """Those that are not run here lack nothing either: the server's tests run them, and this page in `make test-nightly`."""
     open_template(tab, name)
     assert not tab.evaluate("() => app.graph.nodes.filter(node => node.has_errors).map(node => node.type)")
 

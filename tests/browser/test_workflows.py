@@ -106,7 +106,7 @@ def test_workflow_loads_whole(page, info: dict, complaints: list[str], name: str
 
 
 # A page of its own for each takes long; they differ in nothing but what the other tests compare.
-@pytest.mark.parametrize("name", [SD2[0], *(pytest.param(name, marks=pytest.mark.thorough) for name in SD2[1:])])
+@pytest.mark.parametrize("name", [SD2[0], *(pytest.param(name, marks=pytest.mark.nightly) for name in SD2[1:])])
 def test_missing_checkpoint_is_offered_for_download(fresh_page, name: str):
     load(fresh_page, name)
     dialog = fresh_page.get_by_text("checkpoints / 512-base-ema.safetensors")

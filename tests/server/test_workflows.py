@@ -553,7 +553,7 @@ for arguments in calls:
 """
 
 
-@pytest.mark.parametrize("server", ["running", pytest.param("its own", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("server", ["running", pytest.param("its own", marks=pytest.mark.nightly)])
 def test_demo_program(host: Host, tmp_path: Path, server: str):
     """And it lists the operators it knows."""
     operator, stem, out = "super-resolution-x8", ORIGINAL.stem, tmp_path / "out"
