@@ -5,6 +5,7 @@
 
 from .diversity import Diversity
 from .score import UNCONDITIONAL, ScoreErrors, ScoreMean, ScorePoint, plain_score_mean, score_errors, score_means, score_points, timesteps
+from .spread import Spread
 from .toy import BIMODAL_Y, PUBLISHED_Y, Toy, toy_example
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ScoreErrors",
     "ScoreMean",
     "ScorePoint",
+    "Spread",
     "Toy",
     "plain_score_mean",
     "score_errors",

@@ -1,4 +1,4 @@
-"""The studies of the paper's observations on the command line: `score-error`, `score-mean`, `diversity` and `toy`."""
+"""The studies of the paper's observations on the command line: `score-error`, `score-mean`, `diversity`, `toy` and `spread`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,18 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     toy.add_argument("--zeta", type=float, default=0.05, help="of DPS (default: 0.05, the paper's)")
     toy.add_argument("--seed", type=int, default=0)
     toy.set_defaults(function=toy_example)
+
+    known = commands.add_parser(
+        "spread",
+        help="Observation III where the posterior is known: coverage, deviations and distances of every solver",
+        formatter_class=formatter,
+    )
+    known.add_argument("--out", type=Path, required=True, help="folder for the results")
+    known.add_argument("--draws", type=int, default=200, help="truths that are measured and restored (default: 200)")
+    known.add_argument("--versions", type=int, default=39, help="restorations of each: 39, 79, 119, ... (default: 39)")
+    known.add_argument("--steps", type=int, default=100, help="noise levels (default: 100)")
+    known.add_argument("--seed", type=int, default=0)
+    known.set_defaults(function=spread_study)
 
 
 def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
@@ -266,6 +278,19 @@ def toy_example(out: Path, samples: int = 1000, zeta: float = 0.05, seed: int = 
     save(plots.toy_plot(*toys), out / "toy.png")
     write_settings(out / "toy.json", out=out, samples=samples, zeta=zeta, seed=seed)
     log.info("%s", out / "toy.png")
+
+
+def spread_study(out: Path, draws: int = 200, versions: int = 39, steps: int = 100, seed: int = 0) -> None:
+    """spread.csv, .png and .json: all solvers on the problems of `spread.PROBLEMS`, with exact samples beside them."""
+    from . import plots
+    from .spread import spread
+
+    check_numbers(samples=draws, repeats=versions, steps=steps)
+    found = spread(draws=draws, versions=versions, steps=steps, seed=seed, done=lambda problem, method: log.info("%s: %s", problem, method))
+    write_csv(out / "spread.csv", found.rows())
+    save(plots.spread_plot(found), out / "spread.png")
+    write_settings(out / "spread.json", out=out, **found.settings)
+    log.info("%s", out / "spread.png")
 
 
 def write_csv(path: Path, records: Sequence[dict[str, Any]]) -> None:

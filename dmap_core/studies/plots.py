@@ -1,6 +1,6 @@
 """Pictures of the studies' results, drawn as `dmap_core.plots` draws.
 
-Every function takes what `score`, `diversity` or `toy` gives and returns a Figure.
+Every function takes what `score`, `diversity`, `toy` or `spread` gives and returns a Figure.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 from ..plots import FONT, WIDTH, colour, library, new_figure, styled, wrapped
 from .diversity import Diversity
 from .score import ScoreErrors, ScoreMean, mean_and_error
+from .spread import PARTS, Spread
 from .toy import CENTRES, TRUE, Toy
 
 if TYPE_CHECKING:
@@ -193,3 +194,36 @@ def _toy_panel(axes: Any, toy: Toy, name: str, points: np.ndarray) -> None:
     upper, lower = (float(toy.weights[1]), float(toy.weights[0])) if name == TRUE else (summary.upper, 1 - summary.upper)
     axes.set_title(f"{name}\nupper {_percent(upper)}\nlower {_percent(lower)}")
     axes.set(xlim=(-2.3, 2.3), ylim=(-2.3, 2.3), aspect="equal", xticks=(-2, -1, 0, 1, 2), yticks=(-2, -1, 0, 1, 2))
+
+
+@styled
+def spread_plot(spread: Spread, title: str = "") -> Figure:
+    """Above the methods' deviations over the posterior's, log; below what their 90 % intervals held, with the binomial limits; a column for every problem."""
+    if not spread.found:
+        raise ValueError("spread_plot needs at least one problem")
+    rows, columns = spread.rows(), len(spread.found)
+    most = max(map(len, spread.found.values()))
+    figure = new_figure(2 * (0.28 * most + 0.9) + 0.6, title)
+    grid = figure.subplots(2, columns, sharex="row", sharey="col", squeeze=False)
+    for problem, (above, below) in zip(spread.found, grid.T, strict=True):
+        own = [row for row in rows if row["problem"] == problem]
+        places = np.arange(len(own))
+        for part, shift, shade in zip(PARTS, (-0.17, 0.17), ("#4477aa", "#cc6677"), strict=True):
+            share, low, high = (np.array([row[f"coverage_90_{part}{end}"] for row in own]) for end in ("", "_low", "_high"))
+            above.plot([max(row[f"ratio_{part}"], 1e-2) for row in own], places + shift, "o", color=shade, label=part)
+            below.errorbar(share, places + shift, xerr=np.stack([share - low, high - share]), fmt="o", color=shade, label=part)
+        above.axvline(1, color="black", linewidth=1)
+        below.axvline(0.9, color="black", linewidth=1)
+        above.set_xscale("log")
+        above.set_yticks(places, [row["method"] for row in own])
+        above.set_title(problem)
+        above.set_xlabel("deviation / true")
+        below.set_xlabel("90 % intervals hold")
+    grid[0][0].invert_yaxis()
+    for axes in grid[0][1:]:
+        axes.invert_yaxis()
+    if columns > 1:
+        for axes in grid[:, 1:].flat:
+            axes.tick_params(labelleft=False)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure

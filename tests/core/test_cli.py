@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 
 ROOT = Path(__file__).resolve().parents[2]
 SR8 = json.dumps({"operator": "SuperResolution", "scale": 8})
-COMMANDS = ("evaluate", "score-error", "score-mean", "diversity", "toy")
+COMMANDS = ("evaluate", "score-error", "score-mean", "diversity", "toy", "spread")
 
 
 @pytest.fixture(scope="module", autouse=True)
