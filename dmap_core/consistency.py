@@ -238,8 +238,27 @@ def towards_file(before: Operator | None, jpeg: Jpeg, x: Tensor, y: Tensor) -> C
     return step
 
 
-def project(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
-    """The formula above for a linear f, with every sample's own lam; a sample that explains its measurement already stays as it is."""
+def proximal(operator: Operator, image: Tensor, y: Tensor, lam: float | None = None) -> Tensor:
+    """One step of `image` (B, 3, H, W) towards its measurement y (1 or B, c, h, w), in [-1, 1] before and after; of what is no step, `match`.
+
+    lam: that of the formula above, which is then argmin_u ||f(u) - y||^2 / (2 lam) + ||u - image||^2 / 2, for linear f; None: every sample's own, by the
+    discrepancy of the operator's noise. Other operators that `matchable` knows take all their rounds. Raises ValueError as `match` does.
+    """
+    f = operator.operator if isinstance(operator, Noisy) else operator
+    if not f.linear:
+        if lam is not None:
+            raise ValueError(f"lam is {lam}: {operator.describe()} is not linear, and has no such step; leave it out")
+        return match(operator, image, y).image
+    with torch.inference_mode(False), torch.no_grad():
+        x = image.to(torch.promote_types(image.dtype, torch.float32)).clamp(-1, 1)
+        return project(f, x, y.to(x).expand(len(x), -1, -1, -1), max(operator.noise, ROUNDING), lam).clamp(-1, 1).to(image.dtype)
+
+
+def project(f: Operator, x: Tensor, y: Tensor, noise: float, lam: float | None = None) -> Tensor:
+    """The formula above for a linear f, with every sample's own lam; a sample that explains its measurement already stays as it is.
+
+    lam: another one, for all; then none stays, and noise only says how well the equation is solved.
+    """
     size = (x.shape[-2], x.shape[-1])
     hidden = f.hidden()
     visible = 1.0 if hidden is None else 1 - hidden.to(y)
@@ -249,14 +268,16 @@ def project(f: Operator, x: Tensor, y: Tensor, noise: float) -> Tensor:
 
     residual = visible * -f.difference(f(x), y)
     target = f.elements(y).sqrt().cpu().double() * noise
-    wanted = _norm(residual) > target
-    if not wanted.any():
-        return x
-    residual = residual * _column(wanted, residual)
+    if lam is None:
+        wanted = _norm(residual) > target
+        if not wanted.any():
+            return x
+        residual = residual * _column(wanted, residual)
     if isinstance(f, Separable):
-        u = solve_separable(f, residual, size, target)
+        u = solve_separable(f, residual, size, target, lam)
     else:
-        u, *_ = solve(gram, residual, find_lam(gram, residual, target), EXACT * target)
+        found = find_lam(gram, residual, target) if lam is None else torch.full_like(target, lam)
+        u, *_ = solve(gram, residual, found, EXACT * target)
     return x + f.adjoint(visible * u, size)
 
 
@@ -333,15 +354,18 @@ def _eigen(f: Separable, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return f.kept(("eigen", length, like.dtype, like.device), make)
 
 
-def solve_separable(f: Separable, b: Tensor, size: Size, target: Tensor) -> Tensor:
-    """(f f^T + lam)^-1 b, lam as in `find_lam`, for f(x) = M_h x M_w^T: by the eigenvectors of M_h M_h^T and M_w M_w^T, exactly."""
+def solve_separable(f: Separable, b: Tensor, size: Size, target: Tensor, lam: float | None = None) -> Tensor:
+    """(f f^T + lam)^-1 b, lam as in `find_lam` unless given, for f(x) = M_h x M_w^T: by the eigenvectors of M_h M_h^T and M_w M_w^T, exactly."""
     (rows, into), (columns, across) = (_eigen(f, n, b) for n in size)
     values = rows[:, None] * columns
     turned = into.mT @ b @ across
-    power = turned.cpu().double().square().sum(1)
-    lam = [_lam_of(values, p, AIM * aim) for p, aim in zip(power, target.tolist(), strict=True)]
-    lam = torch.tensor(lam, dtype=torch.float64).view(-1, 1, 1, 1)
-    return into @ (turned / (values + lam).to(b)) @ across.mT
+    if lam is None:
+        power = turned.cpu().double().square().sum(1)
+        found = [_lam_of(values, p, AIM * aim) for p, aim in zip(power, target.tolist(), strict=True)]
+    else:
+        found = [lam]
+    damped = values + torch.tensor(found, dtype=torch.float64).view(-1, 1, 1, 1)
+    return into @ (turned / damped.to(b)) @ across.mT
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:

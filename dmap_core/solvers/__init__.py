@@ -10,12 +10,14 @@ from .checks import check_finite
 from .dmap import DMAP
 from .dps import DPS, guided_denoised
 from .dsg import DSG
+from .flowdps import FlowDPS
 from .freedom import FreeDoM
+from .latino import LATINO
 from .psld import PSLD
 from .resample import ReSample
 from .unguided import Unguided
 
-SOLVERS: dict[str, type[Solver]] = {cls.name(): cls for cls in (DPS, PSLD, FreeDoM, ReSample, DSG, DMAP)}
+SOLVERS: dict[str, type[Solver]] = {cls.name(): cls for cls in (DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, LATINO, FlowDPS)}
 
 __all__ = ["SOLVERS", "Cost", "Solver", "Unguided", "check_finite", "from_spec", "guided_denoised", *SOLVERS]
 

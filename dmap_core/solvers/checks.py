@@ -23,15 +23,15 @@ def check_problem(solver: Solver, posterior: Posterior, z: Tensor, sigmas: Tenso
     return levels
 
 
-def check_finite(step: int, steps: int, zeta: float | None, z: Tensor, residual: Tensor) -> None:
-    """Raises Diverged if a latent or a residual is NaN or infinite."""
+def check_finite(step: int, steps: int, zeta: float | None, z: Tensor, residual: Tensor, guided: bool = True) -> None:
+    """Raises Diverged if a latent or a residual is NaN or infinite. guided: whether there is a step that could be made smaller."""
     bad = ~(torch.isfinite(z).flatten(1).all(1) & torch.isfinite(residual))
     if bad.any():
         i = int(bad.nonzero()[0])
-        lower = "lower strength" if zeta is None else f"lower zeta (now {zeta:g})"
+        lower = ("lower strength, or " if zeta is None else f"lower zeta (now {zeta:g}), or ") if guided else ""
         raise Diverged(
             f"step {step + 1} of {steps}: NaN or infinity in sample {i} of the batch, residual {float(residual[i]):.4g}; "
-            f"{lower}, or run the model and the VAE in fp32 if the very first steps fail"
+            f"{lower}run the model and the VAE in fp32 if the very first steps fail"
         )
 
 

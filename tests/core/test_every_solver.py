@@ -38,10 +38,24 @@ CASES = {
     "ReSample auto": ("ReSample", {"first": 0, "last": 4, "every": 2, "iterations": 3, "learning_rate": 0.05}),
     "DMAP auto": ("DMAP", {"K": 2}),
     "DMAP auto, no Jacobian": ("DMAP", {"K": 2, "jacobian": "none"}),
+    "LATINO": ("LATINO", {}),
+    "LATINO published": ("LATINO", {"delta": 0.5}),
+    "FlowDPS": ("FlowDPS", {"zeta": 0.5}),
+    "FlowDPS auto": ("FlowDPS", {"weights": "falling", "noise": "falling"}),
 }
 GRADIENTS = {"DPS": 6, "DPS adam": 6, "PSLD": 6, "PSLD published": 6, "FreeDoM": 12, "FreeDoM published": 12, "ReSample": 6, "DSG": 5}
 GRADIENTS |= {"DMAP": 10, "DMAP adam": 10, "DPS auto": 6, "FreeDoM auto": 12, "ReSample auto": 6, "DMAP auto": 10}
 GRADIENTS |= {"DMAP auto, no Jacobian": 10}
+# Those that never differentiate the denoiser, and what their runs take.
+PLAIN = {
+    **dict.fromkeys(
+        ("LATINO", "LATINO published"), Cost(denoiser=6, denoiser_gradients=0, decoder=6, decoder_gradients=0, encoder=6)
+    ),
+    **dict.fromkeys(("FlowDPS", "FlowDPS auto"), Cost(denoiser=6, denoiser_gradients=0, decoder=18, decoder_gradients=18)),
+}
+GRADIENTS |= dict.fromkeys(PLAIN, 0)
+ENCODES = ("PSLD", "ReSample", "LATINO")
+OTHER = {"LATINO": "delta"}  # a setting that is a number, of those without a zeta
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -189,6 +203,13 @@ def test_the_callback_sees_every_step(autoencoder, case):
     out = solve(case, posterior, z, generator=generators(1, 2), callback=callback)
     assert [step for step, *_ in seen] == list(range(STEPS))
     assert torch.equal(seen[-1][2], out)
+    if case in PLAIN:  # of z before the step
+        for step, denoised, latent, residual, _ in seen:
+            before, sigma = seen[step - 1][2] if step else z, SIGMAS[step]
+            torch.testing.assert_close(denoised, posterior.denoise(before, sigma), rtol=1e-6, atol=0)
+            torch.testing.assert_close(residual, posterior.residual(before, sigma), rtol=1e-6, atol=0)
+            assert not torch.equal(latent, before)
+        return
     dmap, spherical = case.startswith("DMAP"), case[:3] in ("DMA", "DSG")
     for step, denoised, latent, residual, gradients in seen[: STEPS - 1 if spherical else STEPS]:
         at, sigma, last_denoised, last_residual = posterior.gradients[gradients - 1]
@@ -209,6 +230,12 @@ def test_calls_of_the_denoiser(autoencoder, case):
     prior = autoencoder()
     posterior, z = problem(prior)
     solve(case, posterior, z)
+    if case in PLAIN:
+        assert make(case).cost(STEPS) == PLAIN[case]
+        assert prior.denoised_at == [(sigma, False) for sigma in SIGMAS[:-1]]
+        calls = posterior.denoiser_calls, posterior.decoder_calls, prior.decoded, prior.encoded
+        assert calls == (PLAIN[case].denoiser, PLAIN[case].decoder, PLAIN[case].decoder, PLAIN[case].encoder)
+        return
     gradients, rest = GRADIENTS[case], STEPS if case.startswith("DMAP") else 1 if case == "DSG" else 0
     assert posterior.denoiser_calls == len(prior.denoised_at) == gradients + rest
     through = 0 if "no Jacobian" in case else gradients
@@ -233,7 +260,7 @@ class Interrupted(Exception):
 @every_case
 @pytest.mark.parametrize("where", ["denoise", "decode", "encode", "callback"])
 def test_an_exception_from_outside_passes_through(autoencoder, case, where):
-    if where == "encode" and CASES[case][0] not in ("PSLD", "ReSample"):
+    if where == "encode" and CASES[case][0] not in ENCODES:
         where = "decode"
     calls = []
 
@@ -250,9 +277,9 @@ def test_an_exception_from_outside_passes_through(autoencoder, case, where):
 
 
 @every_case
-def test_only_two_solvers_need_an_encoder(conv_prior, case):
+def test_only_some_solvers_need_an_encoder(conv_prior, case):
     posterior, z = problem(conv_prior())
-    if CASES[case][0] in ("PSLD", "ReSample"):
+    if CASES[case][0] in ENCODES:
         with pytest.raises(NotImplementedError):
             solve(case, posterior, z)
     else:
@@ -292,7 +319,7 @@ def test_the_call_that_became_nan_is_named_by_its_step(autoencoder, case, networ
 
 @every_case
 def test_a_zeta_far_too_large_diverges(autoencoder, case):
-    if CASES[case][0] == "DSG":  # whose zeta is at most 1
+    if CASES[case][0] in ("DSG", "LATINO"):  # whose zeta is at most 1, and which has none
         return
     prior = autoencoder(dtype=torch.float32)
     prior.encoder = prior.encoder.float()
@@ -322,14 +349,19 @@ def test_nan_in_the_prior_names_step_sample_and_zeta(autoencoder, case, value):
     # DMAP's gradients are taken one level lower
     step = 2 if case.startswith("DMAP") else 3
     zeta = CASES[case][1].get("zeta")
-    lower = rf"lower zeta \(now {zeta:g}\)" if zeta else "lower strength"
-    with pytest.raises(Diverged, match=rf"^step {step} of 6: NaN or infinity in sample 1 of the batch, .*{lower}, or run"):
+    lower = rf"lower zeta \(now {zeta:g}\), or " if zeta else "" if CASES[case][0] == "LATINO" else "lower strength, or "
+    with pytest.raises(Diverged, match=rf"^step {step} of 6: NaN or infinity in sample 1 of the batch, residual [^;]*; {lower}run the"):
         solve(case, posterior, z, generator=generators(1, 2), callback=lambda step, *_: steps.append(step))
     assert steps == list(range(step - 1))
 
 
 INVALID = [
-    *((case, {"zeta": zeta}, f"zeta is {zeta}") for case in CASES for zeta in (0, 0.0, -1.0, NAN, INF, -INF)),
+    *(
+        (case, {"zeta": zeta}, f"zeta is {zeta}")
+        for case in CASES
+        for zeta in (0, 0.0, -1.0, NAN, INF, -INF)
+        if not case.startswith("LATINO")
+    ),
     *((case, {"eta": eta}, f"eta is {eta}") for case in CASES for eta in (-0.1, 1.01, 1.1, NAN, INF)),
     ("DSG", {"eta": 0.0}, "eta is 0"),
     ("DSG", {"eta": 0}, "eta is 0"),
@@ -347,6 +379,11 @@ INVALID = [
     *((case, {"first": 0, "last": 2.5}, "last is 2.5") for case in ("FreeDoM", "ReSample")),
     *((case, {"first": 0, "last": 6}, "last is 6, but the schedule has the steps 0 to 5") for case in ("FreeDoM", "ReSample")),
     *((case, {"first": 25, "last": 50}, "last is 50, but") for case in ("FreeDoM", "ReSample")),
+    *(("LATINO", {"delta": delta}, f"delta is {delta}") for delta in (-0.1, NAN, INF)),
+    *(("FlowDPS", {"inner": inner}, f"inner is {inner}") for inner in (0, -1, 1.5)),
+    ("FlowDPS", {"weights": "late"}, "weights is 'late'; it must be one of published, constant, rising, falling"),
+    ("FlowDPS", {"noise": "late"}, "noise is 'late'; it must be one of published, falling"),
+    *(("FlowDPS auto", {"strength": strength}, f"strength is {strength}") for strength in (0, 2.1, NAN)),
     ("ReSample", {"space": "image"}, "space is 'image'; it must be one of both, latent, pixel"),
     ("ReSample", {"tweedie": "wrong"}, "tweedie is 'wrong'; it must be one of correct, published"),
     *(("ReSample", {name: value}, f"{name} is {value}") for name in ("iterations", "every") for value in (0, -1, 1.5)),
@@ -391,7 +428,7 @@ def test_every_eta_runs_and_means_something(autoencoder, case, eta):
     assert (out - other).abs().max() > 1e-3
     draws = solve(case, posterior, z, eta=eta, generator=generators(2, 1))
     # at eta 0 only going back in time and resampling draw noise
-    assert torch.equal(out, draws) is (eta == 0 and CASES[case][0] in ("DPS", "PSLD"))
+    assert torch.equal(out, draws) is (eta == 0 and CASES[case][0] in ("DPS", "PSLD", "LATINO", "FlowDPS"))
 
 
 def stable_diffusion_sigmas():
@@ -434,7 +471,10 @@ class Detached(Operator):
 @pytest.mark.parametrize("f", [Labels(), Detached()], ids=lambda f: f.name)
 def test_an_operator_without_gradient_is_named(autoencoder, case, f):
     posterior, z = problem(autoencoder(), f=f)
-    what = "is not linear" if case.startswith("PSLD") and not f.linear else "is not differentiable"
+    if CASES[case][0] == "LATINO" and f.linear:
+        assert torch.isfinite(solve(case, posterior, z)).all()
+        return
+    what = "is not linear" if CASES[case][0] in ("PSLD", "LATINO") and not f.linear else "is not differentiable"
     with pytest.raises(ValueError, match=f"^operator: {f.name} {what}"):
         solve(case, posterior, z)
 
@@ -448,13 +488,14 @@ def test_the_last_step_of_a_sphere_takes_no_gradient(autoencoder, case):
 
 
 @every_case
-def test_a_nonlinear_operator_stops_only_psld(autoencoder, case):
+def test_a_nonlinear_operator_stops_only_psld_and_a_given_delta(autoencoder, case):
     f = Jpeg(30)
     posterior, z = problem(autoencoder(), f=f)
-    if CASES[case][0] != "PSLD":
+    if case != "LATINO published" and CASES[case][0] != "PSLD":
         assert torch.isfinite(solve(case, posterior, z)).all()
         return
-    with pytest.raises(ValueError, match=r"^operator: JPEG \(.*\) is not linear, and PSLD needs its transpose; use DMAP, DPS"):
+    psld = r"^operator: JPEG \(.*\) is not linear, and PSLD needs its transpose; use DMAP, DPS"
+    with pytest.raises(ValueError, match=psld if CASES[case][0] == "PSLD" else r"^delta is 0.5, but JPEG \(.*\) is not linear.*set it to 0"):
         solve(case, posterior, z)
     assert posterior.denoiser_calls == 0
 
@@ -506,7 +547,7 @@ def test_dps_like_solvers_take_gradients_at_the_levels_of_the_schedule(autoencod
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS)):
         if case.startswith("DMAP"):
             expected += [sigma_next] * (2 if sigma_next else 0)
-        elif case != "DSG" or sigma_next:
+        elif case not in PLAIN and (case != "DSG" or sigma_next):
             expected += [sigma] * (3 if case.startswith("FreeDoM") and 1 <= i <= 3 else 1)
     assert [sigma for _, sigma, *_ in posterior.gradients] == expected
 
@@ -521,7 +562,7 @@ def test_a_spec_makes_the_same_solver(case):
     assert from_spec(spec) == solver
     assert spec.pop("solver") == solver.name() == CASES[case][0]
     assert spec == solver.settings()
-    assert hash(solver) == hash(make(case)) and replace(solver, zeta=0.25) != solver
+    assert hash(solver) == hash(make(case)) and replace(solver, **{OTHER.get(CASES[case][0], "zeta"): 0.25}) != solver
 
 
 def test_a_spec_without_defaults_and_that_of_the_model_alone():
@@ -533,7 +574,7 @@ def test_a_spec_without_defaults_and_that_of_the_model_alone():
     "spec, message",
     [
         ("DMAP", "a solver is 'DMAP'; it must map names to settings"),
-        ({}, "solver is None; it must be one of DPS, PSLD, FreeDoM, ReSample, DSG, DMAP$"),
+        ({}, "solver is None; it must be one of DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, LATINO, FlowDPS$"),
         ({"solver": "dmap"}, "solver is 'dmap'"),
         ({"solver": ["DMAP"]}, "solver is"),
         ({"solver": "PSLD", "zeta": 1.0}, "PSLD: the settings 'zeta' do not describe one: .*gamma"),
@@ -567,9 +608,11 @@ def test_people_are_told_about_every_setting(case):
 def test_what_a_report_says(case):
     text = make(case).describe()
     assert text.startswith(f"{CASES[case][0]} (") and text.isascii()
-    assert (f"zeta {CASES[case][1]['zeta']:g}" if "zeta" in CASES[case][1] else "automatic step") in text
-    assert ("Adam" in text) is ("optimizer" in CASES[case][1])
-    assert text != make(case, zeta=0.26).describe()
+    settings, other = CASES[case][1], OTHER.get(CASES[case][0], "zeta")
+    if other == "zeta":
+        assert (f"zeta {settings['zeta']:g}" if "zeta" in settings else "automatic step") in text
+    assert ("Adam" in text) is ("optimizer" in settings)
+    assert text != make(case, **{other: 0.26}).describe()
 
 
 @every_case
@@ -585,6 +628,9 @@ def test_half_the_steps(case):
             assert now == (min(2, max(1, round(was / 2))) if name in ("first", "last") else max(1, round(was / 2)))
         else:
             assert now == was
+    if CASES[case][0] in OTHER:
+        assert half == solver
+        return
     assert (half.settings()["zeta"] == solver.settings()["zeta"]) is (CASES[case][0] == "DSG" or "auto" in case)
 
 
