@@ -17,7 +17,7 @@ from .operators import Operator, SuperResolution
 from .operators.base import whole
 from .operators.noisy import parts
 from .schedule import SPACINGS
-from .solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample, Solver
+from .solvers import DMAP, DPS, DSG, LATINO, PSLD, SOLVERS, FlowDPS, FreeDoM, ReSample, Solver
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
 
@@ -51,6 +51,12 @@ CHEAP = {"look": (10, 2), "good": (10, 4), "best": (20, 4)}
 CHEAP_START = 0.3
 PAPER = "paper"  # the fourth choice: searched or published zetas, as the tables have them
 NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the paper has
+# Solvers that are not the paper's, with their noise levels at "look". What they leave to be set was chosen on the demo prior's search pictures (docs/solvers.md).
+OTHERS: dict[str, tuple[Solver, int, str]] = {
+    "LATINO": (LATINO(), 8, "exponential"),
+    "FlowDPS": (FlowDPS(), 10, "exponential"),
+}
+TOLD = {"LATINO": "nothing to be set", "FlowDPS": "step sets itself"}
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
 
@@ -114,14 +120,18 @@ def automatic(operator: Operator, solver: str, quality: str) -> Preset:
 
     The gradient goes through the decoder alone, which costs half and was as good or better for every operator but one: a hole is filled by what the
     denoiser knows of its surroundings, which is in its Jacobian (docs/solvers.md). Solver AUTO is DMAP for holes, and DPS with inner steps for all else.
-    Raises ValueError for unknown names and for PSLD.
+    Raises ValueError for unknown names, for PSLD, and for what a solver of OTHERS cannot do.
     """
-    if solver not in (*NAMES, AUTO):
-        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join([*NAMES, AUTO])}")
+    if solver not in (*NAMES, AUTO, *OTHERS):
+        raise ValueError(f"solver is {solver!r}; it must be one of {', '.join([*NAMES, AUTO, *OTHERS])}")
     if quality not in QUALITIES:
         raise ValueError(f"quality is {quality!r}; it must be one of {', '.join([*QUALITIES, PAPER])}")
     if solver == "PSLD":
         raise ValueError("solver: PSLD has two terms, and no automatic step of both is known; take the quality 'paper', or another solver")
+    if solver in OTHERS:
+        found, steps, spacing = OTHERS[solver]
+        found.check(operator, steps)
+        return Preset(found, steps * QUALITIES[quality], spacing, f"{quality}: {TOLD[solver]}")
     key = kind(operator)
     if solver == AUTO:
         if key != "Inpainting":
@@ -140,6 +150,10 @@ def automatic(operator: Operator, solver: str, quality: str) -> Preset:
 
 def preset(operator: Operator, solver: str, model: str) -> Preset:
     """The settings of `solver` for an operator on a model, as the paper or a search found them. Raises ValueError for unknown names, and where no settings are known."""
+    if solver in OTHERS:
+        raise ValueError(
+            f"solver: no settings of {solver} are the paper's; take the quality look, good or best (in a table, give steps and spacing)"
+        )
     if solver in SOLVERS and solver not in NAMES:
         raise ValueError(f"solver: no settings of {solver} are known for {model}; give its zeta, steps and spacing")
     if solver not in NAMES:

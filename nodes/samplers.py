@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..dmap_core import presets
 from ..dmap_core.schedule import SPACINGS
-from ..dmap_core.solvers import DMAP, DPS, DSG, PSLD, FreeDoM, ReSample, Solver
+from ..dmap_core.solvers import DMAP, DPS, DSG, LATINO, PSLD, FlowDPS, FreeDoM, ReSample, Solver
 from ..dmap_core.solvers.base import Setting
 from .host.flow import host_sigmas
 from .host.guider import SolverSampler
@@ -130,6 +130,24 @@ class ReSampleSampler(SolverNode):
     )
 
 
+class LATINOSampler(SolverNode):
+    solver = LATINO
+    description = (
+        "LATINO (Spagnoletti et al. 2025): at every step the model's picture is matched to the measurement, encoded and noised again; no gradient at all. Made for "
+        "8 steps and an LCM, Turbo or Lightning LoRA at cfg 1; the plain model works, too. Needs DPSGuider. T steps cost T denoiser calls, and the VAE both ways."
+    )
+    search_aliases = ("LCM", "turbo", "lightning", "fast")
+
+
+class FlowDPSSampler(SolverNode):
+    solver = FlowDPS
+    description = (
+        "FlowDPS (Kim et al. 2025), with the weights of TriPS (2026): at every step the model's clean latent takes a few gradient steps through the VAE alone, and is noised "
+        "again. For flow models and for others. Needs DPSGuider. T steps cost T denoiser calls."
+    )
+    search_aliases = ("TriPS", "flow", "fast")
+
+
 class DMAPScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -197,7 +215,7 @@ class DMAPPreset(io.ComfyNode):
                 Operator.Input("operator", tooltip="The damage, the same that goes to DPSGuider."),
                 io.Combo.Input(
                     "solver",
-                    options=[*presets.NAMES, presets.AUTO],
+                    options=[*presets.NAMES, presets.AUTO, *presets.OTHERS],  # in this order: saved workflows go by place
                     default=presets.AUTO,
                     tooltip="auto: what was best for its cost: DPS with inner steps, for holes DMAP. DMAP costs about what DPS costs; DMAP full is the paper's best and takes three times as long. The others are for comparison.",
                 ),
@@ -270,6 +288,8 @@ NODES = [
     PSLDSampler,
     FreeDoMSampler,
     ReSampleSampler,
+    LATINOSampler,
+    FlowDPSSampler,
     DMAPPreset,
     DMAPScheduler,
     DMAPUnconditional,

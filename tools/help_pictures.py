@@ -250,6 +250,8 @@ STRIPS: dict[str, Callable[[Prompt], Strip]] = {
     "DMAP_PSLDSampler": solver("PSLD", "paper"),
     "DMAP_FreeDoMSampler": solver("FreeDoM"),
     "DMAP_ReSampleSampler": solver("ReSample"),
+    "DMAP_LATINOSampler": solver("LATINO"),
+    "DMAP_FlowDPSSampler": solver("FlowDPS"),
     "DMAP_ApplyCSE": with_cse,
     "DMAP_SelfGenerateCSEDataset": own_pictures,
 }

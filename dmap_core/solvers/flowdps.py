@@ -16,7 +16,7 @@ from .base import Cost, Solver, check_choice, check_eta, choice_setting, setting
 from .checks import check_finite, check_problem
 from .step import check_step, step_of, strength_setting
 
-WEIGHTS = ("published", "constant", "rising", "falling")
+WEIGHTS = ("constant", "published", "falling", "rising")
 NOISES = ("published", "falling")
 LAST = 0.2  # of the first step is the last one of TriPS' ramp, 250 to 50 for super-resolution
 LATE = 15.0  # how late TriPS' noise falls
@@ -29,7 +29,7 @@ class FlowDPS(Solver):
     Published for flows, x_t = (1 - t) z0 + t e with velocity v. In VE space, where z = x_t / (1 - t) and sigma = t / (1 - t), that is t = sigma / (1 + sigma),
     z0 = x_t - t v, e = x_t + (1 - t) v = (z - z0) / sigma, and x_next = (1 - t_next) z~ + t_next (...) becomes the line above, exactly. So it needs no
     flow: a model trained with another noise gives z0(z) at the same sigma. e is that of z0, not of z~.
-    weights: "published", FlowDPS': w = 1, m = t. "constant": w = m = 1. "falling", TriPS' data consistency: m = 1, w = (1 - 0.8 u) (1 + 3 t^2) / 4 with u from 0 at the
+    weight: "constant", the default, which was best on the demo prior: w = m = 1. "published", FlowDPS': w = 1, m = t. "falling", TriPS' data consistency: m = 1, w = (1 - 0.8 u) (1 + 3 t^2) / 4 with u from 0 at the
     first step to 1 at the last (its ramp from 250 to 50; other tasks have ratios from 1/5 to 2/3). "rising": the ramp turned round, m = 1, w = 0.2 + 0.8 u, for comparison.
     noise: a of "published" is eta sqrt(1 - t_next), so that with eta 1 a^2 + t_next = 1; of "falling", TriPS', eta (1 - (e^15u - 1) / (e^15 - 1)). eta 0 is
     deterministic. TriPS' third schedule, cfg rising from 1 to 6, belongs to the model, not to the solver.
@@ -39,10 +39,12 @@ class FlowDPS(Solver):
     """
 
     zeta: float | None = zeta_setting(4.8)
-    inner: int = setting("Gradient steps through the decoder per call of the denoiser (published: 3; TriPS: 6).", default=3, least=1, most=100)
-    weights: str = choice_setting(
+    inner: int = setting(
+        "Gradient steps through the decoder per call of the denoiser (published: 3; TriPS: 6).", default=3, least=1, most=100
+    )
+    weight: str = choice_setting(
         WEIGHTS,
-        "How much the guided latent counts. published: as much as there is noise. constant: all of it, always. falling: all of it, with steps that get "
+        "How much the guided latent counts. constant: all of it, always. published: as much as there is noise, so that the last steps are the model's. falling: all of it, with steps that get "
         "shorter (TriPS). rising: with steps that get longer.",
     )
     noise: str = choice_setting(
@@ -61,7 +63,7 @@ class FlowDPS(Solver):
     def __post_init__(self):
         check_step(self.zeta, self.strength, "none")
         whole("inner", self.inner, 1)
-        check_choice("weights", self.weights, WEIGHTS)
+        check_choice("weight", self.weight, WEIGHTS)
         check_choice("noise", self.noise, NOISES)
         check_eta(self.eta)
 
@@ -72,27 +74,27 @@ class FlowDPS(Solver):
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             u = i / max(steps - 1, 1)
             t, t_next = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
-            w, m = weights_of(self.weights, u, t)
+            w, m = weights_of(self.weight, u, t)
             denoised = posterior.denoise(z, sigma)
-            guided, first = denoised, None
+            guided, residuals = denoised, []
             for _ in range(int(self.inner)):
                 grad, residual = posterior.gradient_z0(guided)
                 guided = guided - w * step_of(self, grad, residual, sigma) * grad
-                first = residual if first is None else first
                 check_finite(i, steps, self.zeta, guided, residual)
+                residuals.append(residual)
             z0 = (1 - m) * denoised + m * guided
             a = self.eta * (math.sqrt(1 - t_next) if self.noise == "published" else late(u))
             z0 = z0 + sigma_next * math.sqrt(1 - a**2) / sigma * (z - denoised)
             z = z0 + sigma_next * a * randn_like(z, generator) if sigma_next * a > 0 else z0
-            check_finite(i, steps, self.zeta, z, first)
+            check_finite(i, steps, self.zeta, z, residuals[0])
             if callback:
-                callback(i, denoised, z, first)
+                callback(i, denoised, z, residuals[0])
         return z
 
     def describe(self) -> str:
         step = f"automatic step {self.strength:g}" if self.zeta is None else f"zeta {self.zeta:g}"
         noise = "" if self.noise == "published" else f", {self.noise} noise"
-        return f"FlowDPS ({step}, {self.inner} inner steps, {self.weights} weights{noise}{f', eta {self.eta:g}' if self.eta < 1 else ''})"
+        return f"FlowDPS ({step}, {self.inner} inner steps, {self.weight} weight{noise}{f', eta {self.eta:g}' if self.eta < 1 else ''})"
 
     def cost(self, steps: int) -> Cost:
         gradients = steps * int(self.inner)

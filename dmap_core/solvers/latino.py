@@ -62,7 +62,9 @@ class LATINO(Solver):
         if refused:
             raise ValueError(f"operator: {refused}, which LATINO needs at every step; use DMAP, DPS, DSG or FreeDoM instead")
         if self.delta > 0 and not all(f.linear for f in parts(operator)):
-            raise ValueError(f"delta is {self.delta:g}, but {operator.describe()} is not linear, where only the discrepancy rule is known; set it to 0")
+            raise ValueError(
+                f"delta is {self.delta:g}, but {operator.describe()} is not linear, where only the discrepancy rule is known; set it to 0"
+            )
 
     @torch.no_grad()
     def __call__(self, posterior: Posterior, z: Tensor, sigmas, generator=None, callback=None) -> Tensor:

@@ -476,7 +476,7 @@ class SolverSampler(PosteriorSampler):
 
     def __init__(self, solver: Solver):
         self.solver, self.name = solver, solver.describe()
-        self.through_denoiser = getattr(solver, "jacobian", "exact") == "exact"
+        self.through_denoiser = solver.cost(2).denoiser_gradients > 0
 
     def check(self, operator: Operator, steps: int) -> None:
         self.solver.check(operator, steps)

@@ -17,6 +17,7 @@ from dmap_core.consistency import (
     matchable,
     mismatch,
     project,
+    proximal,
     solve,
     verdict,
 )
@@ -93,6 +94,35 @@ def test_a_second_time_changes_nothing(f):
     once = match(f, x, y).image
     assert torch.equal(match(f, once, y).image, once)
     assert torch.equal(match(f, smooth(seed=1), y).image, smooth(seed=1))  # a picture that has the measurement stays as it is
+
+
+@pytest.mark.parametrize("lam", [1e-3, 0.3])
+@every_linear
+def test_a_step_of_given_lam_is_the_minimum(f, lam):
+    """argmin_u ||A u - y||^2 / (2 lam) + ||u - x||^2 / 2 by a dense solve, for samples that have y already, too; clamped before and after."""
+    y = f(smooth(seed=1))
+    x = torch.cat([smooth(seed=1), 1.3 * smooth(seed=2)])
+    found = proximal(f, x, y, lam)
+    A = dense(f, SIZE)
+    start = x.clamp(-1, 1)
+    b = -f.difference(f(start), y).flatten(1)
+    u = torch.linalg.solve(A @ A.T + lam * torch.eye(len(A), dtype=A.dtype), b.T)
+    expected = (start + (A.T @ u).T.view_as(x)).clamp(-1, 1)
+    # conjugate gradients end at a tenth of the noise, of which A^T (A A^T + lam)^-1 leaves 1 / (2 sqrt(lam)) at most
+    allowed = 0.1 * ROUNDING * math.sqrt(float(f.elements(y).max())) / (2 * math.sqrt(lam))
+    assert (distance(found, expected) <= allowed).all()
+    assert (distance(expected, start)[1:] > 10 * allowed).all()
+
+
+def test_a_step_without_lam_is_a_projection_or_a_match():
+    x, f = 1.3 * smooth(2, seed=2), Noisy(GaussianBlur(7, 1.2), 0.02)
+    y = f.operator(smooth(2, seed=1))
+    assert torch.equal(proximal(f, x, y), project(f.operator, x.clamp(-1, 1), y, f.noise).clamp(-1, 1))
+    jpeg = Jpeg(50)
+    y = jpeg(smooth(2, seed=1)).detach()
+    assert torch.equal(proximal(jpeg, x, y), match(jpeg, x, y).image)
+    with pytest.raises(ValueError, match="lam is 0.1: JPEG .* is not linear, and has no such step; leave it out"):
+        proximal(jpeg, x, y, 0.1)
 
 
 @pytest.mark.parametrize("noise", [0.02, 0.1])

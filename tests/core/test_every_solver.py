@@ -41,16 +41,14 @@ CASES = {
     "LATINO": ("LATINO", {}),
     "LATINO published": ("LATINO", {"delta": 0.5}),
     "FlowDPS": ("FlowDPS", {"zeta": 0.5}),
-    "FlowDPS auto": ("FlowDPS", {"weights": "falling", "noise": "falling"}),
+    "FlowDPS auto": ("FlowDPS", {"weight": "falling", "noise": "falling"}),
 }
 GRADIENTS = {"DPS": 6, "DPS adam": 6, "PSLD": 6, "PSLD published": 6, "FreeDoM": 12, "FreeDoM published": 12, "ReSample": 6, "DSG": 5}
 GRADIENTS |= {"DMAP": 10, "DMAP adam": 10, "DPS auto": 6, "FreeDoM auto": 12, "ReSample auto": 6, "DMAP auto": 10}
 GRADIENTS |= {"DMAP auto, no Jacobian": 10}
 # Those that never differentiate the denoiser, and what their runs take.
 PLAIN = {
-    **dict.fromkeys(
-        ("LATINO", "LATINO published"), Cost(denoiser=6, denoiser_gradients=0, decoder=6, decoder_gradients=0, encoder=6)
-    ),
+    **dict.fromkeys(("LATINO", "LATINO published"), Cost(denoiser=6, denoiser_gradients=0, decoder=6, decoder_gradients=0, encoder=6)),
     **dict.fromkeys(("FlowDPS", "FlowDPS auto"), Cost(denoiser=6, denoiser_gradients=0, decoder=18, decoder_gradients=18)),
 }
 GRADIENTS |= dict.fromkeys(PLAIN, 0)
@@ -381,7 +379,7 @@ INVALID = [
     *((case, {"first": 25, "last": 50}, "last is 50, but") for case in ("FreeDoM", "ReSample")),
     *(("LATINO", {"delta": delta}, f"delta is {delta}") for delta in (-0.1, NAN, INF)),
     *(("FlowDPS", {"inner": inner}, f"inner is {inner}") for inner in (0, -1, 1.5)),
-    ("FlowDPS", {"weights": "late"}, "weights is 'late'; it must be one of published, constant, rising, falling"),
+    ("FlowDPS", {"weight": "late"}, "weight is 'late'; it must be one of constant, published, falling, rising"),
     ("FlowDPS", {"noise": "late"}, "noise is 'late'; it must be one of published, falling"),
     *(("FlowDPS auto", {"strength": strength}, f"strength is {strength}") for strength in (0, 2.1, NAN)),
     ("ReSample", {"space": "image"}, "space is 'image'; it must be one of both, latent, pixel"),
@@ -495,7 +493,9 @@ def test_a_nonlinear_operator_stops_only_psld_and_a_given_delta(autoencoder, cas
         assert torch.isfinite(solve(case, posterior, z)).all()
         return
     psld = r"^operator: JPEG \(.*\) is not linear, and PSLD needs its transpose; use DMAP, DPS"
-    with pytest.raises(ValueError, match=psld if CASES[case][0] == "PSLD" else r"^delta is 0.5, but JPEG \(.*\) is not linear.*set it to 0"):
+    with pytest.raises(
+        ValueError, match=psld if CASES[case][0] == "PSLD" else r"^delta is 0.5, but JPEG \(.*\) is not linear.*set it to 0"
+    ):
         solve(case, posterior, z)
     assert posterior.denoiser_calls == 0
 

@@ -43,7 +43,7 @@ def velocity(x, t):
     return e - z0
 
 
-def by_hand(y, x, generators, zeta=None, strength=0.7, inner=3, weights="published", noise="published", eta=1.0):
+def by_hand(y, x, generators, zeta=None, strength=0.7, inner=3, weight="constant", noise="published", eta=1.0):
     """x_t after every step, in float64."""
     steps, trace = len(TIMES) - 1, []
     matrix = F(torch.eye(math.prod(SHAPE), dtype=torch.float64).view(-1, *SHAPE)).flatten(1).mT
@@ -51,7 +51,9 @@ def by_hand(y, x, generators, zeta=None, strength=0.7, inner=3, weights="publish
         v = velocity(x, t)
         z0, e = x - t * v, x + (1 - t) * v
         u = i / (steps - 1)
-        scale = {"published": 1, "constant": 1, "rising": 0.2 + 0.8 * u, "falling": (250 + (50 - 250) * u) / 250 * (0.25 + 0.75 * t**2)}[weights]
+        scale = {"published": 1, "constant": 1, "rising": 0.2 + 0.8 * u, "falling": (250 + (50 - 250) * u) / 250 * (0.25 + 0.75 * t**2)}[
+            weight
+        ]
         z_y = z0.flatten(1)
         for _ in range(inner):
             error = z_y @ matrix.mT - y.flatten(1)
@@ -61,7 +63,7 @@ def by_hand(y, x, generators, zeta=None, strength=0.7, inner=3, weights="publish
             longest = math.sqrt(math.prod(SHAPE)) * t / (1 - t)
             z_y = z_y - scale * (zeta or (strength * r / norm).clamp(max=longest) / norm) * grad
         z_y = z_y.view_as(z0)
-        blend = t if weights == "published" else 1.0
+        blend = t if weight == "published" else 1.0
         z0 = (1 - blend) * z0 + blend * z_y
         a = math.sqrt(1 - t_next) if noise == "published" else 1 - (math.exp(15 * u) - 1) / (math.exp(15) - 1)
         fresh = torch.stack([torch.randn(SHAPE, generator=g).double() for g in generators]) if t_next * a * eta > 0 else 0.0
@@ -74,9 +76,9 @@ VARIANTS = [
     {},
     {"zeta": 0.3},
     {"inner": 1, "eta": 0.0},
-    {"weights": "constant", "eta": 0.5},
-    {"weights": "rising", "zeta": 0.2},
-    {"weights": "falling", "noise": "falling", "inner": 6},
+    {"weight": "published", "eta": 0.5},
+    {"weight": "rising", "zeta": 0.2},
+    {"weight": "falling", "noise": "falling", "inner": 6},
     {"noise": "falling", "strength": 1.0},
 ]
 
@@ -123,7 +125,7 @@ def test_a_measurement_is_reached_with_constant_weights():
     posterior = Posterior(PRIOR, f, f(PRIOR.means[:2]))
     z = x / (1 - TIMES[0])
     seen = []
-    end = FlowDPS(weights="constant", strength=0.5, inner=4)(
+    end = FlowDPS(weight="constant", strength=0.5, inner=4)(
         posterior, z, SIGMAS, generator=generators(5, 2), callback=lambda i, d, z, r: seen.append(r)
     )
     torch.testing.assert_close(posterior.distance(end), 0.5**4 * seen[-1], rtol=1e-4, atol=0)
@@ -137,10 +139,10 @@ def test_trips_schedules():
         assert weights_of("rising", u, t)[0] == pytest.approx(0.2 + 0.8 * u)
         assert weights_of("constant", u, t) == (1.0, 1.0) and weights_of("published", u, t) == (1.0, t)
     assert late(0) == 1 and late(1) == 0 and late(0.5) > 0.999 and late(0.95) == pytest.approx(1 - math.exp(-0.75), rel=1e-5)
-    assert WEIGHTS[0] == NOISES[0] == "published"
+    assert WEIGHTS[0] == "constant" and NOISES[0] == "published"
 
 
 def test_what_people_are_told():
-    assert FlowDPS().describe() == "FlowDPS (automatic step 0.7, 3 inner steps, published weights)"
-    told = FlowDPS(zeta=2.0, inner=6, weights="falling", noise="falling", eta=0.5).describe()
-    assert told == "FlowDPS (zeta 2, 6 inner steps, falling weights, falling noise, eta 0.5)"
+    assert FlowDPS().describe() == "FlowDPS (automatic step 0.7, 3 inner steps, constant weight)"
+    told = FlowDPS(zeta=2.0, inner=6, weight="falling", noise="falling", eta=0.5).describe()
+    assert told == "FlowDPS (zeta 2, 6 inner steps, falling weight, falling noise, eta 0.5)"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dmap_core.backends.mixture import GaussianMixture
+from dmap_core.consistency import matchable
 from dmap_core.operators import (
     OPERATORS,
     Compose,
@@ -23,7 +24,7 @@ from dmap_core.operators import (
 from dmap_core.operators.nonlinear_blur import random_kernel_wizard
 from dmap_core.operators.segmentation import random_room_layout
 from dmap_core.posterior import Posterior
-from dmap_core.presets import AUTO, DEMO, LIKE, MODELS, NAMES, PAPER_ZETA, QUALITIES, automatic, kind, preset
+from dmap_core.presets import AUTO, DEMO, LIKE, MODELS, NAMES, OTHERS, PAPER_ZETA, QUALITIES, TOLD, automatic, kind, preset
 from dmap_core.schedule import SPACINGS, check_sigmas
 from dmap_core.solvers import DMAP, DPS, DSG, PSLD, SOLVERS, FreeDoM, ReSample
 from dmap_core.solvers.step import STRENGTH
@@ -51,7 +52,8 @@ every_operator = pytest.mark.parametrize("f", EXAMPLES, ids=lambda f: f.describe
 
 def test_there_is_an_example_of_every_operator_and_a_preset_of_every_solver():
     assert {f.name for f in EXAMPLES} == set(OPERATORS)
-    assert {name.removesuffix(" full") for name in NAMES} == set(SOLVERS)
+    assert {name.removesuffix(" full") for name in (*NAMES, *OTHERS)} == set(SOLVERS)
+    assert set(OTHERS) == set(TOLD) and not set(OTHERS) & set(NAMES)
     assert set(LIKE.values()) <= DEMO.keys()
     assert PAPER_ZETA.keys() <= DEMO.keys()
 
@@ -281,6 +283,22 @@ def test_automatic_steps_need_no_zeta(f, solver, quality):
         assert found.solver.zeta is None and found.solver.strength == STRENGTH
         assert found.solver.jacobian == ("exact" if kind(f) == "Inpainting" else "none")
         assert f"strength {STRENGTH:g}" in found.text() and "sets itself" in found.text()
+
+
+@every_operator
+@pytest.mark.parametrize("quality", QUALITIES)
+@pytest.mark.parametrize("solver", OTHERS)
+def test_solvers_that_are_not_the_papers(f, solver, quality):
+    """The same for every operator, or a refusal; and no settings of the paper."""
+    with pytest.raises(ValueError, match=f"no settings of {solver} are the paper's; take the quality look, good or best"):
+        preset(f, solver, MODELS[0])
+    if solver == "LATINO" and matchable(f):
+        with pytest.raises(ValueError, match="which LATINO needs at every step"):
+            automatic(f, solver, quality)
+        return
+    found, look = automatic(f, solver, quality), OTHERS[solver]
+    assert (found.solver, found.steps, found.spacing) == (look[0], QUALITIES[quality] * look[1], look[2])
+    assert found.text().startswith(f"{solver}: ") and found.text().endswith(f"({quality}: {TOLD[solver]})")
 
 
 @every_operator

@@ -21,6 +21,7 @@ NODES = {
     "DMAP_DiversityStudy": "Diversity Study",
     "DMAP_EmptyMeasurementLatent": "Empty Measurement Latent",
     "DMAP_EstimateDegradation": "Estimate Degradation (what is wrong with a photo)",
+    "DMAP_FlowDPSSampler": "FlowDPSSampler",
     "DMAP_FinishRestore": "Finish Restore (part of DMAP Restore)",
     "DMAP_FreeDoMSampler": "FreeDoMSampler",
     "DMAP_LoadPhoto": "DMAP Load Photo (with mask and JPEG tables)",
@@ -72,6 +73,8 @@ INPUTS = {
     "DMAP_DiversityStudy": "images_1 images_2 images_3 images_4 names",
     "DMAP_EmptyMeasurementLatent": "measurement operator vae batch_size max_megapixels content",
     "DMAP_EstimateDegradation": "image jpeg",
+    "DMAP_FlowDPSSampler": "zeta inner weight noise eta step strength",
+    "DMAP_LATINOSampler": "delta eta",
     "DMAP_FreeDoMSampler": "zeta K first last travel eta step strength jacobian",
     "DMAP_MatchMeasurement": "image measurement operator noise feather",
     "DMAP_MismatchMap": "restored measurement operator",
@@ -139,13 +142,15 @@ OUTPUTS = {
     "DMAP_LoadPhoto": ["IMAGE", "MASK", "MASK", "OPERATOR", "STRING"],
     "DMAP_Restore": ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "MASK", "OPERATOR", "STRING"],
 }
-STEPPED = ("DMAP_DMAPSampler", "DMAP_DPSGuider", "DMAP_DPSSampler", "DMAP_FreeDoMSampler", "DMAP_ReSampleSampler")
+STEPPED = ("DMAP_DMAPSampler", "DMAP_DPSGuider", "DMAP_DPSSampler", "DMAP_FlowDPSSampler", "DMAP_FreeDoMSampler", "DMAP_ReSampleSampler")
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
 OPTIONS = {
     "optimizer": "gradient adam",
     "transpose": "adjoint published",
     "travel": "forward published",
     "space": "both latent pixel",
+    "weight": "constant published falling rising",
+    "noise": "published falling",
     "tweedie": "correct published",
     "spacing": "paper exponential karras",
     "memory": "auto fast lean checkpoint",

@@ -28,6 +28,8 @@ SETTINGS = {
         "tweedie": "published",
         "eta": 0.8,
     },
+    "LATINO": {"delta": 0.5, "eta": 0.6},
+    "FlowDPS": {"zeta": 2.0, "inner": 2, "weight": "published", "noise": "falling", "eta": 0.7},
 }
 OTHERS = {  # another value for each of them, the default where it lies within the schedule
     "DSG": {"zeta": 0.08, "eta": 1.0},
@@ -45,6 +47,8 @@ OTHERS = {  # another value for each of them, the default where it lies within t
         "tweedie": "correct",
         "eta": 1.0,
     },
+    "LATINO": {"delta": 0.0, "eta": 1.0},
+    "FlowDPS": {"zeta": 4.8, "inner": 3, "weight": "constant", "noise": "published", "eta": 1.0},
 }
 NAMES = list(SETTINGS)
 
@@ -130,6 +134,8 @@ FREEDOM_BATCH = {"zeta": 0.5}
         pytest.param("PSLD", {"transpose": "adjoint"}, marks=pytest.mark.thorough),
         pytest.param("FreeDoM", FREEDOM_BATCH, marks=pytest.mark.thorough),
         ("ReSample", RESAMPLE_BATCH),
+        ("LATINO", {}),
+        pytest.param("FlowDPS", FREEDOM_BATCH, marks=pytest.mark.thorough),
     ],
 )
 @pytest.mark.hosts("one")
@@ -158,6 +164,8 @@ CALLS = {
     "PSLD": (STEPS, STEPS),
     "FreeDoM": (STEPS + 2 * 2, STEPS + 2 * 2),
     "ReSample": (STEPS, STEPS + 2 * 4),
+    "LATINO": (STEPS, STEPS),
+    "FlowDPS": (STEPS, 2 * STEPS),
 }
 
 
@@ -172,7 +180,8 @@ def test_the_report_has_every_step_and_call(lab, name):
     assert (report.denoiser_calls, report.decoder_calls) == CALLS[name] and len(calls) == report.denoiser_calls
     assert len(report.residuals) == STEPS and all(len(r) == 1 and 0 < r[0] < math.inf for r in report.residuals)
     text, _ = lab.call("DMAP_SamplingReport", guider=guider, latent={"samples": latents})
-    assert text.startswith(f"{name} (zeta {SETTINGS[name]['zeta']:g}") and f"{report.denoiser_calls} denoiser calls" in text
+    first = "delta" if name == "LATINO" else "zeta"
+    assert text.startswith(f"{name} ({first} {SETTINGS[name][first]:g}") and f"{report.denoiser_calls} denoiser calls" in text
 
 
 def test_freedom_walks_the_steps_of_its_window_again(lab):
