@@ -63,12 +63,12 @@ class Posterior:
         self.decoder_calls += 1
         return self.prior.decode(z0)
 
-    def picture(self, z0: Tensor) -> Tensor:
+    def decoded(self, z0: Tensor) -> Tensor:
         """D(z0), an image (B, 3, H, W), without a graph."""
         self.decoder_calls += 1
         return self._plain(lambda: self.prior.decode(z0))
 
-    def encode(self, image: Tensor) -> Tensor:
+    def encoded(self, image: Tensor) -> Tensor:
         """E(image), a latent (B, C, h, w), without a graph."""
         return self._plain(lambda: self.prior.encode(image))
 
@@ -85,7 +85,7 @@ class Posterior:
 
     def residual(self, z: Tensor, sigma: float) -> Tensor:
         """||f(D(z0(z))) - y|| of every sample, (B,); sigma = 0 takes z itself for z0."""
-        return self.distance(self.picture(self.denoise(z, sigma) if sigma > 0 else z))
+        return self.distance(self.decoded(self.denoise(z, sigma) if sigma > 0 else z))
 
     def gradient(self, z: Tensor, sigma: float, extra: Extra | None = None, jacobian: str = JACOBIANS[0]) -> tuple[Tensor, Tensor, Tensor]:
         """(grad, denoised, residual) at z (B, C, h, w): d r / d z per sample, z0(z), and r (B,).

@@ -71,11 +71,11 @@ class LATINO(Solver):
         levels = check_problem(self, posterior, z, sigmas)
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             denoised = posterior.denoise(z, sigma)
-            image = posterior.picture(denoised)
+            image = posterior.decoded(denoised)
             residual = posterior.distance(image)
             check_finite(i, len(levels) - 1, None, image, residual, guided=False)
             consistent = proximal(posterior.operator, image, posterior.y, self.lam(posterior.operator, sigma))
-            z0 = posterior.encode(consistent).to(z)
+            z0 = posterior.encoded(consistent).to(z)
             z = renoised(z0, z, sigma, sigma_next, self.eta, generator)
             check_finite(i, len(levels) - 1, None, z, residual, guided=False)
             if callback:

@@ -24,6 +24,7 @@ NODES = {
     "DMAP_FlowDPSSampler": "FlowDPSSampler",
     "DMAP_FinishRestore": "Finish Restore (part of DMAP Restore)",
     "DMAP_FreeDoMSampler": "FreeDoMSampler",
+    "DMAP_LATINOSampler": "LATINOSampler",
     "DMAP_LoadPhoto": "DMAP Load Photo (with mask and JPEG tables)",
     "DMAP_OperatorCompose": "Operator: Compose (old photo)",
     "DMAP_OperatorGaussianBlur": "Operator: Gaussian Blur (deblur)",

@@ -480,6 +480,26 @@ def test_psld_with_a_nonlinear_operator(lab, refused):
                 run(lab, sampler, model=model, operator=operator, measurement=lab.picture(0, size, size))
 
 
+def test_latino_with_an_operator_that_cannot_be_matched(lab, refused):
+    noisy = lab.call("DMAP_OperatorNoise", operator=jpeg(lab), sigma=0.1)
+    with refused("operator", "noise on top of a JPEG", "which LATINO needs at every step", "use DMAP", before_loading=True) as model:
+        run(lab, make(lab, "LATINO", delta=0.0), model=model, operator=noisy, measurement=lab.picture(0, 32, 32))
+    with refused("operator", "which LATINO needs"):
+        preset(lab, "LATINO", noisy, quality="look")
+    with refused("delta is 0.5", "JPEG", "not linear", "set it to 0", before_loading=True) as model:
+        run(lab, make(lab, "LATINO"), model=model, operator=jpeg(lab), measurement=lab.picture(0, 32, 32))
+
+
+def test_presets_of_solvers_that_are_not_the_papers(lab):
+    sampler, sigmas, text = preset(lab, "LATINO", quality="look")
+    assert len(sigmas) == 9 and text.startswith("LATINO: ") and not sampler.through_denoiser
+    assert torch.isfinite(lab.sample(lab.guider(), sampler, schedule=sigmas)).all()
+    sampler, sigmas, text = preset(lab, "FlowDPS", quality="look", steps=3)
+    assert len(sigmas) == 4 and text.startswith("FlowDPS: strength 0.7, ") and not sampler.through_denoiser
+    with pytest.raises(ValueError, match="no settings of FlowDPS are the paper's; take the quality look"):
+        preset(lab, "FlowDPS")
+
+
 @pytest.mark.parametrize("name", ["FreeDoM", "ReSample"])
 def test_a_window_beyond_the_schedule(lab, refused, name):
     with refused("last is 4", "steps 0 to 3", before_loading=True) as model:
@@ -492,7 +512,7 @@ def test_a_window_beyond_the_schedule(lab, refused, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_settings_without_meaning(lab, refused, name):
-    for zeta in (0.0, -1.0, math.nan, math.inf):
+    for zeta in (0.0, -1.0, math.nan, math.inf) if "zeta" in SETTINGS[name] else ():
         with refused("zeta", "above 0"):
             make(lab, name, zeta=zeta)
     for eta in (-0.1, 1.1, math.nan):
@@ -508,6 +528,10 @@ BAD = [
     ("PSLD", {"transpose": "inverse"}, ("transpose", "adjoint, published")),
     ("FreeDoM", {"travel": "back"}, ("travel", "forward, published")),
     ("FreeDoM", {"K": 0}, ("K", "at least 1")),
+    ("LATINO", {"delta": -1.0}, ("delta", "at least 0")),
+    ("FlowDPS", {"inner": 0}, ("inner", "at least 1")),
+    ("FlowDPS", {"weight": "late"}, ("weight", "constant, published, falling, rising")),
+    ("FlowDPS", {"noise": "late"}, ("noise", "published, falling")),
     ("ReSample", {"space": "colour"}, ("space", "both, latent, pixel")),
     ("ReSample", {"tweedie": "wrong"}, ("tweedie", "correct, published")),
     ("ReSample", {"every": 0}, ("every", "at least 1")),
@@ -543,8 +567,9 @@ def test_with_a_stock_guider(lab, refused, name):
 def test_a_nan_is_reported_with_its_step(lab, name):
     """The third picture that is decoded: ReSample's belongs to the consistency step after the first step."""
     guider, sampler = lab.guider(), make(lab, name)
-    step = {"ReSample": 1, "FreeDoM": 2}.get(name, 3)
-    with lab.diverging(lab.shared()[1], at=3), pytest.raises(lab.core.errors.Diverged, match=rf"step {step} of {STEPS}: NaN .*lower zeta"):
+    step = {"ReSample": 1, "FreeDoM": 2, "FlowDPS": 2}.get(name, 3)
+    told = rf"step {step} of {STEPS}: NaN .*" + ("; run the model" if name == "LATINO" else "lower zeta")
+    with lab.diverging(lab.shared()[1], at=3), pytest.raises(lab.core.errors.Diverged, match=told):
         lab.sample(guider, sampler, STEPS)
     assert len(guider.report.residuals) == step - 1
 
