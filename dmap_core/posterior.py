@@ -107,29 +107,32 @@ class Posterior:
         self._undecided = False
         return found
 
-    def gradient_z0(self, z0: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+    def gradient_z0(self, z0: Tensor, squared: bool = False, bare: bool = False) -> tuple[Tensor, Tensor]:
         """(grad, residual) at a clean latent z0 (B, C, h, w): d r / d z0 per sample, no denoiser in it, and r (B,).
 
-        squared: the gradient of r^2 / 2 instead. Raises ValueError as `gradient` does.
+        squared: the gradient of r^2 / 2 instead. bare: r is the distance to y itself, not what of it exceeds its known noise: a likelihood's, in which
+        that noise counts already. Raises ValueError as `gradient` does.
         """
 
         def attempt() -> tuple[Tensor, Tensor]:
-            residual, cotangent = latent_gradient(self._guide, self._objective(squared), z0, self._counted())
+            residual, cotangent = latent_gradient(self._guide, self._objective(squared, bare=bare), z0, self._counted())
             return cotangent / LOSS_SCALE, residual
 
         return self._fitting(attempt)
 
-    def gradient_x(self, x: Tensor, squared: bool = False) -> tuple[Tensor, Tensor]:
+    def gradient_x(self, x: Tensor, squared: bool = False, bare: bool = False) -> tuple[Tensor, Tensor]:
         """(grad, residual) at a picture x (B, 3, H, W): d ||f(x) - y|| / d x per sample, no network in it. Otherwise as `gradient_z0`."""
         with torch.enable_grad():
-            residual, _, cotangent = picture_gradient(self._objective(squared), x, x)
+            residual, _, cotangent = picture_gradient(self._objective(squared, bare=bare), x, x)
         return cotangent / LOSS_SCALE, residual
 
-    def _objective(self, squared: bool = False, extra: Extra | None = None):
+    def _objective(self, squared: bool = False, extra: Extra | None = None, bare: bool = False):
         """(z0, x) -> (residual, loss) of every sample."""
 
+        f = self.operator.bare if bare else self.operator
+
         def objective(z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            residual = self.distance(x)
+            residual = f.distance(f(x), self.y)
             if not residual.requires_grad:
                 raise ValueError(f"operator: {self.operator.describe()} is not differentiable, and no solver can do without its gradient")
             loss = residual.square() / 2 if squared else residual

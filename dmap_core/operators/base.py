@@ -123,6 +123,15 @@ class Operator:
         self.check_pair(y_hat, y)
         return torch.linalg.vector_norm(self.difference(y_hat, y).float().flatten(1), dim=1)
 
+    @property
+    def bare(self) -> Operator:
+        """f without what is known of its measurement's noise."""
+        return self
+
+    def excess(self, distance: Tensor, y: Tensor) -> Tensor:
+        """What the measurement's known noise does not explain of a distance (B,) by `bare`: `distance`."""
+        return distance
+
     def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
         """y_hat - y, (B, c, h, w), 0 where nothing was measured. Raises NotImplementedError where the two are not values to subtract."""
         return y_hat - y

@@ -62,8 +62,14 @@ class Noisy(Operator):
 
         The noise alone puts the true f(x) about sqrt(m) noise from y. Closer than that there is only noise to fit: the gradient is zero.
         """
-        m = self.operator.elements(y)
-        return torch.relu(self.operator.distance(y_hat, y) - m.sqrt() * self.noise)
+        return self.excess(self.operator.distance(y_hat, y), y)
+
+    @property
+    def bare(self) -> Operator:
+        return self.operator
+
+    def excess(self, distance: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(distance - self.operator.elements(y).sqrt() * self.noise)
 
     def difference(self, y_hat: Tensor, y: Tensor) -> Tensor:
         return self.operator.difference(y_hat, y)

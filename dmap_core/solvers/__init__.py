@@ -7,6 +7,7 @@ from typing import Any
 from ..operators.base import shown
 from .base import Cost, Solver
 from .checks import check_finite
+from .daps import DAPS
 from .dmap import DMAP
 from .dps import DPS, guided_denoised
 from .dsg import DSG
@@ -17,7 +18,7 @@ from .psld import PSLD
 from .resample import ReSample
 from .unguided import Unguided
 
-SOLVERS: dict[str, type[Solver]] = {cls.name(): cls for cls in (DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, LATINO, FlowDPS)}
+SOLVERS: dict[str, type[Solver]] = {cls.name(): cls for cls in (DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, LATINO, FlowDPS, DAPS)}
 
 __all__ = ["SOLVERS", "Cost", "Solver", "Unguided", "check_finite", "from_spec", "guided_denoised", *SOLVERS]
 
