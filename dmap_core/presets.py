@@ -17,7 +17,7 @@ from .operators import Operator, SuperResolution
 from .operators.base import whole
 from .operators.noisy import parts
 from .schedule import SPACINGS
-from .solvers import DMAP, DPS, DSG, LATINO, PSLD, SOLVERS, FlowDPS, FreeDoM, ReSample, Solver
+from .solvers import DAPS, DMAP, DPS, DSG, LATINO, PSLD, SOLVERS, FlowDPS, FreeDoM, ReSample, Solver
 
 MODELS = ("Stable Diffusion, 512 pixels", "demo prior, 128 pixels")
 
@@ -55,8 +55,9 @@ NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the p
 OTHERS: dict[str, tuple[Solver, int, str]] = {
     "LATINO": (LATINO(), 8, "exponential"),
     "FlowDPS": (FlowDPS(), 10, "exponential"),
+    "DAPS": (DAPS(move="gradient"), 10, "exponential"),
 }
-TOLD = {"LATINO": "nothing to be set", "FlowDPS": "step sets itself"}
+TOLD = {"LATINO": "nothing to be set", "FlowDPS": "step sets itself", "DAPS": "step sets itself"}
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..dmap_core import presets
 from ..dmap_core.schedule import SPACINGS
-from ..dmap_core.solvers import DMAP, DPS, DSG, LATINO, PSLD, FlowDPS, FreeDoM, ReSample, Solver
+from ..dmap_core.solvers import DAPS, DMAP, DPS, DSG, LATINO, PSLD, FlowDPS, FreeDoM, ReSample, Solver
 from ..dmap_core.solvers.base import Setting
 from .host.flow import host_sigmas
 from .host.guider import SolverSampler
@@ -146,6 +146,15 @@ class FlowDPSSampler(SolverNode):
         "again. For flow models and for others. Needs DPSGuider. T steps cost T denoiser calls."
     )
     search_aliases = ("TriPS", "flow", "fast")
+
+
+class DAPSSampler(SolverNode):
+    solver = DAPS
+    description = (
+        "DAPS (Zhang et al. 2025): at every noise level the model's clean latent is drawn again by a short chain of steps that fit the measurement, through the VAE alone, and noised from "
+        "there, so that early mistakes do not stay. Needs DPSGuider. T steps cost ode T denoiser calls and iterations T calls of the VAE."
+    )
+    search_aliases = ("Langevin", "HMC")
 
 
 class DMAPScheduler(io.ComfyNode):
@@ -290,6 +299,7 @@ NODES = [
     ReSampleSampler,
     LATINOSampler,
     FlowDPSSampler,
+    DAPSSampler,
     DMAPPreset,
     DMAPScheduler,
     DMAPUnconditional,

@@ -252,6 +252,7 @@ STRIPS: dict[str, Callable[[Prompt], Strip]] = {
     "DMAP_ReSampleSampler": solver("ReSample"),
     "DMAP_LATINOSampler": solver("LATINO"),
     "DMAP_FlowDPSSampler": solver("FlowDPS"),
+    "DMAP_DAPSSampler": solver("DAPS"),
     "DMAP_ApplyCSE": with_cse,
     "DMAP_SelfGenerateCSEDataset": own_pictures,
 }

@@ -158,12 +158,12 @@ def moments(solver, sigmas):
     return mean, cov
 
 
-SLOWLY = [*torch.logspace(math.log10(5), math.log10(0.1), 60, dtype=torch.float64).tolist(), 0.0]
-SAMPLES = 4000
+SLOWLY = [*torch.logspace(math.log10(3), math.log10(0.15), 40, dtype=torch.float64).tolist(), 0.0]
+SAMPLES = 2000
 
 
 def test_mean_and_covariance_are_those_of_the_rule_and_tend_to_the_posterior():
-    solver = DAPS(strength=0.1, iterations=30)
+    solver = DAPS(strength=0.2, iterations=10)
     mean, cov = moments(solver, SLOWLY)
     out = run(solver, SLOWLY, SAMPLES)
     deviation = cov.diagonal().sqrt()
@@ -188,7 +188,7 @@ def test_without_noise_it_ends_at_the_maximum():
     expected = torch.linalg.solve(precision, (expected / sigma**2 + Y.flatten() @ A / TAU**2).mT).mT
     posterior = Posterior(GAUSSIAN, Noisy(F, TAU / 2), Y.expand(batch, -1, -1, -1).clone())
     for settings in ({}, {"momentum": 0.5}, {"zeta": 0.02}):
-        out = DAPS(move="gradient", iterations=300, **settings)(posterior, z, [sigma, 0.0])
+        out = DAPS(move="gradient", iterations=120, **settings)(posterior, z, [sigma, 0.0])
         torch.testing.assert_close(out.flatten(1), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -254,7 +254,7 @@ def test_a_step_has_no_unit():
     for move in ("langevin", "gradient"):
         a = DAPS(move=move)(posterior, z, SIGMAS, torch.Generator().manual_seed(0))
         b = DAPS(move=move, tau=7 * TAU)(scaled, z, SIGMAS, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # residuals are float32
 
 
 # What it costs, and what it refuses

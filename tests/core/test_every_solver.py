@@ -42,6 +42,8 @@ CASES = {
     "LATINO published": ("LATINO", {"delta": 0.5}),
     "FlowDPS": ("FlowDPS", {"zeta": 0.5}),
     "FlowDPS auto": ("FlowDPS", {"weight": "falling", "noise": "falling"}),
+    "DAPS": ("DAPS", {"zeta": 0.001}),
+    "DAPS auto": ("DAPS", {"momentum": 0.3}),
 }
 GRADIENTS = {"DPS": 6, "DPS adam": 6, "PSLD": 6, "PSLD published": 6, "FreeDoM": 12, "FreeDoM published": 12, "ReSample": 6, "DSG": 5}
 GRADIENTS |= {"DMAP": 10, "DMAP adam": 10, "DPS auto": 6, "FreeDoM auto": 12, "ReSample auto": 6, "DMAP auto": 10}
@@ -50,6 +52,8 @@ GRADIENTS |= {"DMAP auto, no Jacobian": 10}
 PLAIN = {
     **dict.fromkeys(("LATINO", "LATINO published"), Cost(denoiser=6, denoiser_gradients=0, decoder=6, decoder_gradients=0, encoder=6)),
     **dict.fromkeys(("FlowDPS", "FlowDPS auto"), Cost(denoiser=6, denoiser_gradients=0, decoder=18, decoder_gradients=18)),
+    "DAPS": Cost(denoiser=6, denoiser_gradients=0, decoder=24, decoder_gradients=24),
+    "DAPS auto": Cost(denoiser=6, denoiser_gradients=0, decoder=33, decoder_gradients=33),  # with probes of the curvature
 }
 GRADIENTS |= dict.fromkeys(PLAIN, 0)
 ENCODES = ("PSLD", "ReSample", "LATINO")
@@ -574,7 +578,7 @@ def test_a_spec_without_defaults_and_that_of_the_model_alone():
     "spec, message",
     [
         ("DMAP", "a solver is 'DMAP'; it must map names to settings"),
-        ({}, "solver is None; it must be one of DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, LATINO, FlowDPS$"),
+        ({}, "solver is None; it must be one of DPS, PSLD, FreeDoM, ReSample, DSG, DMAP, LATINO, FlowDPS, DAPS$"),
         ({"solver": "dmap"}, "solver is 'dmap'"),
         ({"solver": ["DMAP"]}, "solver is"),
         ({"solver": "PSLD", "zeta": 1.0}, "PSLD: the settings 'zeta' do not describe one: .*gamma"),
@@ -631,7 +635,7 @@ def test_half_the_steps(case):
     if CASES[case][0] in OTHER:
         assert half == solver
         return
-    assert (half.settings()["zeta"] == solver.settings()["zeta"]) is (CASES[case][0] == "DSG" or "auto" in case)
+    assert (half.settings()["zeta"] == solver.settings()["zeta"]) is (CASES[case][0] in ("DSG", "DAPS") or "auto" in case)
 
 
 def test_what_a_run_weighs():

@@ -7,6 +7,7 @@ NODES = {
     "DMAP_ApplyCSE": "ApplyCSE",
     "DMAP_CSEControlNetLoader": "CSEControlNetLoader",
     "DMAP_ComparisonSheet": "DMAP Comparison Sheet",
+    "DMAP_DAPSSampler": "DAPSSampler",
     "DMAP_DMAPPreset": "DMAPPreset",
     "DMAP_MatchMeasurement": "Match Measurement",
     "DMAP_MismatchMap": "Mismatch Map (fidelity)",
@@ -62,6 +63,7 @@ INPUTS = {
     "DMAP_ComparisonSheet": " ".join(
         ["measurement original", *(f"image_{i}" for i in PLACES), *(f"report_{i}" for i in PLACES), "width names"]
     ),
+    "DMAP_DAPSSampler": "zeta iterations ode move momentum tau decay space eta step strength",
     "DMAP_DMAPPreset": "model operator solver quality steps start",
     "DMAP_DMAPSampler": "K zeta eta optimizer step strength jacobian every guide_start guide_end inner",
     "DMAP_DMAPScheduler": "model steps start end spacing",
@@ -143,13 +145,22 @@ OUTPUTS = {
     "DMAP_LoadPhoto": ["IMAGE", "MASK", "MASK", "OPERATOR", "STRING"],
     "DMAP_Restore": ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "MASK", "OPERATOR", "STRING"],
 }
-STEPPED = ("DMAP_DMAPSampler", "DMAP_DPSGuider", "DMAP_DPSSampler", "DMAP_FlowDPSSampler", "DMAP_FreeDoMSampler", "DMAP_ReSampleSampler")
+STEPPED = (
+    "DMAP_DAPSSampler",
+    "DMAP_DMAPSampler",
+    "DMAP_DPSGuider",
+    "DMAP_DPSSampler",
+    "DMAP_FlowDPSSampler",
+    "DMAP_FreeDoMSampler",
+    "DMAP_ReSampleSampler",
+)
 # The words of combos are saved in workflows, too: they may get more of them, but keep these and their order.
 OPTIONS = {
     "optimizer": "gradient adam",
     "transpose": "adjoint published",
     "travel": "forward published",
     "space": "both latent pixel",
+    "move": "langevin gradient",
     "weight": "constant published falling rising",
     "noise": "published falling",
     "tweedie": "correct published",

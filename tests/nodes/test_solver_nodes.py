@@ -30,6 +30,17 @@ SETTINGS = {
     },
     "LATINO": {"delta": 0.5, "eta": 0.6},
     "FlowDPS": {"zeta": 2.0, "inner": 2, "weight": "published", "noise": "falling", "eta": 0.7},
+    "DAPS": {
+        "zeta": 0.001,
+        "iterations": 2,
+        "ode": 1,
+        "move": "gradient",
+        "momentum": 0.3,
+        "tau": 0.05,
+        "decay": 0.5,
+        "space": "latent",
+        "eta": 0.7,
+    },
 }
 OTHERS = {  # another value for each of them, the default where it lies within the schedule
     "DSG": {"zeta": 0.08, "eta": 1.0},
@@ -49,6 +60,17 @@ OTHERS = {  # another value for each of them, the default where it lies within t
     },
     "LATINO": {"delta": 0.0, "eta": 1.0},
     "FlowDPS": {"zeta": 4.8, "inner": 3, "weight": "constant", "noise": "published", "eta": 1.0},
+    "DAPS": {
+        "zeta": 0.0001,
+        "iterations": 4,
+        "ode": 2,
+        "move": "langevin",
+        "momentum": 0.0,
+        "tau": 0.0,
+        "decay": 1.0,
+        "space": "both",
+        "eta": 1.0,
+    },
 }
 NAMES = list(SETTINGS)
 
@@ -136,6 +158,7 @@ FREEDOM_BATCH = {"zeta": 0.5}
         ("ReSample", RESAMPLE_BATCH),
         ("LATINO", {}),
         pytest.param("FlowDPS", FREEDOM_BATCH, marks=pytest.mark.thorough),
+        pytest.param("DAPS", {}, marks=pytest.mark.thorough),
     ],
 )
 @pytest.mark.hosts("one")
@@ -166,6 +189,7 @@ CALLS = {
     "ReSample": (STEPS, STEPS + 2 * 4),
     "LATINO": (STEPS, STEPS),
     "FlowDPS": (STEPS, 2 * STEPS),
+    "DAPS": (STEPS, 2 * STEPS),
 }
 
 
