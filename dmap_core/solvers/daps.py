@@ -230,7 +230,7 @@ def largest(gradient: Gradient, z0: Tensor, grad: Tensor, direction: Tensor | No
     curvature = grad.new_zeros(len(grad), *[1] * (grad.ndim - 1))
     for _ in range(probes):
         length = per_sample(norm(direction), grad).to(grad)
-        unit = torch.where(length > 0, direction / length, 0.0)
+        unit = torch.where(length == 0, 0.0, direction / length)  # NaN stays
         far = PROBE * math.sqrt(grad[0].numel())
         direction = (gradient(z0 + far * unit)[0] - grad) / far
         curvature = per_sample(norm(direction), grad)
