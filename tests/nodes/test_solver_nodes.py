@@ -591,7 +591,7 @@ def test_with_a_stock_guider(lab, refused, name):
 def test_a_nan_is_reported_with_its_step(lab, name):
     """The third picture that is decoded: ReSample's belongs to the consistency step after the first step."""
     guider, sampler = lab.guider(), make(lab, name)
-    step = {"ReSample": 1, "FreeDoM": 2, "FlowDPS": 2}.get(name, 3)
+    step = {"ReSample": 1, "FreeDoM": 2, "FlowDPS": 2, "DAPS": 2}.get(name, 3)
     told = rf"step {step} of {STEPS}: NaN .*" + ("; run the model" if name == "LATINO" else "lower zeta")
     with lab.diverging(lab.shared()[1], at=3), pytest.raises(lab.core.errors.Diverged, match=told):
         lab.sample(guider, sampler, STEPS)
@@ -608,7 +608,7 @@ def test_an_interruption(lab, name):
     guider = lab.guider(model=model, memory="fast")
     with lab.interrupting(lab.shared()[1], at=3), pytest.raises(management.InterruptProcessingException):
         lab.sample(guider, sampler, STEPS)
-    assert len(calls) == (1 if name == "ReSample" else 3)
+    assert len(calls) == {"ReSample": 1, "FlowDPS": 2, "DAPS": 2}.get(name, 3)
     assert guider.report.decoder_calls == 3
     assert not management.processing_interrupted()
     assert torch.equal(lab.sample(guider, sampler, STEPS), undisturbed)
