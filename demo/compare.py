@@ -4,6 +4,7 @@
     python demo/compare.py --search --solvers DPS --sweep zeta=0.5,1,2   # zeta of the preset times these, on other held-out pictures
     python demo/compare.py --cse demo/run/cse-100.safetensors --operators super-resolution-x4 --solvers "CSE alone,DPS,DMAP"
     python demo/compare.py --photographs --noise 5 --solvers "as given,DMAP automatic"   # natural photographs, whose model this is not
+    python demo/compare.py --flow --solvers "DMAP automatic"          # with the demo prior as a flow
     python demo/compare.py --table                                    # only print what there is
 
 Every figure is there twice, of the picture as the model leaves it and `matched` to its measurement. DMAP automatic is DMAPPreset's *look*, whose
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from photographs import PHOTOGRAPHS, prepare
-from run import HERE, PRIOR_FILE, ROOT, names
+from run import FLOW_FILE, HERE, PRIOR_FILE, ROOT, names
 
 OPERATORS: dict[str, dict[str, Any]] = {
     "super-resolution-x4": {"operator": "SuperResolution", "scale": 4},
@@ -59,14 +60,18 @@ def import_pack() -> None:
     spec.loader.exec_module(pack)
 
 
-def backend(config):
-    """The demo prior in ComfyUI."""
+def backend(config, flow: bool = False):
+    """The demo prior in ComfyUI. flow: the one that was distilled into a flow, as ModelSamplingSD3 makes ComfyUI see it."""
     import comfy.sd
     import torch
     from dmap_pack.nodes.host.backend import ComfyUI
     from dmap_pack.nodes.host.prior import null_conditioning
 
-    model, _, vae = comfy.sd.load_checkpoint_guess_config(str(PRIOR_FILE), output_clip=False)[:3]
+    model, _, vae = comfy.sd.load_checkpoint_guess_config(str(config.checkpoint), output_clip=False)[:3]
+    if flow:
+        from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+        (model,) = ModelSamplingSD3().patch(model, shift=1.0)
     if not torch.cuda.is_available():  # a sixth faster there
         for network in (model.model.diffusion_model, vae.first_stage_model):
             network.to(memory_format=torch.channels_last)
@@ -132,6 +137,7 @@ def compare(
     cse: Path | None = None,
     seed: int = 0,
     out: Path | None = None,
+    flow: bool = False,
     table: bool = False,
 ) -> None:
     """Restores what is asked for, and prints its table. The arguments are the options of this program."""
@@ -147,7 +153,9 @@ def compare(
     if CSE_ALONE in asked and not cse:
         raise SystemExit("--solvers: 'CSE alone' needs --cse FILE")
     what = "search" if search else "photographs" if photographs else "table"
-    out = out or ROOT / "output" / "compare" / (f"{what}-noise-{noise:g}" if noise else what)
+    if flow and cse:
+        raise SystemExit("--flow: the demo CSEs were trained for the prior that predicts noise")
+    out = out or ROOT / "output" / "compare" / f"{what}{f'-noise-{noise:g}' if noise else ''}{'-flow' if flow else ''}"
     check_folder(out)
     import_pack()
     from dmap_pack.dmap_core.evaluate.config import ConfigError, make_config
@@ -159,7 +167,12 @@ def compare(
     weights = out / "weights"
     damage = specs(wanted, weights, noise)
     images = prepare() if photographs else HERE / "held-out"
-    given = {"operators": damage, "rows": rows(damage, asked, steps, cse, weights), "images": images, "checkpoint": PRIOR_FILE}
+    given = {
+        "operators": damage,
+        "rows": rows(damage, asked, steps, cse, weights),
+        "images": images,
+        "checkpoint": FLOW_FILE if flow else PRIOR_FILE,
+    }
     given |= {"count": n, "last": search, "seed": seed, "stride": 0, "metrics": ["psnr", "features"], "match": True}
     given |= {"rounded": True} if photographs else {}
     given |= {"settings_for": MODEL, "weights": weights, "title": f"Demo prior, {what}"}
@@ -171,7 +184,7 @@ def compare(
             jobs = plan_jobs(full)
             lines = read_lines(full, jobs, out)
         else:
-            jobs = evaluate(full, out, backend(full))
+            jobs = evaluate(full, out, backend(full, flow))
             lines = write_table(full, jobs, out)
     except ConfigError as error:
         raise SystemExit(str(error)) from error
@@ -195,6 +208,7 @@ def main() -> None:
     parser.add_argument("--cse", type=Path, help="restore with this ControlNet; 'CSE alone' is then a solver, too")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="results folder (default: output/compare/table, or search)")
+    parser.add_argument("--flow", action="store_true", help="with the demo prior that was distilled into a flow")
     parser.add_argument("--table", action="store_true", help="compute nothing, print the figures that there are")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     compare(**vars(parser.parse_args()))

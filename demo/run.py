@@ -39,6 +39,7 @@ from dmap_core.pictures import sheet as painted  # noqa: E402
 OPERATORS = ("super-resolution-x8", "super-resolution-x4", "gaussian-deblur", "inpainting", "old-photo")
 QUICK = ("super-resolution-x8", "gaussian-deblur", "inpainting", "old-photo")
 PRIOR_FILE = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
+FLOW_FILE = ROOT / "models" / "checkpoints" / "dmap-demo-flow-prior.safetensors"  # the same, distilled into a rectified flow
 SOLVERS = ("DPS", "DMAP", "DMAP-full")
 CELL, TEXT = 128, 18  # pixels of a picture and of a line on the sheet
 

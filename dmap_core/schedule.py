@@ -125,7 +125,8 @@ def flow_sigma(t: Any) -> Any:
 def flow_sigmas(times: Tensor) -> Tensor:
     """(N,) rising VE noise levels of a flow's rising training times (as its shift makes them), without those above FLOW_FIRST and below FLOW_LAST."""
     times = double_on_cpu(times)
-    return flow_sigma(times[(times >= FLOW_LAST) & (times <= FLOW_FIRST)]).float()
+    rounded = 1e-6  # of times that come in float32, so that the same ones are among them
+    return flow_sigma(times[(times > FLOW_LAST - rounded) & (times < FLOW_FIRST + rounded)]).float()
 
 
 def flow_levels(times: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PACK = "ComfyUI-DMAP"
 PRIOR = "dmap-demo-prior.safetensors"
+FLOW_PRIOR = "dmap-demo-flow-prior.safetensors"
 START_SECONDS = 180
 
 _keep: list[Any] = []  # a torch.library.Library takes its operators with it when it is collected
@@ -189,8 +190,9 @@ class Host:
         for name in ("custom_nodes", "models/checkpoints", "input", "output", "user", "temp"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         _link(self.base / "custom_nodes" / PACK, ROOT)
-        if (ROOT / "models" / "checkpoints" / PRIOR).exists():
-            _link(self.base / "models" / "checkpoints" / PRIOR, ROOT / "models" / "checkpoints" / PRIOR)
+        for name in (PRIOR, FLOW_PRIOR):
+            if (ROOT / "models" / "checkpoints" / name).exists():
+                _link(self.base / "models" / "checkpoints" / name, ROOT / "models" / "checkpoints" / name)
 
         arguments = ["--base-directory", self.base, "--listen", "127.0.0.1", "--port", self.port, "--disable-auto-launch"]
         known = (tree / "comfy" / "cli_args.py").read_text(encoding="utf-8")

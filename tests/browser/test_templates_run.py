@@ -8,7 +8,7 @@ from host import PACK, ROOT, Host
 from PIL import Image
 from variants import some_at_once
 
-NAMES = sorted(path.stem for pattern in ("demo-*.json", "[1-5]-*-demo.json") for path in (ROOT / "workflows").glob(pattern))
+NAMES = sorted(path.stem for pattern in ("demo-*.json", "[1-6]-*-demo.json") for path in (ROOT / "workflows").glob(pattern))
 # The server's tests run all of them. From the page three do where time counts, .ci/run has those of DMAP Restore too, and `make test-nightly` all.
 AT_ONCE = ("demo-inpainting", "demo-toy", "4-sharpen-a-blurred-photo-demo")
 TILED = "5-a-large-photo-in-tiles-demo"  # minutes on a CPU

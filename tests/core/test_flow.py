@@ -120,6 +120,7 @@ def test_times_and_levels_are_each_others_inverse():
 def test_schedules_of_a_flow(shift, spacing):
     """The model's own times, without those of pure noise and of none."""
     table = flow_sigmas(shifted(shift))
+    assert len(flow_sigmas(shifted(shift).float())) == len(table)
     assert (table[1:] > table[:-1]).all() and 0.02 < float(table[0]) < 0.03 and 150 < float(table[-1]) < 199.01
     sigmas = SPACINGS[spacing](table, 12)
     assert check_sigmas(sigmas)[0] == pytest.approx(float(table[-1]), rel=1e-5)

@@ -56,7 +56,7 @@ def on_diffusers(
         return ((done.image + 1) / 2).movedim(1, -1).clamp(0, 1), done.denoiser_calls
 
 
-def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, picture=None, steps=STEPS, **changes):
+def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, picture=None, steps=STEPS, schedule=None, **changes):
     if picture is not None:
         changes["measurement"] = lab.call("DMAP_Degrade", image=picture, operator=operator, noise_sigma=0.0, seed=0)
     problem = lab.problem(operator=operator, **changes)
@@ -77,7 +77,8 @@ def in_comfyui(lab, operator, solver, settings, cse=None, start=1.0, seed=11, pi
     sampler = lab.call(f"DMAP_{solver}Sampler", **settings | given)
     given = {"measurement": problem["measurement"], "operator": operator, "vae": problem["vae"]}
     latent = lab.call("DMAP_EmptyMeasurementLatent", **given, batch_size=1, content="measurement" if start < 1 else "empty")[0]
-    latents = lab.sample(guider, sampler, seed=seed, schedule=lab.sigmas(steps, spacing="exponential", start=start), latent=latent)
+    schedule = lab.sigmas(steps, spacing="exponential", start=start) if schedule is None else schedule
+    latents = lab.sample(guider, sampler, seed=seed, schedule=schedule, latent=latent)
     if picture is None:
         image = lab.call("VAEDecode", samples={"samples": latents}, vae=problem["vae"])
     else:  # which may be no multiple of a latent, and larger than a decoder is given at once
@@ -165,3 +166,19 @@ def test_both_guide_by_the_same_small_decoder(lab, core, base, tmp_path):
     assert our_calls == their_calls and apart(ours, theirs) <= CLOSE
     plain, _ = on_diffusers(lab, core, base, operator, "DMAP", how)
     assert apart(plain, theirs) > 10 * CLOSE
+
+
+def test_a_flow_is_the_same_in_both(lab, core):
+    """The demo prior's flow: by its file's word on diffusers, by ModelSamplingSD3 in ComfyUI."""
+    file = lab.ROOT / "models" / "checkpoints" / "dmap-demo-flow-prior.safetensors"
+    with torch.inference_mode(False):
+        base = core["diffusers_files"].open_base(file).to(torch.device("cpu"), torch.float32)
+    assert base.prediction == "flow"
+    model, _, vae = lab.call("CheckpointLoaderSimple", ckpt_name=file.name)
+    model = lab.call("ModelSamplingSD3", model=model, shift=1.0)
+    operator, how = core["operators"].SuperResolution(4), {"zeta": None, "K": 2}
+    theirs, their_calls = on_diffusers(lab, core, base, operator, "DMAP", how)
+    schedule = lab.call("DMAP_DMAPScheduler", model=model, steps=STEPS, spacing="exponential")
+    ours, our_calls = in_comfyui(lab, operator, "DMAP", how, model=model, vae=vae, schedule=schedule)
+    assert our_calls == their_calls and float(ours.std()) > 0.02
+    assert apart(ours, theirs) <= CLOSE

@@ -6,11 +6,11 @@ import urllib.error
 
 import numpy as np
 import pytest
-from host import PRIOR, ROOT, Host
+from host import FLOW_PRIOR, PRIOR, ROOT, Host
 from PIL import Image
 from prompts import NOTES, titled, to_prompt
 
-FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("[1-5]-*.json"))}
+FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("[1-6]-*.json"))}
 DEMO = [name for name in FILES if name.endswith("-demo")]
 SD = [name for name in FILES if name.endswith("-sd")]
 GOOD = ROOT / "demo" / "held-out" / "dmap-demo-18.png"
@@ -49,8 +49,9 @@ def given_of(prompt: dict) -> Image.Image:
 
 
 def test_five_templates_for_each_prior_in_the_order_of_their_numbers():
-    assert [name[0] for name in FILES] == [n for n in "12345" for _ in range(2)]
-    assert len(DEMO) == len(SD) == 5
+    """And one for the demo prior that is a flow."""
+    assert [name[0] for name in FILES] == [*(n for n in "12345" for _ in range(2)), "6"]
+    assert (len(DEMO), len(SD)) == (6, 5)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -74,7 +75,8 @@ def test_few_nodes_in_groups_with_their_packs_and_versions(name):
     (loader,) = [node for node in nodes if node["type"] == "CheckpointLoaderSimple"]
     if name in DEMO:
         (model,) = loader["properties"]["models"]
-        assert model["hash"] == hashlib.sha256((ROOT / "models" / "checkpoints" / PRIOR).read_bytes()).hexdigest()
+        assert model["name"] == (FLOW_PRIOR if "flow" in name else PRIOR)
+        assert model["hash"] == hashlib.sha256((ROOT / "models" / "checkpoints" / model["name"]).read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("name", [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.thorough) for n in DEMO if n != TILED])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from host import PRIOR, ROOT, Host, PromptFailed
+from host import FLOW_PRIOR, PRIOR, ROOT, Host, PromptFailed
 from PIL import Image, ImageDraw
 from prompts import NOTES, node_inputs, titled, to_prompt, upstream, use_picture
 
@@ -131,7 +131,8 @@ def test_every_link_and_slot_fits_the_nodes(info: dict, name: str):
 def test_checkpoint_can_be_downloaded_from_the_workflow(name: str):
     (loader,) = [node for node in load(name)["nodes"] if node["type"] == "CheckpointLoaderSimple"]
     (model,) = loader["properties"]["models"]
-    assert model["name"] == loader["widgets_values"][0] == (PRIOR if name.startswith("demo-") or name.endswith("-demo") else SD2_CHECKPOINT)
+    ours = FLOW_PRIOR if "flow" in name else PRIOR
+    assert model["name"] == loader["widgets_values"][0] == (ours if name.startswith("demo-") or name.endswith("-demo") else SD2_CHECKPOINT)
     assert model["directory"] == "checkpoints"
     assert model["url"].startswith("https://")
     assert model["url"].endswith("/" + model["name"])
