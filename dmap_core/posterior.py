@@ -79,9 +79,10 @@ class Posterior:
         self.guidance_calls += 1
         return self._guidance(z0)
 
-    def distance(self, image: Tensor) -> Tensor:
-        """||f(image) - y|| of every sample, (B,)."""
-        return self.operator.distance(self.operator(image), self.y)
+    def distance(self, image: Tensor, bare: bool = False) -> Tensor:
+        """||f(image) - y|| of every sample, (B,). bare: see `gradient_z0`."""
+        f = self.operator.bare if bare else self.operator
+        return f.distance(f(image), self.y)
 
     def residual(self, z: Tensor, sigma: float) -> Tensor:
         """||f(D(z0(z))) - y|| of every sample, (B,); sigma = 0 takes z itself for z0."""
@@ -129,10 +130,8 @@ class Posterior:
     def _objective(self, squared: bool = False, extra: Extra | None = None, bare: bool = False):
         """(z0, x) -> (residual, loss) of every sample."""
 
-        f = self.operator.bare if bare else self.operator
-
         def objective(z0: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-            residual = f.distance(f(x), self.y)
+            residual = self.distance(x, bare)
             if not residual.requires_grad:
                 raise ValueError(f"operator: {self.operator.describe()} is not differentiable, and no solver can do without its gradient")
             loss = residual.square() / 2 if squared else residual

@@ -76,9 +76,9 @@ SEED_SHIFT = 0 if _host_shifts_seed() else 1
 class HostPosterior(Posterior):
     """A Posterior that the host can interrupt in optimisations of the picture, too, which call no network of the prior."""
 
-    def distance(self, image: Tensor) -> Tensor:
+    def distance(self, image: Tensor, bare: bool = False) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        return super().distance(image)
+        return super().distance(image, bare)
 
     def picture(self, z0: Tensor) -> Tensor:
         """D(z0) to look at, (B, 3, H, W), counted nowhere. A second Cancel, which the host's layers look for, begins it anew."""
