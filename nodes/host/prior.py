@@ -27,11 +27,9 @@ from ...dmap_core.schedule import flow_sigmas
 from ...dmap_core.tiles import decoding, tiled
 from .flow import is_flow
 
-# Classes of the blocks that denoisers, ControlNets and decoders are made of here, TAESD among them.
-BLOCKS = frozenset(
-    ["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"]
-    + ["JointBlock", "DoubleStreamBlock", "SingleStreamBlock", "MMDiTBlock", "DiTBlock", "JointTransformerBlock"]  # of flows
-)
+# Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them; and those of flow transformers.
+BLOCKS = frozenset(["ResBlock", "SpatialTransformer", "ResnetBlock", "AttnBlock", "Upsample", "Downsample", "Block"])
+FLOW_BLOCKS = frozenset(["JointBlock", "DoubleStreamBlock", "SingleStreamBlock", "MMDiTBlock", "DiTBlock", "JointTransformerBlock"])
 SDXL_WIDTH, SDXL_REFINER_WIDTH = 2048, 1280  # of their context
 ROUND_TRIP_SIZE = 256  # pixels of the middle of a measurement that are tried
 ROUND_TRIP_PSNR = 20.0  # dB below which a VAE is not one for such pictures
@@ -102,7 +100,7 @@ class HostPrior:
         return self._networks
 
     def blocks(self) -> list[nn.Module]:
-        return blocks_of(self.networks(), BLOCKS)
+        return blocks_of(self.networks(), BLOCKS | FLOW_BLOCKS)
 
     def free_memory(self) -> float:
         return comfy.model_management.get_free_memory(self.vae.device)
