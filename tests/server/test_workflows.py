@@ -97,7 +97,7 @@ def test_workflows_are_there():
     assert len(DEMO) == 5
     assert len(SD2) == 4
     assert len(ALL_SOLVERS) == 2
-    assert len(RESTORE) == 10
+    assert len(RESTORE) == 11
     assert sorted(DEMO + SD2 + OTHERS) == sorted(FILES)
 
 
