@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,21 +76,29 @@ def blocks_of(networks: Iterable[nn.Module], names: Collection[str]) -> list[nn.
 
 
 @contextmanager
+def wrapped(modules: Iterable[nn.Module], wrapper: Callable[..., Any]) -> Iterator[None]:
+    """A call of one of the modules is wrapper(its forward, *args, **kwargs) while the context lasts."""
+    modules = dict.fromkeys(modules)
+    replaced = {module: module.__dict__["forward"] for module in modules if "forward" in module.__dict__}
+    for module in modules:
+        # an attribute of the instance hides the method of the class; deleting it brings the method back
+        module.forward = functools.partial(wrapper, module.forward)
+    try:
+        yield
+    finally:
+        for module in modules:
+            if module in replaced:
+                module.forward = replaced[module]
+            else:
+                del module.forward
+
+
+@contextmanager
 def checkpointed(blocks: Iterable[nn.Module]) -> Iterator[int]:
     """The blocks recompute their activations in the backward pass while the context lasts. Yields how many there are.
 
     Blocks within others do it within their recomputation.
     """
     blocks = dict.fromkeys(blocks)
-    replaced = {block: block.__dict__["forward"] for block in blocks if "forward" in block.__dict__}
-    for block in blocks:
-        # an attribute of the instance hides the method of the class; deleting it brings the method back
-        block.forward = functools.partial(_checkpoint, block.forward)
-    try:
+    with wrapped(blocks, _checkpoint):
         yield len(blocks)
-    finally:
-        for block in blocks:
-            if block in replaced:
-                block.forward = replaced[block]
-            else:
-                del block.forward

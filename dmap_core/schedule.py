@@ -25,6 +25,15 @@ def ancestral_step(z: Tensor, denoised: Tensor, sigma: float, sigma_next: float,
     return denoised + (sigma_down / sigma) * (z - denoised), sigma_up
 
 
+def renoised(z0: Tensor, offset: Tensor, sigma: float, sigma_next: float, fresh: float, generator) -> Tensor:
+    """z0 (B, ...) with noise of level sigma_next: a share `fresh` of its deviation drawn, the rest the old noise; offset: what is that, at level sigma.
+
+    fresh = 1 keeps nothing of it, as a consistency model's step; fresh = 0 draws nothing (DDIM).
+    """
+    z0 = z0 + sigma_next * math.sqrt(1 - fresh**2) / sigma * offset
+    return z0 + sigma_next * fresh * randn_like(z0, generator) if sigma_next * fresh > 0 else z0
+
+
 def double_on_cpu(values: Tensor | Sequence[float]) -> Tensor:
     """A tensor or numbers as float64 on the CPU. Moved first: there are devices without float64."""
     return values.detach().cpu().double() if isinstance(values, Tensor) else torch.as_tensor(values, dtype=torch.float64)

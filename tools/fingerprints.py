@@ -47,6 +47,11 @@ SOLVERS = (
     solvers.PSLD(zeta=2.0, gamma=0.04, transpose="published"),
     solvers.FreeDoM(zeta=1.0, K=2, first=1, last=3),
     solvers.ReSample(zeta=1.0, first=1, last=5, every=2, iterations=3, learning_rate=0.01),
+    solvers.LATINO(eta=0.5),
+    solvers.FlowDPS(eta=0.5),
+    solvers.FlowDPS(weight="falling", noise="falling"),
+    solvers.DAPS(iterations=2),
+    solvers.DAPS(move="gradient", space="both", ode=2, momentum=0.3, eta=0.5, iterations=2),
 )
 
 

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .settings import MOST, PREDICTIONS
+from .settings import MOST, PREDICTION_OPTIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=512, help="height and width in pixels (default: 512)")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--prompt", default="", help="default: empty, the paper's")
-    parser.add_argument("--prediction", choices=("auto", *PREDICTIONS), default="auto", help="what the base model predicts (default: auto)")
+    parser.add_argument("--prediction", choices=PREDICTION_OPTIONS, default="auto", help="what the base model predicts (default: auto)")
 
 
 def generate_cse(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import check_name
-from .settings import HINT_RANGES, PRECISIONS, PREDICTIONS, TrainingSettings
+from .settings import HINT_RANGES, PRECISIONS, PREDICTION_OPTIONS, TrainingSettings
 
 if TYPE_CHECKING:
     from ..operators import Operator
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--out", type=Path, help="the file to write (.safetensors); ComfyUI finds it in models/controlnet")
     what.add_argument("--count", type=int, help="use only the first so many pictures, by name")
     what.add_argument("--prompt", help="the conditioning during training (default: empty, the paper's)")
-    what.add_argument("--prediction", choices=("auto", *PREDICTIONS), help="what the base model predicts (default: auto)")
+    what.add_argument("--prediction", choices=PREDICTION_OPTIONS, help="what the base model predicts (default: auto)")
     what.add_argument("--validation", type=Path, help=f"folder with pictures to look at (default: the first {VALIDATED} training pictures)")
     what.add_argument("--licence", help="licence of the file that is written, stored in it")
     what.add_argument("--source", help="where the pictures are from, stored in the file")

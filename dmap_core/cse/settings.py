@@ -10,6 +10,7 @@ FREE = ("steps", "accumulation", "learning_rate")  # a training that diverged ca
 MOST = {"steps": 1_000_000, "batch_size": 65_536, "size": 16_384}  # what cannot have been meant; a machine's limits come earlier
 PRECISIONS = ("fp32", "bf16", "fp16")
 PREDICTIONS = ("eps", "v", "flow")  # what a base model predicts
+PREDICTION_OPTIONS = ("auto", *PREDICTIONS)  # what may be asked for
 
 
 @dataclass(frozen=True)

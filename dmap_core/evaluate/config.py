@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..consistency import matchable
-from ..cse.settings import PRECISIONS, PREDICTIONS
+from ..cse.settings import PRECISIONS, PREDICTION_OPTIONS
 from ..files import slug
 from ..gradient import STRATEGIES
 from ..metrics import PICTURE_METRICS, SET_METRICS, check_names
@@ -271,7 +271,7 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
     choices = {
         "precision": PRECISIONS,
         "settings_for": MODELS,
-        "prediction": ("auto", *PREDICTIONS),
+        "prediction": PREDICTION_OPTIONS,
         "memory": ("auto", *STRATEGIES),
         "unreadable": UNREADABLE,
     }
@@ -291,9 +291,7 @@ def _row(given: Any, where: str, operators: Mapping[str, Any]) -> Row:
     _known(given, Row, where)
     choices = {"operator": tuple(operators), "solver": NAMES}
     choices |= {
-        name: options
-        for name, options in (("spacing", tuple(SPACINGS)), ("prediction", ("auto", *PREDICTIONS)))
-        if given.get(name) is not None
+        name: options for name, options in (("spacing", tuple(SPACINGS)), ("prediction", PREDICTION_OPTIONS)) if given.get(name) is not None
     }
     for name, options in choices.items():
         if given.get(name) not in options:

@@ -159,10 +159,11 @@ def zeta_setting(usual: float, default: Any = None) -> Any:
     )
 
 
-def eta_setting(least: float = 0.0) -> Any:
+def eta_setting(least: float = 0.0, help: str | None = None) -> Any:
+    """help: of solvers whose noise is not that of ancestral sampling."""
+    end = "0 deterministic (DDIM)." if least == 0 else "less keeps closer to the deterministic path."
     return setting(
-        "How much fresh noise every step adds: 1 is ancestral sampling (paper), "
-        + ("0 deterministic (DDIM)." if least == 0 else "less keeps closer to the deterministic path."),
+        help or f"How much fresh noise every step adds: 1 is ancestral sampling (paper), {end}",
         default=1.0,
         least=least,
         most=1.0,

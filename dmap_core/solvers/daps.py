@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..schedule import randn_like
-from .base import Cost, Solver, check_choice, check_eta, choice_setting, setting
+from ..schedule import randn_like, renoised
+from .base import Cost, Solver, check_choice, check_eta, choice_setting, eta_setting, setting
 from .checks import check_finite, check_problem
 from .resample import SPACES
-from .step import check_step, strength_setting
+from .step import check_step, norm, per_sample, strength_setting, told
+from .unguided import unguided_steps
 
 MOVES = ("langevin", "gradient")
 TAU = 0.01  # published, where the measurement's noise is not known; 1.3 grey levels
@@ -105,14 +106,7 @@ class DAPS(Solver):
         choices=SPACES,
         optional=True,
     )
-    eta: float = setting(
-        "Fresh noise of every step: 1 as published, all of it; 0 keeps the noise that there was.",
-        default=1.0,
-        least=0.0,
-        most=1.0,
-        step=0.05,
-        optional=True,
-    )
+    eta: float = eta_setting(help="Fresh noise of every step: 1 as published, all of it; 0 keeps the noise that there was.")
     strength: float = strength_setting()
 
     def __post_init__(self):
@@ -143,14 +137,13 @@ class DAPS(Solver):
             denoised = probability_flow(posterior.denoise, z, sigma, levels[-2], int(self.ode))
             space = self.space_of(i, steps)
             gradient = partial(posterior.gradient_z0 if space == "latent" else posterior.gradient_x, squared=True, bare=True)
-            start = denoised if space == "latent" else posterior.decode(denoised)
+            start = denoised if space == "latent" else posterior.decoded(denoised)
             z0, residuals = start, []
             for z0, residual in self._chain(gradient, start, sigma, tau, i / steps, directions, space, generator):  # noqa: B020 (the last one)
                 check_finite(i, steps, self.zeta, z0, residual)
                 residuals.append(residual)
-            z0 = z0 if space == "latent" else posterior.prior.encode(z0)
-            z0 = z0 + sigma_next * math.sqrt(1 - self.eta**2) / sigma * (z - denoised)
-            z = z0 + sigma_next * self.eta * randn_like(z, generator) if sigma_next * self.eta > 0 else z0
+            z0 = z0 if space == "latent" else posterior.encoded(z0)
+            z = renoised(z0, z - denoised, sigma, sigma_next, self.eta, generator)
             check_finite(i, steps, self.zeta, z, residuals[0])
             if callback:
                 callback(i, denoised, z, posterior.operator.excess(residuals[0], posterior.y))
@@ -193,29 +186,17 @@ class DAPS(Solver):
         )
 
     def describe(self) -> str:
-        step = f"automatic step {self.strength:g}" if self.zeta is None else f"zeta {self.zeta:g}"
         shown = ("zeta", "strength", "iterations", "move", "ode")
         rest = [f"{name} {value}" for name, value in self.notable().items() if name not in shown]
-        return f"DAPS ({', '.join([step, f'{self.iterations} {self.move} steps', f'ode {self.ode}', *rest])})"
+        return f"DAPS ({', '.join([told(self), f'{self.iterations} {self.move} steps', f'ode {self.ode}', *rest])})"
 
 
 def probability_flow(denoise: Callable[[Tensor, float], Tensor], z: Tensor, sigma: float, least: float, steps: int) -> Tensor:
     """The clean latent at the end of the PF-ODE from z at sigma, in Euler steps at levels from sigma towards `least`, then 0; one where sigma is `least`."""
     ends = sigma ** (1 / RHO), least ** (1 / RHO)
     levels = [(ends[0] + i / steps * (ends[1] - ends[0])) ** RHO for i in range(1, steps)] if least < sigma else []
-    for here, there in pairwise([sigma, *levels, 0.0]):
-        denoised = denoise(z, here)
-        z = denoised + there / here * (z - denoised) if there > 0 else denoised
-    return z
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    return values.view(-1, *[1] * (like.ndim - 1))
-
-
-def norm(x: Tensor) -> Tensor:
-    """(B,), at least in float32."""
-    return torch.linalg.vector_norm(x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+    *_, (_, z0) = unguided_steps(denoise, z, [sigma, *levels, 0.0], eta=0.0)
+    return z0
 
 
 def quotient(grad: Tensor, residual: Tensor) -> Tensor:

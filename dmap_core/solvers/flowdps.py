@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..schedule import randn_like
-from .base import Cost, Solver, check_choice, check_eta, choice_setting, setting, zeta_setting
+from ..schedule import flow_time, renoised
+from .base import Cost, Solver, check_choice, check_eta, choice_setting, eta_setting, setting, zeta_setting
 from .checks import check_finite, check_problem
-from .step import check_step, step_of, strength_setting
+from .step import check_step, step_of, strength_setting, told
 
 WEIGHTS = ("constant", "published", "falling", "rising")
 NOISES = ("published", "falling")
@@ -50,14 +50,7 @@ class FlowDPS(Solver):
     noise: str = choice_setting(
         NOISES, "The fresh noise of a step. published: little at first, more and more. falling: all of it until the last steps (TriPS)."
     )
-    eta: float = setting(
-        "Scales the fresh noise of every step: 1 as published, 0 deterministic.",
-        default=1.0,
-        least=0.0,
-        most=1.0,
-        step=0.05,
-        optional=True,
-    )
+    eta: float = eta_setting(help="Scales the fresh noise of every step: 1 as published, 0 deterministic.")
     strength: float = strength_setting()
 
     def __post_init__(self):
@@ -73,7 +66,7 @@ class FlowDPS(Solver):
         steps = len(levels) - 1
         for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
             u = i / max(steps - 1, 1)
-            t, t_next = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
+            t, t_next = flow_time(sigma), flow_time(sigma_next)
             w, m = weights_of(self.weight, u, t)
             denoised = posterior.denoise(z, sigma)
             guided, residuals = denoised, []
@@ -84,17 +77,17 @@ class FlowDPS(Solver):
                 residuals.append(residual)
             z0 = (1 - m) * denoised + m * guided
             a = self.eta * (math.sqrt(1 - t_next) if self.noise == "published" else late(u))
-            z0 = z0 + sigma_next * math.sqrt(1 - a**2) / sigma * (z - denoised)
-            z = z0 + sigma_next * a * randn_like(z, generator) if sigma_next * a > 0 else z0
+            z = renoised(z0, z - denoised, sigma, sigma_next, a, generator)
             check_finite(i, steps, self.zeta, z, residuals[0])
             if callback:
                 callback(i, denoised, z, residuals[0])
         return z
 
     def describe(self) -> str:
-        step = f"automatic step {self.strength:g}" if self.zeta is None else f"zeta {self.zeta:g}"
         noise = "" if self.noise == "published" else f", {self.noise} noise"
-        return f"FlowDPS ({step}, {self.inner} inner steps, {self.weight} weight{noise}{f', eta {self.eta:g}' if self.eta < 1 else ''})"
+        return (
+            f"FlowDPS ({told(self)}, {self.inner} inner steps, {self.weight} weight{noise}{f', eta {self.eta:g}' if self.eta < 1 else ''})"
+        )
 
     def cost(self, steps: int) -> Cost:
         gradients = steps * int(self.inner)

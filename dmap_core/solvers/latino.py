@@ -13,8 +13,8 @@ from ..consistency import ROUNDING, matchable, proximal
 from ..operators import Operator
 from ..operators.noisy import parts
 from ..posterior import Posterior
-from ..schedule import randn_like
-from .base import Cost, Solver, check_eta, setting
+from ..schedule import renoised
+from .base import Cost, Solver, check_eta, eta_setting, setting
 from .checks import check_finite, check_problem
 
 
@@ -43,13 +43,8 @@ class LATINO(Solver):
         digits=0.0001,
         optional=True,
     )
-    eta: float = setting(
-        "How much of the noise of every step is fresh: 1 is a consistency model's step (published), 0 keeps the noise that there is (DDIM).",
-        default=1.0,
-        least=0.0,
-        most=1.0,
-        step=0.05,
-        optional=True,
+    eta: float = eta_setting(
+        help="How much of the noise of every step is fresh: 1 is a consistency model's step (published), 0 keeps the noise that there is (DDIM)."
     )
 
     def __post_init__(self):
@@ -76,7 +71,7 @@ class LATINO(Solver):
             check_finite(i, len(levels) - 1, None, image, residual, guided=False)
             consistent = proximal(posterior.operator, image, posterior.y, self.lam(posterior.operator, sigma))
             z0 = posterior.encoded(consistent).to(z)
-            z = renoised(z0, z, sigma, sigma_next, self.eta, generator)
+            z = renoised(z0, z - z0, sigma, sigma_next, self.eta, generator)
             check_finite(i, len(levels) - 1, None, z, residual, guided=False)
             if callback:
                 callback(i, denoised, z, residual)
@@ -94,9 +89,3 @@ class LATINO(Solver):
 
     def cost(self, steps: int) -> Cost:
         return Cost(denoiser=steps, denoiser_gradients=0, decoder=steps, decoder_gradients=0, encoder=steps)
-
-
-def renoised(z0: Tensor, z: Tensor, sigma: float, sigma_next: float, eta: float, generator) -> Tensor:
-    """z0 (B, C, h, w) with the noise of level sigma_next: a share eta of it fresh, the rest what z, at level sigma, differs from z0 by."""
-    z0 = z0 + sigma_next * math.sqrt(1 - eta**2) / sigma * (z - z0)
-    return z0 + sigma_next * eta * randn_like(z0, generator) if sigma_next * eta > 0 else z0

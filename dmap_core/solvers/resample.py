@@ -142,11 +142,8 @@ def consistent_latent(posterior: Posterior, z0: Tensor, iterations: int, learnin
 
 def consistent_picture(posterior: Posterior, z0: Tensor, iterations: int, learning_rate: float) -> Tensor:
     """E(argmin_X ||y - f(X)||^2 / 2) from X = D(z0) (Eq. 37, above)."""
-    with torch.no_grad():
-        image = posterior.decode(z0)
-    image = _minimise(lambda x: posterior.gradient_x(x, squared=True)[0], image, iterations, learning_rate)
-    with torch.no_grad():
-        return posterior.prior.encode(image)
+    image = posterior.decoded(z0)
+    return posterior.encoded(_minimise(lambda x: posterior.gradient_x(x, squared=True)[0], image, iterations, learning_rate))
 
 
 def _minimise(gradient: Callable[[Tensor], Tensor], x: Tensor, iterations: int, learning_rate: float) -> Tensor:

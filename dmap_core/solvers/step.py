@@ -58,9 +58,19 @@ def step_size(zeta: float | None, strength: float, grad: Tensor, residual: Tenso
     """
     if zeta is not None:
         return zeta
-    norm = torch.linalg.vector_norm(grad.flatten(1).to(torch.promote_types(grad.dtype, torch.float32)), dim=1)
-    length = (strength * residual.to(norm) / norm).clamp(max=radius)
-    return torch.where(norm > 0, length / norm, 0.0).to(grad).view(-1, *[1] * (grad.ndim - 1))
+    slope = norm(grad)
+    length = (strength * residual.to(slope) / slope).clamp(max=radius)
+    return per_sample(torch.where(slope > 0, length / slope, 0.0).to(grad), grad)
+
+
+def norm(x: Tensor) -> Tensor:
+    """That of every sample of x (B, ...), (B,), at least in float32."""
+    return torch.linalg.vector_norm(x.flatten(1).to(torch.promote_types(x.dtype, torch.float32)), dim=1)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """values (B,) as (B, 1, ...), to go with `like` (B, ...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
 
 
 def step_of(solver: Any, grad: Tensor, residual: Tensor, sigma: float) -> float | Tensor:
@@ -69,7 +79,7 @@ def step_of(solver: Any, grad: Tensor, residual: Tensor, sigma: float) -> float 
 
 
 def told(solver: Any) -> str:
-    """The step of a solver with the fields above, for people: "zeta 4.8" or "automatic step 0.5"."""
+    """The step of a solver with fields as above, as far as it has them, for people: "zeta 4.8" or "automatic step 0.5"."""
     found = [f"automatic step {solver.strength:g}" if solver.zeta is None else f"zeta {solver.zeta:g}"]
-    found += ["no Jacobian"] if solver.jacobian == "none" else []
+    found += ["no Jacobian"] if getattr(solver, "jacobian", "") == "none" else []
     return ", ".join(found + (["Adam"] if getattr(solver, "optimizer", "") == "adam" else []))

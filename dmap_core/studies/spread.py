@@ -260,19 +260,45 @@ def spread(
     found: dict[str, dict[str, SpreadOf]] = {}
     for name in problems:
         problem = PROBLEMS[name]()
+        drawn = draw(problem, draws, samples, seed)
         found[name] = {}
         for method, solver in {EXACT: None, **solvers}.items():
-            found[name][method] = one(problem, solver, levels, draws, versions, samples, seed)
+            found[name][method] = one(problem, drawn, solver, levels, versions, samples, seed)
             done(name, method)
     settings = {"problems": list(problems), "draws": draws, "versions": versions, "samples": samples, "steps": steps, "seed": seed}
     return Spread(found, settings | {"solvers": {n: s.spec() for n, s in solvers.items()}})
 
 
-def one(problem: SpreadProblem, solver: Solver | None, levels: Tensor, draws: int, versions: int, samples: int, seed: int) -> SpreadOf:
-    """A solver, or for None exact samples, on a problem."""
+@dataclass(frozen=True)
+class Drawn:
+    """What all solvers of a problem are compared on.
+
+    truths (T, d) and their measurements y (T, ...); per part the variances (T,) of their posteriors there and a direction (T, d) of each; references
+    (samples, d): exact samples for every measurement of `SpreadProblem.at`.
+    """
+
+    truths: Tensor
+    y: Tensor
+    variances: dict[str, Tensor]
+    directions: dict[str, Tensor]
+    references: dict[str, Tensor]
+
+
+def draw(problem: SpreadProblem, draws: int, samples: int, seed: int) -> Drawn:
     generator = torch.Generator().manual_seed(seed)
     truths, y = problem.truths(draws, generator)
     posteriors = [problem.posterior(one) for one in y]
+    return Drawn(
+        truths.flatten(1),
+        y,
+        {part: torch.stack([variance_in(*p, basis) for p in posteriors]) for part, basis in problem.parts.items()},
+        {part: torch.randn(draws, len(b), generator=generator, dtype=truths.dtype) @ b for part, b in problem.parts.items()},
+        {at: problem.exact(measured, samples, torch.Generator().manual_seed(seed + 2)) for at, measured in problem.at.items()},
+    )
+
+
+def one(problem: SpreadProblem, drawn: Drawn, solver: Solver | None, levels: Tensor, versions: int, samples: int, seed: int) -> SpreadOf:
+    """A solver, or for None exact samples, on a problem."""
     own = torch.Generator().manual_seed(seed + 1)
 
     def made(y: Tensor, n: int) -> Tensor:
@@ -285,17 +311,13 @@ def one(problem: SpreadProblem, solver: Solver | None, levels: Tensor, draws: in
 
     calls = 0 if solver is None else solver.cost(len(levels) - 1).denoiser
     try:
-        x = made(y, versions)
-        distance = {}
-        for at, measured in problem.at.items():
-            reference = problem.exact(measured, samples, torch.Generator().manual_seed(seed + 2))
-            distance[at] = wasserstein(made(measured, samples)[0], reference, problem.sliced)
+        x = made(drawn.y, versions)
+        distance = {at: wasserstein(made(y, samples)[0], drawn.references[at], problem.sliced) for at, y in problem.at.items()}
     except Diverged:
         return SpreadOf(dict.fromkeys(PARTS, math.nan), {}, dict.fromkeys(problem.at, math.nan), calls)
-    ratio, held = {}, {}
-    for part, basis in problem.parts.items():
-        variances = torch.stack([variance_in(*p, basis) for p in posteriors])
-        ratio[part] = deviation_ratio(x, variances, basis)
-        direction = torch.randn(draws, len(basis), generator=generator, dtype=x.dtype) @ basis
-        held[part] = coverage((truths.flatten(1) * direction).sum(1), torch.einsum("tnd,td->tn", x, direction))
+    ratio = {part: deviation_ratio(x, drawn.variances[part], basis) for part, basis in problem.parts.items()}
+    held = {
+        part: coverage((drawn.truths * direction).sum(1), torch.einsum("tnd,td->tn", x, direction))
+        for part, direction in drawn.directions.items()
+    }
     return SpreadOf(ratio, held, distance, calls)

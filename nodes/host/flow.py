@@ -17,12 +17,15 @@ def is_flow(model) -> bool:
     return isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST)
 
 
-def check_levels(model, sigmas: Tensor) -> None:
-    """Raises ValueError for SIGMAS of a VE model where the model is a flow."""
-    if is_flow(model) and len(sigmas) and float(sigmas[0]) > 1:
+def finite_sigmas(model, sigmas: Tensor) -> Tensor:
+    """SIGMAS of that model, of which a flow's first one lies below pure noise (`schedule.flow_levels`). Raises ValueError for a VE model's where it is a flow."""
+    if not is_flow(model):
+        return sigmas
+    if len(sigmas) and float(sigmas[0]) > 1:
         raise ValueError(
             f"sigmas: they begin at {float(sigmas[0]):.4g}, and the times of a flow lie between 1 and 0; connect the flow model to the scheduler, too"
         )
+    return flow_levels(sigmas)
 
 
 def host_sigmas(model, sigmas: Tensor) -> Tensor:
@@ -31,8 +34,8 @@ def host_sigmas(model, sigmas: Tensor) -> Tensor:
 
 
 def ve_sigmas(model, sigmas: Tensor) -> Tensor:
-    """ComfyUI's SIGMAS of that model as VE noise levels; a first one of pure noise becomes finite (`schedule.flow_levels`)."""
-    return flow_sigma(flow_levels(sigmas)) if is_flow(model) else sigmas
+    """ComfyUI's SIGMAS of that model as VE noise levels, all of them finite."""
+    return flow_sigma(finite_sigmas(model, sigmas)) if is_flow(model) else sigmas
 
 
 def to_host(model, z: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:

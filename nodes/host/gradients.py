@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ...dmap_core.memory import blocks_of, wrapped
 from .static import check_static
 
 IN_PLACE = ("DoubleStreamBlock", "SingleStreamBlock")  # classes of blocks that add to their input in place
@@ -125,17 +126,9 @@ def own_input(networks: list[nn.Module]) -> Iterator[None]:
     def on_copies(forward: Callable, *args: Any, **kwargs: Any) -> Any:
         return forward(*map(owned, args), **{name: owned(value) for name, value in kwargs.items()})
 
-    blocks = [m for network in networks for m in network.modules() if type(m).__name__ in IN_PLACE]
-    inside = dict.fromkeys(m for block in blocks for m in block.modules() if m is block or isinstance(m, nn.LayerNorm))
-    replaced = {m: m.__dict__["forward"] for m in inside if "forward" in m.__dict__}
-    for m in inside:
-        m.forward = functools.partial(on_copies, m.forward)
-    try:
+    blocks = blocks_of(networks, IN_PLACE)
+    with wrapped([m for block in blocks for m in block.modules() if m is block or isinstance(m, nn.LayerNorm)], on_copies):
         yield
-    finally:
-        for m in inside:
-            del m.forward
-            vars(m).update({"forward": replaced[m]} if m in replaced else {})
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from ...dmap_core.tiles import Part, denoising, tiled, wanted
 from ..messages import node_of, speaking_of_nodes
 from .clock import Clock, say
 from .controlnet import controls_of, cut, untied
-from .flow import ancestral_level, check_levels, host_sigmas, is_flow, to_host, to_ve, ve_sigmas
+from .flow import ancestral_level, finite_sigmas, is_flow, to_host, to_ve, ve_sigmas
 from .gradients import (
     add_own_skip,
     as_in_training,
@@ -135,8 +135,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             return latent_image
         ours = isinstance(sampler, PosteriorSampler)
         self._exact = sampler.through_denoiser if ours else self.dps.jacobian == "exact"
-        check_levels(self.model_patcher, sigmas)
-        sigmas = host_sigmas(self.model_patcher, ve_sigmas(self.model_patcher, sigmas))
+        sigmas = finite_sigmas(self.model_patcher, sigmas)
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)

@@ -98,9 +98,29 @@ class ConvPrior:
         return self.free
 
 
+class ConvAutoencoder(ConvPrior):
+    """The same with a random encoder, which counts its calls."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
+        self.encoded = 0
+
+    def encode(self, image):
+        self.encoded += 1
+        return self.encoder(image).tanh()
+
+
 @pytest.fixture
 def conv_prior():
     return ConvPrior
+
+
+@pytest.fixture
+def conv_autoencoder():
+    return ConvAutoencoder
 
 
 @dataclass(frozen=True)

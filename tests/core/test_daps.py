@@ -5,7 +5,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
 
 from dmap_core.backends.mixture import GaussianMixture
 from dmap_core.operators import Noisy, SuperResolution
@@ -29,20 +28,8 @@ def randn(*shape, seed=0):
 
 
 @pytest.fixture
-def autoencoder(conv_prior):
-    class Autoencoder(conv_prior):
-        def __init__(self):
-            super().__init__()
-            self.encoded = 0
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
-
-        def encode(self, image):
-            self.encoded += 1
-            return self.encoder(image).tanh()
-
-    return Autoencoder
+def autoencoder(conv_autoencoder):
+    return conv_autoencoder
 
 
 def problem(prior, batch=2):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 from variants import some_at_once
 
 from dmap_core.operators import (
@@ -49,18 +48,8 @@ def randn(*shape, seed=0):
 
 
 @pytest.fixture
-def prior(conv_prior):
-    class Autoencoder(conv_prior):
-        def __init__(self):
-            super().__init__()
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
-
-        def encode(self, image):
-            return self.encoder(image).tanh()
-
-    return Autoencoder()
+def prior(conv_autoencoder):
+    return conv_autoencoder()
 
 
 def solve(case, prior, f, y, batch=1):

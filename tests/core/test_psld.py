@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from dmap_core.backends.mixture import GaussianMixture
@@ -44,16 +43,10 @@ def measurement(f, batch=1, size=IMAGE):
 
 
 @pytest.fixture
-def prior(conv_prior):
-    class Autoencoder(conv_prior):
-        def __init__(self):
-            super().__init__()
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
-
+def prior(conv_autoencoder):
+    class Autoencoder(conv_autoencoder):
         def encode(self, image):
-            return 2 * self.encoder(image).tanh()
+            return 2 * super().encode(image)
 
     return Autoencoder()
 

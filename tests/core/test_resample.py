@@ -6,7 +6,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from dmap_core.operators import Inpainting, SuperResolution
 from dmap_core.posterior import Posterior
@@ -24,16 +23,13 @@ def randn(*shape, seed=0):
 
 
 @pytest.fixture
-def autoencoder(conv_prior):
-    class Autoencoder(conv_prior):
+def autoencoder(conv_autoencoder):
+    class Autoencoder(conv_autoencoder):
         """Keeps the order of its calls."""
 
         def __init__(self):
             super().__init__()
             self.calls = []
-            with torch.random.fork_rng():
-                torch.manual_seed(1)
-                self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
 
         def denoise(self, z, sigma):
             self.calls.append("denoise")
@@ -45,7 +41,7 @@ def autoencoder(conv_prior):
 
         def encode(self, image):
             self.calls.append("encode")
-            return self.encoder(image).tanh()
+            return super().encode(image)
 
     return Autoencoder
 
