@@ -1,0 +1,287 @@
+"""One table of all methods: quality against cost on the demo prior, at about 8, 30 and 100 evaluations of the networks.
+
+    python demo/methods.py --budgets 8 --n 32                          # hours on a small machine; goes on where it was cut
+    python demo/methods.py --budgets 8,30 --operators inpainting --methods "DMAP,DPS inner,LATINO"
+    python demo/methods.py --search --budgets 8 --methods DAPS         # other settings of a method, on held-out pictures that no table uses
+    python demo/methods.py --table                                     # only print, write and plot what there is
+
+A budget is an upper bound of both the denoiser's calls and the decoder's gradients. What that takes on Stable Diffusion 2.0 at 512x512 differs by a factor
+of six between methods, so the table has those operations (dmap_core/costs.py) and the plot is drawn over them. Steps set themselves where a
+solver has such a step; PSLD and DSG have what was searched for the demo prior. Every figure is there of the picture as the model leaves it, and of
+the same after `match`. It writes below --out: every picture with its figures, methods.md, methods.csv and methods.png.
+"""
+
+import argparse
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import compare
+import prices
+from run import HERE, PRIOR_FILE, ROOT, names
+
+from dmap_core.evaluate.results import write_text
+from dmap_core.evaluate.tables import digits, grid, label, paired
+from dmap_core.metrics.interval import mean_interval
+from dmap_core.operators import from_spec
+from dmap_core.plots import colour, new_figure, save, styled
+from dmap_core.presets import automatic, preset
+from dmap_core.solvers import Cost
+
+BUDGETS = (8, 30, 100)
+OPERATORS = ("super-resolution-x4", "super-resolution-x8", "gaussian-deblur", "motion-deblur", "inpainting", "jpeg-cleanup")
+BASELINE = "DMAP"  # what the others are compared with
+ZETA = ("PSLD",)  # solvers without a step of their own
+SHOWN = ("psnr", "psnr matched", "ssim", "ssim matched", "features", "features matched")
+PLOTTED = (("psnr matched", "PSNR in dB", 1), ("features matched", "feature distance", -1))  # and which way is better
+MARKERS = {"DMAP inner": "s", "DPS inner": "s"}
+Setting = tuple[int, dict[str, Any]]  # steps, and what differs from DMAPPreset's
+# By method: the solver, and for every budget the setting of the table, then others that were tried on the search pictures.
+METHODS: dict[str, tuple[str, dict[int, list[Setting]]]] = {
+    "DMAP": ("DMAP", {8: [(3, {}), (4, {"K": 1}), (5, {"K": 1, "guide_start": 0.3})], 30: [(10, {})], 100: [(34, {})]}),
+    "DMAP inner": (
+        "DMAP",
+        {
+            8: [(3, {"inner": 2, "jacobian": "none"}), (4, {"K": 1, "inner": 3, "jacobian": "none"})],
+            30: [(10, {"K": 1, "inner": 3, "jacobian": "none"})],
+            100: [(34, {"K": 1, "inner": 3, "jacobian": "none"})],
+        },
+    ),
+    "DPS": ("DPS", {8: [(8, {})], 30: [(30, {})], 100: [(100, {})]}),
+    "DPS inner": (
+        "DPS",
+        {
+            8: [
+                (4, {"inner": 2, "jacobian": "none"}),
+                (6, {"inner": 2, "guide_start": 0.4, "jacobian": "none"}),
+                (3, {"inner": 3, "guide_start": 0.3, "jacobian": "none"}),
+            ],
+            30: [(10, {"inner": 4, "guide_start": 0.3, "jacobian": "none"}), (20, {"inner": 2, "guide_start": 0.3, "jacobian": "none"})],
+            100: [(34, {"inner": 4, "guide_start": 0.3, "jacobian": "none"})],
+        },
+    ),
+    "PSLD": ("PSLD", {8: [(8, {})], 30: [(30, {})], 100: [(100, {})]}),
+    "FreeDoM": (
+        "FreeDoM",
+        {8: [(6, {"first": 2, "last": 3})], 30: [(24, {"first": 6, "last": 11})], 100: [(80, {"first": 20, "last": 39})]},
+    ),
+    "ReSample": (
+        "ReSample",
+        {
+            8: [(4, {"first": 2, "last": 2, "every": 2, "iterations": 4, "learning_rate": 0.02, "space": "latent"})],
+            30: [(15, {"first": 6, "last": 12, "every": 6, "iterations": 7, "space": "latent"})],
+            100: [(50, {"first": 20, "last": 40, "every": 20, "iterations": 25, "space": "latent"})],
+        },
+    ),
+    "DSG": ("DSG", {8: [(8, {})], 30: [(30, {})], 100: [(100, {})]}),
+    "LATINO": ("LATINO", {8: [(8, {}), (8, {"eta": 0.0}), (8, {"eta": 0.5})], 30: [(30, {})], 100: [(100, {})]}),
+    "FlowDPS": (
+        "FlowDPS",
+        {
+            8: [
+                (4, {"inner": 2}),
+                (8, {"inner": 1}),
+                (4, {"inner": 2, "noise": "falling"}),
+                (3, {"inner": 3}),
+                (8, {"inner": 1, "noise": "falling"}),
+            ],
+            30: [(10, {"inner": 3}), (10, {"inner": 3, "noise": "falling"})],
+            100: [(34, {"inner": 3})],
+        },
+    ),
+    "DAPS": (
+        "DAPS",
+        {
+            8: [(4, {"iterations": 2}), (8, {"iterations": 1}), (2, {"iterations": 4}), (4, {"iterations": 2, "strength": 1.0})],
+            30: [(10, {"iterations": 3}), (15, {"iterations": 2}), (7, {"iterations": 4})],
+            100: [(25, {"iterations": 4})],
+        },
+    ),
+}
+
+
+def rows(f: Any, operator: str, methods: Sequence[str], budgets: Sequence[int], search: bool) -> Iterator[dict[str, Any]]:
+    """Of one operator f; as given, and every method at every budget. search: with the settings that were tried besides."""
+    yield {"operator": operator, "solver": compare.AS_GIVEN, "name": compare.AS_GIVEN}
+    for budget in budgets:
+        for name in methods:
+            solver, settings = METHODS[name]
+            if solver == "PSLD" and not f.linear:  # it needs the transpose
+                continue
+            for steps, changes in settings[budget] if search else settings[budget][:1]:
+                known = preset(f, solver, compare.MODEL) if solver in ZETA else automatic(f, solver, "look")
+                plan = known.with_steps(steps).with_settings(**changes)
+                told = ", ".join([f"{steps} steps", *(f"{key} {value}" for key, value in changes.items() if key != "jacobian")])
+                told = {
+                    "name": f"{name}, {told}" if search else f"{name}, {budget}",
+                    "settings": {k: v for k, v in plan.solver.settings().items() if v is not None},
+                }
+                yield told | {"operator": operator, "solver": solver, "steps": steps, "spacing": "exponential"}
+
+
+def groups(lines: Sequence[Any]) -> dict[int, dict[str, dict[str, Any]]]:
+    """Finished rows by budget, method and operator; the measurement as given is in every budget that has any."""
+    given = {line.row.operator: line for line in lines if line.row.name == compare.AS_GIVEN}
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for line in lines:
+        if line.row.name != compare.AS_GIVEN:
+            method, budget = line.row.name.rsplit(", ", 1)
+            found.setdefault(int(budget), {compare.AS_GIVEN: given}).setdefault(method, {})[line.row.operator] = line
+    return found
+
+
+def of_pictures(line: Any, name: str, pictures: Sequence[str]) -> list[float]:
+    """A metric of those pictures, in their order."""
+    found = dict(zip(line.pictures, line.values[name], strict=True))
+    return [found[picture] for picture in pictures]
+
+
+def common(methods: dict[str, dict[str, Any]], operators: Sequence[str]) -> list[str]:
+    """Pictures that every method has restored from every one of these damages, of those that it has done at all."""
+    sets = [set(lines[operator].pictures) for lines in methods.values() for operator in operators if operator in lines]
+    return sorted(set.intersection(*sets)) if sets else []
+
+
+def averaged(lines: dict[str, Any], operators: Sequence[str], name: str, pictures: Sequence[str]) -> list[float]:
+    """A metric of every picture, averaged over the damages."""
+    return [mean(values) for values in zip(*(of_pictures(lines[operator], name, pictures) for operator in operators), strict=True)]
+
+
+def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for every method of a budget that has been through all damages: means over them, and the paired difference to BASELINE, picture by picture."""
+    operators = list(methods[compare.AS_GIVEN])
+    whole = {name: lines for name, lines in methods.items() if lines.keys() == methods[compare.AS_GIVEN].keys()}
+    pictures, found = common(whole, operators), []
+    for name, lines in whole.items():
+        line = {"method": name, "n": len(pictures), "cost": costs.get(name)}
+        line |= {key: mean(averaged(lines, operators, key, pictures)) for key in (*SHOWN, "mismatch", "seconds")}
+        if BASELINE in whole:
+            for key in SHOWN:
+                pairs = zip(averaged(lines, operators, key, pictures), averaged(whole[BASELINE], operators, key, pictures), strict=True)
+                line[f"{key} difference"] = mean_interval([a - b for a, b in pairs])
+        found.append(line)
+    return found
+
+
+def summary_table(lines: Sequence[dict[str, Any]], label: Callable[[str], str], digits: Callable[[str], int]) -> str:
+    """Of one budget, in Markdown."""
+    keys = (*SHOWN, "mismatch", "seconds")
+    head = ["method", "n", *map(label, keys), "denoiser", "decoder", "with gradient", "encoder", "TFLOP"]
+    body = []
+    for line in lines:
+        calls, tera = line["cost"] or (Cost(0, 0, 0, 0), 0.0)
+        numbers = [calls.denoiser, calls.decoder, calls.decoder_gradients, calls.encoder, f"{tera:.0f}"]
+        body.append([line["method"], line["n"], *(f"{line[key]:.{digits(key)}f}" for key in keys), *numbers])
+    if not any(f"{SHOWN[0]} difference" in line for line in lines):
+        return grid(head, body)
+    minus = [
+        [line["method"], *(line[f"{key} difference"].text(digits(key), "+") for key in SHOWN)]
+        for line in lines
+        if line["method"] != BASELINE
+    ]
+    return f"{grid(head, body)}\n\nMinus {BASELINE}, of the same pictures:\n\n{grid(['method', *map(label, SHOWN)], minus)}"
+
+
+def differences(methods: dict[str, dict[str, Any]], key: str, decimals: int) -> str:
+    """A metric of every method and damage minus that of BASELINE on the same pictures, in Markdown."""
+    operators, body = list(methods[compare.AS_GIVEN]), []
+    for name, lines in methods.items():
+        cells = [name]
+        for operator in operators if name != BASELINE else ():
+            found = paired(lines[operator], methods[BASELINE][operator], key) if operator in lines and operator in methods[BASELINE] else []
+            cells.append(f"{mean_interval(found).text(decimals, '+')}, n {len(found)}" if found else "")
+        body += [cells] if len(cells) > 1 else []
+    return grid(["method", *operators], body)
+
+
+def plot(summaries: dict[int, Sequence[dict[str, Any]]]):
+    """Quality against operations, a line per method through its budgets, and the front: nothing to the left of it is as good."""
+
+    @styled
+    def draw():
+        figure = new_figure(12, "Means over six kinds of damage, after matching")
+        for ax, (key, what, sign) in zip(figure.subplots(2, 1), PLOTTED, strict=True):
+            points: dict[str, list[tuple[float, float]]] = {}
+            for lines in summaries.values():
+                for line in lines:
+                    if line["cost"]:
+                        points.setdefault(line["method"], []).append((line["cost"][1], line[key]))
+                    else:
+                        ax.axhline(
+                            line[key], color="#999999", linestyle=":", label="as given" if lines is list(summaries.values())[0] else None
+                        )
+            for name, found in points.items():
+                ax.plot(*zip(*sorted(found), strict=True), MARKERS.get(name, "o") + "-", color=colour(name), label=name, markersize=8)
+            front, best = [], -math.inf
+            for tera, value in sorted(point for found in points.values() for point in found):
+                if sign * value > best:
+                    best = sign * value
+                    front.append((tera, value))
+            ax.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=6, zorder=0, solid_capstyle="round", label="front")
+            ax.set_xscale("log", base=2)
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.set_xlabel("TFLOP at 512x512, Stable Diffusion 2.0")
+            ax.set_ylabel(what)
+        figure.axes[0].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        return figure
+
+    return draw()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="of 8, 30, 100")
+    parser.add_argument("--operators", default=",".join(OPERATORS))
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--n", type=int, help="pictures (32, or 4 of a search)")
+    parser.add_argument("--search", action="store_true", help="the settings that were tried, on the last held-out pictures")
+    parser.add_argument("--out", type=Path, help="results folder (default: output/methods, or methods-search)")
+    parser.add_argument("--table", action="store_true", help="compute nothing, write what there is")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    options = parser.parse_args()
+    budgets = [int(budget) for budget in names(options.budgets, tuple(map(str, BUDGETS)), "--budgets")]
+    methods, wanted = names(options.methods, tuple(METHODS), "--methods"), names(options.operators, OPERATORS, "--operators")
+    out = options.out or ROOT / "output" / ("methods-search" if options.search else "methods")
+    compare.import_pack()
+    from dmap_pack.dmap_core.evaluate.config import make_config
+    from dmap_pack.dmap_core.evaluate.report import write_table
+    from dmap_pack.dmap_core.evaluate.run import evaluate, plan_jobs
+    from dmap_pack.dmap_core.evaluate.tables import read_lines
+
+    damage = compare.specs(wanted, out / "weights")
+    table = [row for name, spec in damage.items() for row in rows(from_spec(dict(spec)), name, methods, budgets, options.search)]
+    given = {"operators": damage, "rows": table, "images": HERE / "held-out", "checkpoint": PRIOR_FILE, "seed": 0, "stride": 0}
+    given |= {"count": options.n or (4 if options.search else 32), "last": options.search, "metrics": ["psnr", "ssim", "features"]}
+    given |= {"match": True, "settings_for": compare.MODEL, "title": "Every method at equal cost"}
+    config = make_config(given)
+    jobs = plan_jobs(config) if options.table else evaluate(config, out, compare.backend(config))
+    if options.search:
+        write_table(config, jobs, out)
+    else:
+        write(read_lines(config, jobs, out), {(job.row.name, job.row.operator): job.plan for job in jobs if job.plan}, out)
+
+
+def price(plans: dict[tuple[str, str], Any], name: str) -> tuple[Cost, float] | None:
+    """(calls, TFLOP) of a row. TFLOP are a mean over the damages: a hole takes the exact gradient, which costs more. None for the measurement as given."""
+    found = [plan for (row, _), plan in plans.items() if row == name]
+    return (found[0].solver.cost(found[0].steps), mean(prices.tera(plan, guided=False) for plan in found)) if found else None
+
+
+def write(lines: Sequence[Any], plans: dict[tuple[str, str], Any], out: Path) -> None:
+    """methods.md and methods.png of finished rows. plans: by the names of rows and damages."""
+    parts, summaries = ["# Every method at equal cost"], {}
+    for budget, methods in sorted(groups(lines).items()):
+        summaries[budget] = summary(methods, {name: price(plans, f"{name}, {budget}") for name in methods})
+        parts += [f"## {budget} evaluations", summary_table(summaries[budget], label, digits)]
+        if BASELINE in methods:
+            parts += [f"{label(key)} minus that of {BASELINE}:\n\n{differences(methods, key, digits(key))}" for key in SHOWN]
+    write_text(out / "methods.md", "\n\n".join(parts) + "\n")
+    if any(summaries.values()):
+        save(plot(summaries), out / "methods.png")
+
+
+if __name__ == "__main__":
+    main()
