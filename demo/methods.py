@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import compare
 import prices
@@ -38,66 +38,77 @@ ZETA = ("PSLD",)  # solvers without a step of their own
 SHOWN = ("psnr", "psnr matched", "ssim", "ssim matched", "features", "features matched")
 PLOTTED = (("psnr matched", "PSNR in dB", 1), ("features matched", "feature distance", -1))  # and which way is better
 MARKERS = {"DMAP inner": "s", "DPS inner": "s"}
-Setting = tuple[int, dict[str, Any]]  # steps, and what differs from DMAPPreset's
+
+
+class Setting(NamedTuple):
+    """Of a method at a budget. changes: to the settings that DMAPPreset takes. start: below 1 it begins with the measurement's own picture."""
+
+    steps: int
+    changes: dict[str, Any]
+    start: float = 1.0
+
+    def told(self) -> str:
+        shown = {"start": self.start} if self.start < 1 else {}
+        shown |= {key: value for key, value in self.changes.items() if key != "jacobian"}
+        return ", ".join([f"{self.steps} steps", *(f"{key} {value}" for key, value in shown.items())])
+
+
+def at(steps: int, start: float = 1.0, **changes: Any) -> Setting:
+    return Setting(steps, changes, start)
+
+
+def inner(steps: int, inner: int, **changes: Any) -> Setting:
+    """With gradient steps that call no denoiser, which have no exact gradient."""
+    return at(steps, inner=inner, jacobian="none", **changes)
+
+
+def resample(steps: int, first: int, last: int, every: int, iterations: int) -> Setting:
+    return at(steps, first=first, last=last, every=every, iterations=iterations, learning_rate=0.02, space="latent")
+
+
 # By method: the solver, and for every budget the setting of the table, then others that were tried on the search pictures.
 METHODS: dict[str, tuple[str, dict[int, list[Setting]]]] = {
-    "DMAP": ("DMAP", {8: [(3, {}), (4, {"K": 1}), (5, {"K": 1, "guide_start": 0.3})], 30: [(10, {})], 100: [(34, {})]}),
+    "DMAP": ("DMAP", {8: [at(4, K=1), at(3), at(5, K=1, guide_start=0.3)], 30: [at(10)], 100: [at(34)]}),
     "DMAP inner": (
         "DMAP",
-        {
-            8: [(3, {"inner": 2, "jacobian": "none"}), (4, {"K": 1, "inner": 3, "jacobian": "none"})],
-            30: [(10, {"K": 1, "inner": 3, "jacobian": "none"})],
-            100: [(34, {"K": 1, "inner": 3, "jacobian": "none"})],
-        },
+        {8: [inner(4, 3, K=1), inner(3, 2)], 30: [inner(10, 3, K=1), inner(15, 2, K=1)], 100: [inner(34, 3, K=1)]},
     ),
-    "DPS": ("DPS", {8: [(8, {})], 30: [(30, {})], 100: [(100, {})]}),
+    "DMAP warm": ("DMAP", {8: [at(4, 0.4, K=1), at(3, 0.4), at(4, 0.6, K=1)], 30: [at(10, 0.4)], 100: [at(34, 0.4)]}),
+    "DPS": ("DPS", {8: [at(8), at(8, strength=1.0), at(8, 0.4)], 30: [at(30)], 100: [at(100)]}),
     "DPS inner": (
         "DPS",
         {
-            8: [
-                (4, {"inner": 2, "jacobian": "none"}),
-                (6, {"inner": 2, "guide_start": 0.4, "jacobian": "none"}),
-                (3, {"inner": 3, "guide_start": 0.3, "jacobian": "none"}),
-            ],
-            30: [(10, {"inner": 4, "guide_start": 0.3, "jacobian": "none"}), (20, {"inner": 2, "guide_start": 0.3, "jacobian": "none"})],
-            100: [(34, {"inner": 4, "guide_start": 0.3, "jacobian": "none"})],
+            8: [inner(6, 2, guide_start=0.4), inner(4, 2), inner(3, 3)],
+            30: [inner(10, 4, guide_start=0.3), inner(20, 2, guide_start=0.3)],
+            100: [inner(34, 4, guide_start=0.3)],
         },
     ),
-    "PSLD": ("PSLD", {8: [(8, {})], 30: [(30, {})], 100: [(100, {})]}),
-    "FreeDoM": (
-        "FreeDoM",
-        {8: [(6, {"first": 2, "last": 3})], 30: [(24, {"first": 6, "last": 11})], 100: [(80, {"first": 20, "last": 39})]},
-    ),
-    "ReSample": (
-        "ReSample",
-        {
-            8: [(4, {"first": 2, "last": 2, "every": 2, "iterations": 4, "learning_rate": 0.02, "space": "latent"})],
-            30: [(15, {"first": 6, "last": 12, "every": 6, "iterations": 7, "space": "latent"})],
-            100: [(50, {"first": 20, "last": 40, "every": 20, "iterations": 25, "space": "latent"})],
-        },
-    ),
-    "DSG": ("DSG", {8: [(8, {})], 30: [(30, {})], 100: [(100, {})]}),
-    "LATINO": ("LATINO", {8: [(8, {}), (8, {"eta": 0.0}), (8, {"eta": 0.5})], 30: [(30, {})], 100: [(100, {})]}),
+    "PSLD": ("PSLD", {8: [at(8)], 30: [at(30)], 100: [at(100)]}),
+    "FreeDoM": ("FreeDoM", {8: [at(6, first=2, last=3)], 30: [at(24, first=6, last=11)], 100: [at(80, first=20, last=39)]}),
+    "ReSample": ("ReSample", {8: [resample(4, 2, 2, 2, 4)], 30: [resample(15, 6, 12, 6, 7)], 100: [resample(50, 20, 40, 20, 25)]}),
+    "DSG": ("DSG", {8: [at(8)], 30: [at(30)], 100: [at(100)]}),
+    "LATINO": ("LATINO", {8: [at(8), at(8, eta=0.0), at(8, eta=0.5), at(8, 0.4)], 30: [at(30)], 100: [at(100)]}),
     "FlowDPS": (
         "FlowDPS",
         {
             8: [
-                (4, {"inner": 2}),
-                (8, {"inner": 1}),
-                (4, {"inner": 2, "noise": "falling"}),
-                (3, {"inner": 3}),
-                (8, {"inner": 1, "noise": "falling"}),
+                at(8, inner=1),
+                at(4, inner=2),
+                at(4, inner=2, noise="falling"),
+                at(3, inner=3),
+                at(8, inner=1, noise="falling"),
+                at(8, 0.4, inner=1),
             ],
-            30: [(10, {"inner": 3}), (10, {"inner": 3, "noise": "falling"})],
-            100: [(34, {"inner": 3})],
+            30: [at(10, inner=3), at(15, inner=2), at(30, inner=1), at(10, inner=3, noise="falling")],
+            100: [at(34, inner=3)],
         },
     ),
     "DAPS": (
         "DAPS",
         {
-            8: [(4, {"iterations": 2}), (8, {"iterations": 1}), (2, {"iterations": 4}), (4, {"iterations": 2, "strength": 1.0})],
-            30: [(10, {"iterations": 3}), (15, {"iterations": 2}), (7, {"iterations": 4})],
-            100: [(25, {"iterations": 4})],
+            8: [at(8, iterations=1), at(4, iterations=2), at(2, iterations=4), at(4, iterations=2, strength=1.0)],
+            30: [at(15, iterations=2), at(10, iterations=3), at(7, iterations=4), at(30, iterations=1)],
+            100: [at(50, iterations=2)],
         },
     ),
 }
@@ -111,15 +122,12 @@ def rows(f: Any, operator: str, methods: Sequence[str], budgets: Sequence[int], 
             solver, settings = METHODS[name]
             if solver == "PSLD" and not f.linear:  # it needs the transpose
                 continue
-            for steps, changes in settings[budget] if search else settings[budget][:1]:
+            for setting in settings[budget] if search else settings[budget][:1]:
                 known = preset(f, solver, compare.MODEL) if solver in ZETA else automatic(f, solver, "look")
-                plan = known.with_steps(steps).with_settings(**changes)
-                told = ", ".join([f"{steps} steps", *(f"{key} {value}" for key, value in changes.items() if key != "jacobian")])
-                told = {
-                    "name": f"{name}, {told}" if search else f"{name}, {budget}",
-                    "settings": {k: v for k, v in plan.solver.settings().items() if v is not None},
-                }
-                yield told | {"operator": operator, "solver": solver, "steps": steps, "spacing": "exponential"}
+                plan = known.with_steps(setting.steps).with_settings(**setting.changes)
+                row = {"operator": operator, "solver": solver, "steps": plan.steps, "spacing": "exponential", "start": setting.start}
+                row["settings"] = {key: value for key, value in plan.solver.settings().items() if value is not None}
+                yield row | {"name": f"{name}, {setting.told()}" if search else f"{name}, {budget}"}
 
 
 def groups(lines: Sequence[Any]) -> dict[int, dict[str, dict[str, Any]]]:
