@@ -38,8 +38,7 @@ def plan(family: str, size: tuple[int, int], tile: int | None, gib: float, jacob
 def tflop(operator: Operator, quality: str, family: str, size: tuple[int, int], tile: int | None, strategy: str) -> float:
     """Of a run with DMAPPreset's solver auto."""
     preset = presets.automatic(operator, presets.AUTO, quality)
-    cost = preset.solver.cost(preset.steps)
-    return costs.run_flop(family, "KL", size, cost.denoiser, cost.denoiser_gradients, cost.decoder_gradients, strategy, tile) / 1e12
+    return costs.run_flop(family, "KL", size, preset.solver.cost(preset.steps), strategy, tile) / costs.TERA
 
 
 def minutes(job: tuple, rate: float, strategy: str) -> list[float]:

@@ -5,7 +5,9 @@ python -m benchmarks costs
 
 from __future__ import annotations
 
-from .flops import SIZES, TERA, decoder_flop, denoiser_flop, fitted
+from dmap_core.costs import ENCODER
+
+from .flops import SIZES, TERA, decoder_flop, denoiser_flop, encoder_flop, fitted
 from .live import fake, weight_bytes
 from .memory import Bytes, decoder_bytes, denoiser_bytes
 from .shapes import DECODERS, FAMILIES, build
@@ -31,9 +33,9 @@ def main() -> None:
         networks |= {name: build("demo prior", name, weights=False).autoencoder for name in DECODERS}
         print("PARAMETERS =", {name: weight_bytes([network]) // 4 for name, network in networks.items()}, flush=True)
     print("FLOP = {")
-    for name in (*FAMILIES, *DECODERS):
-        count = denoiser_flop if name in FAMILIES else decoder_flop
-        pairs = [count(name, size) for size in SIZES]
+    counts = [(name, name, denoiser_flop) for name in FAMILIES] + [(name, name, decoder_flop) for name in DECODERS]
+    for name, network, count in (*counts, *((name + ENCODER, name, encoder_flop) for name in DECODERS)):
+        pairs = [count(network, size) for size in SIZES]
         found = [fitted(SIZES, values) for values in zip(*pairs, strict=True)]
         rounded = [tuple(float(f"{n / TERA:.5g}") for n in (lin, quad)) for lin, quad, _ in found]
         print(f'    "{name}": ({rounded[0]}, {rounded[1]}),  # worst error {max(error for _, _, error in found):.1%}', flush=True)

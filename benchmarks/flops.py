@@ -36,6 +36,13 @@ def decoder_flop(decoder: str, size: int) -> tuple[int, int]:
         return forward_and_vjp(prior.decode, empty(size, CHANNELS, FACTOR))
 
 
+def encoder_flop(decoder: str, size: int) -> tuple[int, int]:
+    """Of the encoder that belongs to a decoder."""
+    with fake():
+        prior = build("demo prior", decoder, weights=False)
+        return forward_and_vjp(prior.encode, empty(size, 3, 1))
+
+
 def fitted(sizes, values) -> tuple[float, float, float]:
     """(lin, quad) of lin a + quad a^2 for values at squares of these sizes, a in units of 512x512, and the worst relative error.
 

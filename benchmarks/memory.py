@@ -103,6 +103,18 @@ def decoder_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:
     return Bytes(forward, 0, live.peak)
 
 
+def encoder_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:
+    x = empty(size, 3, 1)
+    with watched(prior, x) as live, torch.no_grad():
+        prior.encode(x)
+    forward = live.peak
+    with watched(prior, x) as live, checkpointed(prior.blocks()) if recompute else nullcontext(), torch.enable_grad():
+        z0, pull = linearise(prior.encode, x)
+        saved = live.now
+        pull(torch.empty_like(z0))
+    return Bytes(forward, saved, live.peak)
+
+
 def counted(
     family: str, decoder: str, dtype: str, size: int, strategy: str, tile: int | None = None, jacobian: str = "exact", batch: int = 1
 ) -> dict:

@@ -57,9 +57,7 @@ WITH_GUIDANCE = ("DMAP 10, K 2", "DPS 10, inner 2, from 0.3")
 
 def tera(plan, guided: bool) -> float:
     """TFLOP of a run at Stable Diffusion 2.0's shape."""
-    cost = plan.solver.cost(plan.steps)
-    calls = cost.denoiser, cost.denoiser_gradients, cost.decoder_gradients
-    return costs.run_flop("SD 2.0", "TAESD" if guided else "KL", SIZE, *calls) / costs.TERA
+    return costs.run_flop("SD 2.0", "KL", SIZE, plan.solver.cost(plan.steps), guidance="TAESD" if guided else None) / costs.TERA
 
 
 def lines_of(config, out: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ Attention is fused, as on CUDA. Not in the count: workspaces of convolutions, wh
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,8 @@ TERA, MEGA = 1e12, 1e6
 UNIT = 512**2  # pixels of an area of 1
 
 FAMILIES = ("SD 1.5", "SD 2.0", "SDXL", "demo prior")
-DECODERS = ("KL", "TAESD")  # autoencoders, of which the decoder runs and both halves are in memory
+DECODERS = ("KL", "TAESD")  # autoencoders, both halves of which are in memory
+ENCODER = " encoder"  # behind the name of an autoencoder, which alone is its decoder's
 
 PARAMETERS = {
     "SD 1.5": 859_520_964,
@@ -41,7 +43,31 @@ FLOP = {
     "demo prior": ((0.096315, 0.021466), (0.096828, 0.053687)),
     "KL": ((2.4802, 0.03436), (2.4802, 0.085899)),
     "TAESD": ((0.14135, 0.0), (0.14135, 0.0)),
+    "KL encoder": ((1.0823, 0.03436), (1.0823, 0.085899)),
+    "TAESD encoder": ((0.12232, 0.0), (0.12232, 0.0)),
 }
+
+# Of a guided evaluation: a call without gradient, the encoder's, and its with gradient.
+PLAIN_PART, ENCODER_PART, GLUE_PART = 0.3, 0.2, 0.5
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How often a run evaluates its networks: denoiser, decoder and encoder in all, and of these with gradient."""
+
+    denoiser: int
+    denoiser_gradients: int
+    decoder: int
+    decoder_gradients: int
+    encoder: int = 0
+    encoder_gradients: int = 0
+
+    def weight(self) -> float:
+        """About how many guided evaluations (denoiser and decoder with gradient) take as long: for the time left, no measurement."""
+        plain = self.denoiser - self.denoiser_gradients + self.decoder - self.decoder_gradients
+        guided = (1 - PLAIN_PART) * self.denoiser_gradients + PLAIN_PART * self.decoder_gradients
+        encoded = ENCODER_PART * (self.encoder - self.encoder_gradients) + GLUE_PART * self.encoder_gradients
+        return guided + PLAIN_PART * plain + encoded
 
 
 class Bytes(NamedTuple):
@@ -117,24 +143,40 @@ def flop(
     A strategy's own evaluations are in it: the denoiser's second of "lean", those of all blocks of "checkpoint", those of tiles on the way back.
     Without the way back through the denoiser, "none" runs it once. A product and its sum are two operations. Raises KeyError for other names.
     """
-    return run_flop(family, decoder, size, 1, int(jacobian != "none"), 1, strategy, tile, batch)
+    return run_flop(family, decoder, size, Cost(1, int(jacobian != "none"), 1, 1), strategy, tile, batch)
 
 
 def run_flop(
     family: str,
     decoder: str,
     size: Size,
-    calls: int,
-    gradients: int,
-    decoder_gradients: int,
+    cost: Cost,
     strategy: str = "fast",
     tile: int | None = None,
     batch: int = 1,
+    guidance: str | None = None,
 ) -> float:
-    """Floating-point operations of a run: calls of the denoiser, `gradients` of which go back through it, and gradients of the decoder. The rest as of `flop`."""
-    guided = _gradient(family, size, denoising(tile) if tile else None, (strategy == "checkpoint") + (strategy == "lean"))
-    decoded = _gradient(decoder, size, decoding(tile) if tile else None, int(strategy == "checkpoint"))
-    return (calls - gradients) * denoiser_flop(family, size, tile, batch) + batch * (gradients * guided + decoder_gradients * decoded)
+    """Floating-point operations of a run that evaluates its networks as often as `cost` says. The rest as of `flop`.
+
+    guidance: the decoder of gradients, None for the same. The encoder sees whole pictures, tiles or not.
+    """
+    denoised, decoded = (denoising(tile), decoding(tile)) if tile else (None, None)
+    again = int(strategy == "checkpoint")
+    sums = (
+        (cost.denoiser - cost.denoiser_gradients) * _call(family, size, denoised),
+        cost.denoiser_gradients * _gradient(family, size, denoised, again + (strategy == "lean")),
+        (cost.decoder - cost.decoder_gradients) * _call(decoder, size, decoded),
+        cost.decoder_gradients * _gradient(guidance or decoder, size, decoded, again),
+        (cost.encoder - cost.encoder_gradients) * _call(decoder + ENCODER, size, None),
+        cost.encoder_gradients * _gradient(decoder + ENCODER, size, None, again),
+    )
+    return batch * sum(sums)
+
+
+def _call(name: str, size: Size, tiles: Tiles | None) -> float:
+    """Of a network without a gradient."""
+    count, part = _parts(size, tiles)
+    return count * _operations(name, part)[0]
 
 
 def _gradient(name: str, size: Size, tiles: Tiles | None, again: int) -> float:
@@ -146,8 +188,7 @@ def _gradient(name: str, size: Size, tiles: Tiles | None, again: int) -> float:
 
 def denoiser_flop(family: str, size: Size, tile: int | None = None, batch: int = 1) -> float:
     """Floating-point operations of one call of the denoiser without a gradient. Arguments as of `flop`."""
-    count, part = _parts(size, denoising(tile) if tile else None)
-    return batch * count * _operations(family, part)[0]
+    return batch * _call(family, size, denoising(tile) if tile else None)
 
 
 def weight_bytes(family: str, decoder: str, dtype: str = "fp16", vae_dtype: str | None = None) -> float:

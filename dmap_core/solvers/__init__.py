@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..costs import Cost
 from ..operators.base import shown
-from .base import Cost, Solver
+from .base import Solver
 from .checks import check_finite
 from .daps import DAPS
 from .dmap import DMAP

@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..costs import Cost
 from ..operators import Operator
 from ..posterior import Posterior
 
 STEP, WINDOW = "step", "window"  # how a setting goes with the number of steps: as a step size, or as a place in the schedule
-PLAIN_DENOISER = 0.3  # of a guided evaluation is a call of the denoiser without gradient, about; and so is the decoder's gradient alone
-ENCODER = 0.5
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,6 @@ class Setting:
 def setting(help: str, default: Any = MISSING, **more: Any) -> Any:
     """A field of a solver. Without a default it has to be given. more: see Setting."""
     return field(default=default, metadata={"setting": Setting(help, **more)})
-
-
-@dataclass(frozen=True)
-class Cost:
-    """How often networks are evaluated: the denoiser and the decoder in all and with gradient, and the encoder."""
-
-    denoiser: int
-    denoiser_gradients: int
-    decoder: int
-    decoder_gradients: int
-    encoder: int = 0
-
-    def weight(self) -> float:
-        """About how many guided evaluations (denoiser and decoder with gradient) take as long: for the time left, no measurement."""
-        plain = self.denoiser - self.denoiser_gradients
-        guided = (1 - PLAIN_DENOISER) * self.denoiser_gradients + PLAIN_DENOISER * self.decoder_gradients
-        return guided + PLAIN_DENOISER * plain + ENCODER * self.encoder
 
 
 @dataclass(frozen=True, kw_only=True)

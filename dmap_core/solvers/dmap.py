@@ -82,9 +82,11 @@ class DMAP(Solver):
         return z
 
     def cost(self, steps: int) -> Cost:
-        calls = sum(guided_levels(self, steps - 1)) * int(self.K)
+        guided = guided_levels(self, steps - 1)
+        calls = sum(guided) * int(self.K)
         gradients, through = calls * int(self.inner), calls if self.jacobian == "exact" else 0
-        return Cost(denoiser=steps + calls, denoiser_gradients=through, decoder=gradients + 1, decoder_gradients=gradients)
+        residuals = 1 + int(guided[:1] == [False])  # of the last step, and of a first one without a gradient
+        return Cost(denoiser=steps + calls, denoiser_gradients=through, decoder=gradients + residuals, decoder_gradients=gradients)
 
     def describe(self) -> str:
         return f"DMAP ({', '.join([f'K {self.K}', told(self), *told_guidance(self)])})"

@@ -62,9 +62,11 @@ class DPS(Solver):
         return z
 
     def cost(self, steps: int) -> Cost:
-        gradients = sum(guided_levels(self, steps)) * int(self.inner)
+        guided = guided_levels(self, steps)
+        gradients = sum(guided) * int(self.inner)
         through = gradients if self.jacobian == "exact" else 0
-        return Cost(denoiser=steps, denoiser_gradients=through, decoder=gradients, decoder_gradients=gradients)
+        first = int(guided[:1] == [False])  # whose residual is told before there is a gradient
+        return Cost(denoiser=steps, denoiser_gradients=through, decoder=gradients + first, decoder_gradients=gradients)
 
     def describe(self) -> str:
         return f"DPS ({', '.join([told(self), *told_guidance(self)])})"

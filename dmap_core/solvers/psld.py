@@ -77,7 +77,9 @@ class PSLD(Solver):
         return z
 
     def cost(self, steps: int) -> Cost:
-        return Cost(denoiser=steps, denoiser_gradients=steps, decoder=steps, decoder_gradients=steps, encoder=steps)
+        return Cost(
+            denoiser=steps, denoiser_gradients=steps, decoder=steps, decoder_gradients=steps, encoder=steps, encoder_gradients=steps
+        )
 
 
 def check_linear(f: Operator) -> None:

@@ -40,9 +40,8 @@ class Job:
         return {"tile": self.tile, "jacobian": "exact" if self.through_denoiser else "none", "batch": self.batch}
 
     def flop(self, cost: Cost, strategy: str = "fast") -> float:
-        """Floating-point operations of a whole run. Gradients count as they do under that strategy; encoders are not counted."""
-        calls = cost.denoiser, cost.denoiser_gradients, cost.decoder_gradients
-        return costs.run_flop(self.family, self.guidance, self.size, *calls, strategy, self.tile, self.batch)
+        """Floating-point operations of a whole run. Gradients count as they do under that strategy."""
+        return costs.run_flop(self.family, self.decoder, self.size, cost, strategy, self.tile, self.batch, self.guidance)
 
     def peak(self, strategy: str) -> float:
         """Bytes at most, weights included."""

@@ -73,7 +73,7 @@ class ConvPrior:
             network.requires_grad_(trainable)
         self.free = free
         self.denoised_at = []  # (sigma, with gradient) of every call
-        self.decoded = 0
+        self.decoded = self.decoded_with_gradient = 0
         self.asked_for_memory = 0
 
     def denoise(self, z, sigma):
@@ -82,6 +82,7 @@ class ConvPrior:
 
     def decode(self, z0):
         self.decoded += 1
+        self.decoded_with_gradient += torch.is_grad_enabled()
         return self.decoder(z0)
 
     def encode(self, image):
@@ -106,10 +107,11 @@ class ConvAutoencoder(ConvPrior):
         with torch.random.fork_rng():
             torch.manual_seed(1)
             self.encoder = nn.Conv2d(3, self.latent_channels, 3, stride=2, padding=1).double()
-        self.encoded = 0
+        self.encoded = self.encoded_with_gradient = 0
 
     def encode(self, image):
         self.encoded += 1
+        self.encoded_with_gradient += torch.is_grad_enabled()
         return self.encoder(image).tanh()
 
 

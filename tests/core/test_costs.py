@@ -55,6 +55,41 @@ def test_tiles_need_the_memory_of_one_and_the_operations_of_all():
     assert costs.peak("SD 2.0", "KL", (512, 512), tile=64) == costs.peak("SD 2.0", "KL", (512, 512))  # one tile is the whole
 
 
+def calls(**more):
+    return costs.Cost(**{"denoiser": 0, "denoiser_gradients": 0, "decoder": 0, "decoder_gradients": 0, **more})
+
+
+def test_a_run_is_the_sum_of_its_calls():
+    """By hand, from the table of docs/performance.md: SD 2.0 at 1024x1024, an area of 4."""
+    size, tera = (1024, 1024), costs.TERA
+    decoded, encoded = 2.4802 * 4 + 0.03436 * 16, 1.0823 * 4 + 0.03436 * 16
+    back = {"decoder": 2.4802 * 4 + 0.085899 * 16, "encoder": 1.0823 * 4 + 0.085899 * 16}
+    latino = calls(denoiser=8, decoder=8, encoder=8)
+    plain = 8 * costs.denoiser_flop("SD 2.0", size) / tera
+    assert costs.run_flop("SD 2.0", "KL", size, latino) / tera == pytest.approx(plain + 8 * (decoded + encoded))
+    psld = calls(decoder=3, decoder_gradients=2, encoder=5, encoder_gradients=4)
+    found = [costs.run_flop("SD 2.0", "KL", size, psld, strategy) / tera for strategy in STRATEGIES]
+    expected = 3 * decoded + 2 * back["decoder"] + 5 * encoded + 4 * back["encoder"]
+    assert found == pytest.approx([expected, expected, expected + 2 * decoded + 4 * encoded])
+    assert costs.run_flop("SD 2.0", "KL", size, latino, batch=3) == pytest.approx(3 * costs.run_flop("SD 2.0", "KL", size, latino))
+
+
+def test_a_decoder_of_gradients_alone():
+    """Pictures that nobody differentiates, and latents, are the run's own autoencoder's."""
+    size = (512, 512)
+    both = costs.run_flop("SD 1.5", "KL", size, calls(decoder=7, decoder_gradients=5, encoder=2), guidance="TAESD")
+    plain = costs.run_flop("SD 1.5", "KL", size, calls(decoder=2, encoder=2))
+    assert both == pytest.approx(plain + costs.run_flop("SD 1.5", "TAESD", size, calls(decoder=5, decoder_gradients=5)))
+
+
+def test_tiles_of_a_decoder_without_gradient_run_once():
+    """25 of 64 latents; the encoder has the whole picture."""
+    size = (2048, 2048)
+    tile = costs.run_flop("SD 2.0", "KL", (512, 512), calls(decoder=1))
+    assert costs.run_flop("SD 2.0", "KL", size, calls(decoder=1), tile=64) == pytest.approx(25 * tile)
+    assert costs.run_flop("SD 2.0", "KL", size, calls(encoder=1), tile=64) == costs.run_flop("SD 2.0", "KL", size, calls(encoder=1))
+
+
 def test_a_batch_multiplies_everything_but_weights():
     one, four = (costs.peak("SDXL", "KL", (1024, 1024), batch=batch) - costs.weight_bytes("SDXL", "KL") for batch in (1, 4))
     assert four == pytest.approx(4 * one, rel=0.02)

@@ -271,6 +271,7 @@ def test_cost(autoencoder, settings, probes):
     )
     assert solver.cost(6) == cost
     assert (posterior.denoiser_calls, posterior.decoder_calls, prior.encoded) == (cost.denoiser, cost.decoder, cost.encoder)
+    assert (prior.decoded_with_gradient, prior.encoded_with_gradient) == (cost.decoder_gradients, cost.encoder_gradients)
     assert len(seen) == 6
 
 

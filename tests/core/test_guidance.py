@@ -58,10 +58,11 @@ def test_calls_are_those_that_cost_says(conv_prior, solver, settings):
     seen = []
     z0 = solver(posterior, z, SIGMAS, generators(1, 2), lambda i, denoised, z, residual: seen.append(residual))
     cost = solver.cost(steps)
-    first = not guided_levels(solver, steps - (solver.name() == "DMAP"))[
-        0
-    ]  # where nothing has been guided yet, the decoder says how far it is
-    assert (posterior.denoiser_calls, posterior.decoder_calls) == (cost.denoiser, cost.decoder + first)
+    assert (posterior.denoiser_calls, posterior.decoder_calls) == (cost.denoiser, cost.decoder)
+    assert (prior.decoded, prior.decoded_with_gradient) == (cost.decoder, cost.decoder_gradients)
+    # where nothing has been guided yet, the decoder says how far it is; DMAP's ends the same way
+    first = not guided_levels(solver, steps - (solver.name() == "DMAP"))[0]
+    assert cost.decoder - cost.decoder_gradients == first + (solver.name() == "DMAP")
     assert cost.denoiser_gradients == 0 and torch.isfinite(torch.stack(seen)).all() and len(seen) == steps
     assert not torch.equal(z0, replace(solver, every=1, guide_start=0.0, guide_end=1.0, inner=1)(posterior, z, SIGMAS, generators(1, 2)))
 

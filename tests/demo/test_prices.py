@@ -28,10 +28,11 @@ def test_operations_are_those_of_the_calls(prices):
     assert exact == pytest.approx(10 * costs.flop("SD 2.0", "KL", SIZE) / costs.TERA)
     none = prices.tera(plan(DPS(jacobian="none"), 10), guided=False)
     assert none == pytest.approx(10 * costs.flop("SD 2.0", "KL", SIZE, jacobian="none") / costs.TERA)
+    decoded = costs.run_flop("SD 2.0", "KL", SIZE, DMAP().cost(1)) / costs.TERA - costs.denoiser_flop("SD 2.0", SIZE) / costs.TERA
     small = prices.tera(plan(DPS(jacobian="none"), 10), guided=True)
     assert small == pytest.approx(10 * costs.flop("SD 2.0", "TAESD", SIZE, jacobian="none") / costs.TERA)
     plain = costs.denoiser_flop("SD 2.0", SIZE) / costs.TERA
-    assert prices.tera(plan(DMAP(jacobian="none"), 10), guided=False) == pytest.approx(1.8 * none + 10 * plain)
+    assert prices.tera(plan(DMAP(jacobian="none"), 10), guided=False) == pytest.approx(1.8 * none + 10 * plain + decoded)
 
 
 def test_every_row_is_a_solver_with_its_settings(prices):

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,16 @@ def test_operations_of_a_decoder(benchmarks, decoder):
         counted = sum(benchmarks.flops.decoder_flop(decoder, 256))
     step = costs.flop("SD 2.0", decoder, (256, 256), jacobian="none") - costs.denoiser_flop("SD 2.0", (256, 256))
     assert counted == pytest.approx(step, rel=0.02)
+
+
+@pytest.mark.parametrize("decoder", some_at_once(costs.DECODERS, ["TAESD"]))
+def test_operations_of_an_encoder(benchmarks, decoder):
+    with torch.inference_mode(False):
+        forward, back = benchmarks.flops.encoder_flop(decoder, 256)
+    none = costs.Cost(denoiser=0, denoiser_gradients=0, decoder=0, decoder_gradients=0)
+    plain, guided = (replace(none, encoder=1, encoder_gradients=gradients) for gradients in (0, 1))
+    assert forward == pytest.approx(costs.run_flop("SD 2.0", decoder, (256, 256), plain), rel=1e-3)
+    assert forward + back == pytest.approx(costs.run_flop("SD 2.0", decoder, (256, 256), guided), rel=1e-3)
 
 
 def run(*arguments):
