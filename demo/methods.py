@@ -71,7 +71,7 @@ METHODS: dict[str, tuple[str, dict[int, list[Setting]]]] = {
     "DMAP": ("DMAP", {8: [at(4, K=1), at(3), at(5, K=1, guide_start=0.3)], 30: [at(10)], 100: [at(34)]}),
     "DMAP inner": (
         "DMAP",
-        {8: [inner(4, 3, K=1), inner(3, 2)], 30: [inner(10, 3, K=1), inner(15, 2, K=1)], 100: [inner(34, 3, K=1)]},
+        {8: [inner(4, 3, K=1), inner(3, 2)], 30: [inner(10, 3, K=1)], 100: [inner(34, 3, K=1)]},
     ),
     "DMAP warm": ("DMAP", {8: [at(4, 0.4, K=1), at(3, 0.4), at(4, 0.6, K=1)], 30: [at(10, 0.4)], 100: [at(34, 0.4)]}),
     "DPS": ("DPS", {8: [at(8), at(8, strength=1.0), at(8, 0.4)], 30: [at(30)], 100: [at(100)]}),
@@ -99,16 +99,16 @@ METHODS: dict[str, tuple[str, dict[int, list[Setting]]]] = {
                 at(8, inner=1, noise="falling"),
                 at(8, 0.4, inner=1),
             ],
-            30: [at(10, inner=3), at(15, inner=2), at(30, inner=1), at(10, inner=3, noise="falling")],
-            100: [at(34, inner=3)],
+            30: [at(30, inner=1), at(10, inner=3)],
+            100: [at(100, inner=1)],
         },
     ),
     "DAPS": (
         "DAPS",
         {
             8: [at(8, iterations=1), at(4, iterations=2), at(2, iterations=4), at(4, iterations=2, strength=1.0)],
-            30: [at(15, iterations=2), at(10, iterations=3), at(7, iterations=4), at(30, iterations=1)],
-            100: [at(50, iterations=2)],
+            30: [at(30, iterations=1), at(15, iterations=2)],
+            100: [at(100, iterations=1)],
         },
     ),
 }
