@@ -42,8 +42,9 @@ PICTURE = HERE / "held-out" / "dmap-demo-00.png"
 OPERATOR = '{"operator":"SuperResolution","scale":4}'
 ZETAS = ",".join(story.ZETAS)
 PAPER_ZETAS = "0.05,0.3,1.0,4.8"
-FULL = {"count": None, "repeats": None, "samples": 1000, "fewer": 250, "noises": 8}
-QUICK = {"count": 2, "repeats": 3, "samples": 32, "fewer": 32, "noises": 2}
+SPREAD = "plane,averaging"  # problems of which the posterior is known
+FULL = {"count": None, "repeats": None, "samples": 1000, "fewer": 250, "noises": 8, "truths": 80, "levels": 100}
+QUICK = {"count": 2, "repeats": 3, "samples": 32, "fewer": 32, "noises": 2, "truths": 4, "levels": 20}
 
 log = logging.getLogger("report")
 
@@ -88,9 +89,9 @@ def table(name: str, out: Path, sizes: dict, quick: bool):
 def report(out: Path, docs: Path, tables: dict, spread: list, quick: bool) -> None:
     """Write README.md and copy the plots that it shows."""
     docs.mkdir(parents=True, exist_ok=True)
-    for source, name in ((out / "score-error", "score-error.png"), (out / "score-mean", "score-mean.png"), (out / "toy", "toy.png")):
-        shutil.copy(source / name, docs / name)
-        shutil.copy(source / Path(name).with_suffix(".csv"), docs)
+    for study in ("score-error", "score-mean", "toy", "spread"):
+        for kind in ("png", "csv"):
+            shutil.copy(out / study / f"{study}.{kind}", docs)
     for file in (*(out / "diversity").glob("diversity-*.png"), out / "diversity" / "diversity.csv"):
         shutil.copy(file, docs)
     sections = []
@@ -142,6 +143,8 @@ def main() -> None:
     sizes = QUICK if args.quick else FULL
     started = time.time()
     once(commands.toy_example, {"samples": 1000, "zeta": 0.05, "seed": 0, "out": out / "toy"}, out / "toy" / "toy.png")
+    known = {"draws": sizes["truths"], "steps": sizes["levels"], "problems": SPREAD, "seed": 0, "out": out / "spread"}
+    once(commands.spread_study, known, out / "spread" / "spread.png")
     error = problem(out / "score-error", repeats=sizes["noises"])
     once(commands.score_error, error, out / "score-error" / "score-error.png")
     mean = problem(out / "score-mean", samples=sizes["samples"], batch=8)

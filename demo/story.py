@@ -1,6 +1,8 @@
 """What report.py says about the results: sentences around figures, each of them computed from the results that are there."""
 
 import csv
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def median(values: list[float]) -> float:
 
 
 def observations(out: Path, tables: dict) -> list[Part]:
-    return [score_error(out, tables["table1"][2]), score_mean(out), diversity(out), toy(out)]
+    return [score_error(out, tables["table1"][2]), score_mean(out), diversity(out), toy(out), spread(out)]
 
 
 def in_short(parts: list[Part]) -> str:
@@ -169,6 +171,79 @@ def toy(out: Path) -> Part:
         "At y = 0, where there are two modes, DPS finds both."
     )
     return Part("Toy example", short, whole, {"in the other mode": 1 - float(dps["upper"])})
+
+
+NEAR = 0.1  # of 1, within which a ratio of deviations counts as right
+
+
+def spread(out: Path) -> Part:
+    rows = read_csv(out / "spread" / "spread.csv")
+    settings = json.loads((out / "spread" / "spread.json").read_text(encoding="utf-8"))["settings"]
+    numbers, told, body = {}, [], []
+    for problem in dict.fromkeys(row["problem"] for row in rows):
+        exact, *solvers = (row for row in rows if row["problem"] == problem)
+        best = min(solvers, key=lambda row: float(row["distance"]) if row["distance"] != "nan" else math.inf)
+        right = [row["method"] for row in solvers if calibrated(row)]
+        numbers[problem] = {
+            "nearest": best["method"],
+            "distance": float(best["distance"]),
+            "floor": float(exact["distance"]),
+            "calibrated": right,
+        }
+        told.append(
+            f"On *{problem}* {best['method']} comes nearest to the posterior (W2 {float(best['distance']):.3f}; exact samples {float(exact['distance']):.3f}), and "
+            + (f"{'; '.join(right)} {'is' if len(right) == 1 else 'are'} calibrated." if right else "no solver is calibrated.")
+        )
+        body += [spread_cells(row) for row in (exact, *solvers)]
+    short = " ".join(told)
+    head = [
+        "problem",
+        "method",
+        "guided evaluations",
+        "W2",
+        "W2, two modes",
+        "ratio, unseen",
+        "90 % holds, unseen",
+        "ratio, seen",
+        "90 % holds, seen",
+    ]
+    whole = (
+        "## Where the posterior is known (A.4 and pictures of 8x8)\n\n"
+        f"{settings['draws']} truths, {settings['versions']} versions of each, {settings['steps']} Karras noise levels, distances of {settings['samples']} samples, seed "
+        f"{settings['seed']}, float64. *plane* is the toy example, at y = 0.5 as printed and at y = 0 with two modes; *averaging* are pictures that are reduced four times, of noise 0.1. The ratio is the "
+        "versions' standard deviation over the posterior's, on and off what the measurement shows; calibrated is what has ratios within "
+        f"{100 * NEAR:.0f} % and intervals that hold 90 % within their 95 % limits, on both.\n\n"
+        "![deviations and coverage of every solver](spread.png)\n\n" + grid(head, body) + f"\n\n{short}"
+    )
+    return Part("Known posteriors", short, whole, numbers)
+
+
+def calibrated(row: dict[str, str]) -> bool:
+    """Whether a solver's versions are as different as the posterior's samples, on and off what was measured."""
+    parts = ("seen", "unseen")
+    held = (float(row[f"coverage_90_{part}_low"]) <= 0.9 <= float(row[f"coverage_90_{part}_high"]) for part in parts)
+    return all(held) and all(abs(float(row[f"ratio_{part}"]) - 1) <= NEAR for part in parts)
+
+
+def spread_cells(row: dict[str, str]) -> list[str]:
+    def number(name: str) -> str:
+        return "" if row[name] == "nan" else f"{float(row[name]):.3g}"
+
+    def held(part: str) -> str:
+        share, low, high = (100 * float(row[f"coverage_90_{part}{end}"]) for end in ("", "_low", "_high"))
+        return "diverged" if math.isnan(share) else f"{share:.0f} % ({low:.0f} to {high:.0f})"
+
+    distances = [number("distance"), number("distance_two_modes")]
+    return [
+        row["problem"],
+        row["method"],
+        row["guided_evaluations"],
+        *distances,
+        number("ratio_unseen"),
+        held("unseen"),
+        number("ratio_seen"),
+        held("seen"),
+    ]
 
 
 def difference(lines: list[Line], operator: str, a: str, b: str) -> Interval | None:

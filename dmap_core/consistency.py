@@ -316,30 +316,31 @@ def find_lam(A: Callable[[Tensor], Tensor], b: Tensor, target: Tensor) -> Tensor
     curve of residuals for the price of one solution.
     """
     _, alphas, betas = solve(A, b, torch.zeros_like(target), target / 2, LANCZOS)
-    found = []
-    for i, (norm, aim) in enumerate(zip(_norm(b).tolist(), target.tolist(), strict=True)):
-        alpha = torch.tensor([a[i].item() for a in alphas], dtype=torch.float64)
-        beta = torch.tensor([b[i].item() for b in betas], dtype=torch.float64)
-        n = int((alpha > 0).sum())
-        if n == 0:
-            found.append(1.0)  # nothing to solve
-            continue
-        alpha, beta = alpha[:n], beta[:n]
-        diagonal = 1 / alpha
-        diagonal[1:] += beta[:-1] / alpha[:-1]
-        beside = beta[:-1].sqrt() / alpha[:-1]
-        values, vectors = torch.linalg.eigh(torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1))
-        found.append(_lam_of(values.clamp(min=0), (norm * vectors[0]) ** 2, AIM * aim))
-    return torch.tensor(found, dtype=torch.float64)
+    found = torch.ones_like(target)  # where there is nothing to solve
+    if not alphas:
+        return found
+    alpha, beta, aim, size = torch.stack(alphas, 1), torch.stack(betas, 1), AIM * target, _norm(b)
+    counts = (alpha > 0).sum(1)
+    for n in counts[counts > 0].unique().tolist():
+        of = counts == n
+        a, c = alpha[of, :n], beta[of, : n - 1]
+        diagonal = 1 / a
+        diagonal[:, 1:] += c / a[:, :-1]
+        beside = c.sqrt() / a[:, :-1]
+        matrices = torch.diag_embed(diagonal) + torch.diag_embed(beside, 1) + torch.diag_embed(beside, -1)
+        values, vectors = torch.linalg.eigh(matrices)
+        found[of] = _lam_of(values.clamp(min=0), (size[of, None] * vectors[:, 0]) ** 2, aim[of])
+    return found
 
 
-def _lam_of(values: Tensor, power: Tensor, aim: float) -> float:
-    """The lam at which lam ||(A + lam)^-1 b|| is `aim`, or the least allowed: A's eigenvalues (n,), and b's power (n,) in each's direction."""
-    low, high = float(values.max()) * LEAST, float(values.max()) * 1e6
+def _lam_of(values: Tensor, power: Tensor, aim: Tensor) -> Tensor:
+    """(B,) lam at which lam ||(A + lam)^-1 b|| is `aim` (B,), or the least allowed: A's eigenvalues (n,) or (B, n), and b's power (B, n) in each's direction."""
+    largest = values.amax(-1).expand(len(power))
+    low, high = largest * LEAST, largest * 1e6
     for _ in range(60):  # the residual rises with lam
-        middle = math.sqrt(low * high)
-        left = float(((middle / (values + middle)) ** 2 * power).sum().sqrt())
-        low, high = (low, middle) if left > aim else (middle, high)
+        middle = (low * high).sqrt()
+        left = ((middle[:, None] / (values + middle[:, None])) ** 2 * power).sum(1).sqrt()
+        low, high = torch.where(left > aim, low, middle), torch.where(left > aim, middle, high)
     return low
 
 
@@ -360,11 +361,10 @@ def solve_separable(f: Separable, b: Tensor, size: Size, target: Tensor, lam: fl
     values = rows[:, None] * columns
     turned = into.mT @ b @ across
     if lam is None:
-        power = turned.cpu().double().square().sum(1)
-        found = [_lam_of(values, p, AIM * aim) for p, aim in zip(power, target.tolist(), strict=True)]
+        found = _lam_of(values.flatten(), turned.cpu().double().square().sum(1).flatten(1), AIM * target)
     else:
-        found = [lam]
-    damped = values + torch.tensor(found, dtype=torch.float64).view(-1, 1, 1, 1)
+        found = torch.tensor([lam], dtype=torch.float64)
+    damped = values + found.view(-1, 1, 1, 1)
     return into @ (turned / damped.to(b)) @ across.mT
 
 

@@ -66,6 +66,8 @@ def add_parsers(commands: argparse._SubParsersAction, formatter: type) -> None:
     known.add_argument("--draws", type=int, default=200, help="truths that are measured and restored (default: 200)")
     known.add_argument("--versions", type=int, default=39, help="restorations of each: 39, 79, 119, ... (default: 39)")
     known.add_argument("--steps", type=int, default=100, help="noise levels (default: 100)")
+    known.add_argument("--problems", default="", help="plane, averaging or inpainting, with commas (default: all)")
+    known.add_argument("--solvers", default="", help='with semicolons, such as "DPS; DMAP; DAPS, gradient" (default: all that there are)')
     known.add_argument("--seed", type=int, default=0)
     known.set_defaults(function=spread_study)
 
@@ -280,16 +282,21 @@ def toy_example(out: Path, samples: int = 1000, zeta: float = 0.05, seed: int = 
     log.info("%s", out / "toy.png")
 
 
-def spread_study(out: Path, draws: int = 200, versions: int = 39, steps: int = 100, seed: int = 0) -> None:
-    """spread.csv, .png and .json: all solvers on the problems of `spread.PROBLEMS`, with exact samples beside them."""
+def spread_study(
+    out: Path, draws: int = 200, versions: int = 39, steps: int = 100, seed: int = 0, problems: str = "", solvers: str = ""
+) -> None:
+    """spread.csv, .png and .json: solvers on problems of `spread.PROBLEMS`, with exact samples beside them. problems: with commas; solvers: see `solver_names`."""
     from . import plots
-    from .spread import spread
+    from .spread import PROBLEMS, solver_names, solvers_of, spread
 
     check_numbers(samples=draws, repeats=versions, steps=steps)
-    found = spread(draws=draws, versions=versions, steps=steps, seed=seed, done=lambda problem, method: log.info("%s: %s", problem, method))
+    chosen = tuple(dict.fromkeys(name.strip() for name in problems.split(","))) if problems.strip() else tuple(PROBLEMS)
+    given = solvers_of(solver_names(solvers), steps)
+    found = spread(given, chosen, draws, versions, steps=steps, seed=seed, done=lambda problem, method: log.info("%s: %s", problem, method))
     write_csv(out / "spread.csv", found.rows())
     save(plots.spread_plot(found), out / "spread.png")
-    write_settings(out / "spread.json", out=out, **found.settings)
+    asked = {"draws": draws, "versions": versions, "steps": steps, "seed": seed, "problems": problems, "solvers": solvers}
+    write_settings(out / "spread.json", out=out, **asked, samples=found.settings["samples"], made=found.settings["solvers"])
     log.info("%s", out / "spread.png")
 
 

@@ -8,8 +8,8 @@ interval from the k-th smallest to the k-th largest of n versions holds it with 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -22,8 +22,7 @@ from ..metrics.backbones import needed
 from ..operators import Inpainting, Noisy, Operator, SuperResolution
 from ..operators.base import whole
 from ..posterior import Posterior
-from ..solvers import DMAP, DPS, SOLVERS, Solver
-from ..solvers.base import WINDOW
+from ..solvers import DAPS, DMAP, DPS, LATINO, SOLVERS, Cost, FlowDPS, Solver, Unguided
 from .toy import BIMODAL_Y, CENTRES, PUBLISHED_Y, karras_levels
 
 EXACT = "exact samples"
@@ -31,6 +30,7 @@ LEVELS = (0.5, 0.9, 0.95)
 PARTS = ("seen", "unseen")
 SIGMA_MAX, SIGMA_MIN, RHO = 4.0, 0.01, 7.0  # of the toy example
 PAPER_STEPS = 500  # to which the windows of FreeDoM and ReSample belong
+TOY_STEPS = 100  # to which the step sizes of A.4 belong
 DIRECTIONS = 128  # of the sliced distance
 # What has neither an automatic step nor a usual setting that fits: zeta is DPS's of A.4, gamma the paper's part of it.
 SETTINGS: dict[str, dict[str, Any]] = {"PSLD": {"zeta": 0.05, "gamma": 0.0001}}
@@ -40,6 +40,11 @@ VARIANTS: dict[str, Solver] = {
     "DPS, eta 0": DPS(eta=0.0),
     "DPS, guided to 0.8": DPS(guide_end=0.8),
     "DMAP, zeta 0.1": DMAP(zeta=0.1),
+    "LATINO, delta 1": LATINO(delta=1.0),
+    "FlowDPS, published": FlowDPS(weight="published"),
+    "DAPS, 20 iterations": DAPS(iterations=20),
+    "DAPS, gradient": DAPS(move="gradient"),
+    "no guidance": Unguided(),
 }
 
 
@@ -47,7 +52,8 @@ VARIANTS: dict[str, Solver] = {
 class SpreadProblem:
     """operator: linear, of pictures (B, 1, h, w); sigma_y: the measurement's noise, in their units; at: measurements (1, 1, h', w') at which distances are taken.
 
-    sliced: the distance is the root mean square over directions of the distance of the projections, for many dimensions.
+    sliced: the distance is the root mean square over directions of the distance of the projections, for many dimensions. in_range: its points are those of
+    pictures, most of them in [-1, 1], where LATINO keeps them.
     """
 
     prior: GaussianMixture
@@ -55,6 +61,7 @@ class SpreadProblem:
     sigma_y: float
     at: dict[str, Tensor]
     sliced: bool = False
+    in_range: bool = True
 
     @property
     def shape(self) -> torch.Size:
@@ -101,7 +108,7 @@ def plane() -> SpreadProblem:
     """A.4, its points written as pictures of 1x2."""
     prior = GaussianMixture(torch.tensor(CENTRES, dtype=torch.float64).view(2, 1, 1, 2), 0.3)
     at = {f"y = ({y[0]:g}, 0)": torch.tensor([[[y]]], dtype=torch.float64) for y in (PUBLISHED_Y, BIMODAL_Y)}
-    return SpreadProblem(prior, Inpainting(torch.tensor([[0.0, 1.0]])), 0.01, at)
+    return SpreadProblem(prior, Inpainting(torch.tensor([[0.0, 1.0]])), 0.01, at, in_range=False)
 
 
 def pictures(operator: Operator, sigma_y: float = 0.1) -> SpreadProblem:
@@ -127,12 +134,23 @@ def usual_solvers(steps: int) -> dict[str, Solver]:
     """Every solver there is: its automatic step where it has one, otherwise `SETTINGS`, otherwise what its node begins with; windows at the paper's place."""
     found = {}
     for name, solver in SOLVERS.items():
-        described = solver.described()
-        made = solver(**({n: s.usual for n, (f, s) in described.items() if f.default is MISSING} | SETTINGS.get(name, {})))
-        ratio = steps / PAPER_STEPS
-        windows = {n: max(1, round(getattr(made, n) * ratio)) for n, (_, s) in described.items() if s.scales == WINDOW}
-        found[name] = replace(made, **{n: min(v, steps - 1) if n in ("first", "last") else v for n, v in windows.items()})
+        usual = {n: s.usual for n, (f, s) in solver.described().items() if f.default is MISSING}
+        made = solver(**(usual | SETTINGS.get(name, {})))
+        found[name] = made.rescaled(steps / (TOY_STEPS if name in SETTINGS else PAPER_STEPS), steps)
     return found
+
+
+def solvers_of(names: Sequence[str], steps: int) -> dict[str, Solver]:
+    """Those of `usual_solvers` and VARIANTS with these names; all of them for no name. Raises ValueError for a name that there is not."""
+    known = {**usual_solvers(steps), **VARIANTS}
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"solvers: there is no {unknown[0]!r}; choose from {'; '.join(known)}")
+    return {name: known[name] for name in dict.fromkeys(names)} if names else known
+
+
+def solver_names(text: str) -> tuple[str, ...]:
+    """The names in a text, with semicolons between them, because some have commas of their own."""
+    return tuple(name.strip() for name in text.split(";") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -150,13 +168,13 @@ class Coverage:
 class SpreadOf:
     """One solver on one problem. ratio: standard deviation of the versions over the posterior's, per part; distance: W2 at every measurement.
 
-    NaN, and no coverage, where it diverged. calls: denoiser calls of a version.
+    NaN, and no coverage, where it diverged. cost: of a version; None of exact samples.
     """
 
     ratio: dict[str, float]
     coverage: dict[str, tuple[Coverage, ...]]
     distance: dict[str, float]
-    calls: int
+    cost: Cost | None
 
 
 @dataclass(frozen=True)
@@ -171,7 +189,11 @@ class Spread:
         rows = []
         for problem, methods in self.found.items():
             for method, one in methods.items():
-                row: dict[str, Any] = {"problem": problem, "method": method, "denoiser_calls": one.calls}
+                row: dict[str, Any] = {"problem": problem, "method": method}
+                row |= {"denoiser_calls": "", "decoder_gradients": "", "guided_evaluations": ""}
+                if one.cost:
+                    row |= {"denoiser_calls": one.cost.denoiser, "decoder_gradients": one.cost.decoder_gradients}
+                    row["guided_evaluations"] = f"{one.cost.weight():.0f}"
                 distances = [*one.distance.values(), math.nan][:2]
                 row |= {"distance": distances[0], "distance_two_modes": distances[1]}
                 for part in PARTS:
@@ -248,7 +270,8 @@ def spread(
     """Exact samples and every solver (None: `usual_solvers` and VARIANTS) on the problems.
 
     draws: truths, with `versions` (39, 79, ...) each. samples: of every distance. steps: Karras levels. Minutes for all solvers on one core; the
-    directions that are looked at, one of each part for every truth, are the same for all. Raises ValueError for settings without meaning.
+    directions that are looked at, one of each part for every truth, are the same for all. LATINO is left out of problems whose points are not those of
+    pictures (`SpreadProblem.in_range`). Raises ValueError for settings without meaning, and for a problem of which no solver is left.
     """
     whole("draws", draws, 2)
     whole("samples", samples, 2)
@@ -256,17 +279,28 @@ def spread(
         raise ValueError(f"problems: there is no {unknown[0]!r}; it must be one of {', '.join(PROBLEMS)}")
     levels = karras_levels(steps, SIGMA_MIN, SIGMA_MAX, RHO)
     coverage(torch.zeros(1), torch.zeros(1, versions))  # refuses a wrong number before anything is computed
-    solvers = {**usual_solvers(steps), **VARIANTS} if solvers is None else dict(solvers)
+    solvers = solvers_of((), steps) if solvers is None else dict(solvers)
+    made = {name: PROBLEMS[name]() for name in problems}
+    chosen = {name: (problem, fitting(problem, solvers)) for name, problem in made.items()}
+    for name, (_, fit) in chosen.items():
+        if solvers and not fit:
+            raise ValueError(
+                f"solvers: {', '.join(solvers)} cannot do {name!r}, whose points lie outside of [-1, 1]; choose another problem"
+            )
     found: dict[str, dict[str, SpreadOf]] = {}
-    for name in problems:
-        problem = PROBLEMS[name]()
+    for name, (problem, fit) in chosen.items():
         drawn = draw(problem, draws, samples, seed)
         found[name] = {}
-        for method, solver in {EXACT: None, **solvers}.items():
+        for method, solver in {EXACT: None, **fit}.items():
             found[name][method] = one(problem, drawn, solver, levels, versions, samples, seed)
             done(name, method)
     settings = {"problems": list(problems), "draws": draws, "versions": versions, "samples": samples, "steps": steps, "seed": seed}
     return Spread(found, settings | {"solvers": {n: s.spec() for n, s in solvers.items()}})
+
+
+def fitting(problem: SpreadProblem, solvers: Mapping[str, Solver]) -> dict[str, Solver]:
+    """Those that can do a problem."""
+    return {name: solver for name, solver in solvers.items() if problem.in_range or not isinstance(solver, LATINO)}
 
 
 @dataclass(frozen=True)
@@ -309,15 +343,15 @@ def one(problem: SpreadProblem, drawn: Drawn, solver: Solver | None, levels: Ten
         posterior = Posterior(problem.prior, problem.operator, y.repeat_interleave(n, 0), "fast")
         return solver(posterior, z, levels, generator=own).reshape(len(y), n, -1)
 
-    calls = 0 if solver is None else solver.cost(len(levels) - 1).denoiser
+    cost = None if solver is None else solver.cost(len(levels) - 1)
     try:
         x = made(drawn.y, versions)
         distance = {at: wasserstein(made(y, samples)[0], drawn.references[at], problem.sliced) for at, y in problem.at.items()}
     except Diverged:
-        return SpreadOf(dict.fromkeys(PARTS, math.nan), {}, dict.fromkeys(problem.at, math.nan), calls)
+        return SpreadOf(dict.fromkeys(PARTS, math.nan), {}, dict.fromkeys(problem.at, math.nan), cost)
     ratio = {part: deviation_ratio(x, drawn.variances[part], basis) for part, basis in problem.parts.items()}
     held = {
         part: coverage((drawn.truths * direction).sum(1), torch.einsum("tnd,td->tn", x, direction))
         for part, direction in drawn.directions.items()
     }
-    return SpreadOf(ratio, held, distance, calls)
+    return SpreadOf(ratio, held, distance, cost)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
-from dmap_core.solvers import DPS, SOLVERS
+from dmap_core.solvers import DPS, LATINO, SOLVERS, Unguided
 from dmap_core.studies import plots
 from dmap_core.studies.spread import (
     EXACT,
@@ -15,6 +15,9 @@ from dmap_core.studies.spread import (
     PROBLEMS,
     coverage,
     deviation_ratio,
+    draw,
+    solver_names,
+    solvers_of,
     spread,
     usual_solvers,
     variance_in,
@@ -43,6 +46,54 @@ def test_the_distance_of_gaussians_is_the_closed_form(sliced):
     true = math.sqrt((25 + d * (s - 1) ** 2) / (d if sliced else 1))
     assert wasserstein(randn(1000, d), shift + s * randn(1000, d, seed=1), sliced) == pytest.approx(true, rel=0.06)
     assert wasserstein(randn(50, d), randn(50, d).flip(0), sliced) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("problem", ["plane", "averaging"])
+def test_exact_samples_are_at_the_floor_and_narrower_ones_above_it(problem):
+    """The distance of exact samples from others, over seeds, is what the study's row of them says; half the deviation is further than all of those."""
+    made = PROBLEMS[problem]()
+    y, n = list(made.at.values())[0], 100
+
+    def exact(seed):
+        return made.exact(y, n, torch.Generator().manual_seed(seed))
+
+    reference = exact(1000)
+    floors = [wasserstein(exact(seed), reference, made.sliced) for seed in range(24)]
+    found = spread({}, (problem,), draws=2, samples=n, steps=2).found[problem][EXACT]
+    assert 0.5 * min(floors) < list(found.distance.values())[0] < 2 * max(floors)
+    _, means, _ = made.posterior(y)
+    centre = (made.posterior(y)[0] @ means).expand(n, -1)
+    assert wasserstein(centre + 0.5 * (exact(0) - centre), reference, made.sliced) > max(floors)
+
+
+def test_the_floor_falls_with_the_root_of_the_number_of_samples():
+    made = PROBLEMS["averaging"]()
+    y = made.at["y of a centre"]
+
+    def floor(n, seed):
+        a, b = (made.exact(y, n, torch.Generator().manual_seed(s)) for s in (seed, seed + 500))
+        return wasserstein(a, b, True) ** 2
+
+    few, many = (sum(floor(n, seed) for seed in range(16)) for n in (100, 400))
+    assert few / many == pytest.approx(4, rel=0.25)
+
+
+def test_intervals_of_exact_samples_hold_what_they_say():
+    for level, found in zip(LEVELS, coverage(randn(4000), randn(4000, 39, seed=1)), strict=True):
+        assert found.share == pytest.approx(level, abs=4 * math.sqrt(level * (1 - level) / 4000))
+
+
+def test_without_guidance_the_ratio_is_the_priors_over_the_posteriors():
+    made = PROBLEMS["inpainting"]()
+    means, weights = made.prior.means.flatten(1), made.prior.weights.double()
+    prior = {
+        part: float(variance_in(weights, means, made.prior.std**2 * torch.eye(64, dtype=torch.float64), basis))
+        for part, basis in made.parts.items()
+    }
+    one = spread({"no guidance": Unguided()}, ("inpainting",), draws=10, samples=4, steps=150).found["inpainting"]["no guidance"]
+    truths = draw(made, 10, 4, 0)
+    for part in PARTS:
+        assert one.ratio[part] == pytest.approx(math.sqrt(prior[part] / float(truths.variances[part].mean())), rel=0.03)
 
 
 def test_a_point_has_no_deviation_and_holds_nothing():
@@ -82,6 +133,29 @@ def test_every_solver_is_there_and_runs():
     assert all(math.isfinite(row["ratio_unseen"]) for row in rows if row["method"] in (EXACT, "DPS", "DMAP"))
 
 
+@pytest.mark.parametrize("steps", [50, 100, 200])
+def test_step_sizes_are_those_of_the_toy_and_windows_those_of_the_paper(steps):
+    """PSLD's zeta of 0.05 belongs to 100 levels, and FreeDoM's window of 25 to 50 to 500."""
+    found = usual_solvers(steps)
+    assert found["PSLD"].zeta == pytest.approx(0.05 * 100 / steps)
+    assert found["PSLD"].gamma == pytest.approx(0.0001 * 100 / steps)
+    assert (found["FreeDoM"].first, found["FreeDoM"].last) == (round(25 * steps / 500), round(50 * steps / 500))
+    assert found["DSG"].zeta == usual_solvers(10)["DSG"].zeta
+
+
+def test_solvers_by_name():
+    assert solver_names(" DPS; DAPS, gradient ;") == ("DPS", "DAPS, gradient")
+    assert list(solvers_of(("DAPS, gradient", "DPS"), 20)) == ["DAPS, gradient", "DPS"]
+    assert solvers_of((), 20).keys() > SOLVERS.keys()
+    with pytest.raises(ValueError, match="solvers: there is no 'DIP'; choose from DPS; "):
+        solvers_of(("DPS", "DIP"), 20)
+
+
+def test_points_outside_of_pictures_are_not_for_latino():
+    found = spread({"LATINO": LATINO(), "DPS": DPS()}, ("plane", "averaging"), draws=2, samples=4, steps=3).found
+    assert list(found["plane"]) == [EXACT, "DPS"] and list(found["averaging"]) == [EXACT, "LATINO", "DPS"]
+
+
 def test_a_seed_is_a_result():
     first, again, other = (spread({"DPS": DPS()}, ("plane",), draws=2, samples=4, steps=4, seed=s).rows()[1] for s in (1, 1, 2))
     assert {k: v for k, v in first.items() if v == v} == {k: v for k, v in again.items() if v == v}
@@ -106,6 +180,7 @@ def test_the_plot_has_a_column_for_every_problem():
         ({"samples": 1}, "samples is 1"),
         ({"problems": ("space",)}, "there is no 'space'"),
         ({"steps": 1}, "steps is 1"),
+        ({"solvers": {"LATINO": LATINO()}}, "solvers: LATINO cannot do 'plane'"),
     ],
 )
 def test_settings_without_meaning_are_refused(wrong, match):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -105,6 +106,46 @@ def test_observation_3_compares_with_the_conditional_model(story, tmp_path, spre
     part = story.diversity(tmp_path)
     assert part.numbers == pytest.approx({"DPS": spread / 0.05, "DMAP": 0.5})
     assert "](diversity-a.png)" in part.whole
+
+
+def spread_row(problem, method, distance, ratio, share):
+    row = {"problem": problem, "method": method, "guided_evaluations": "100", "distance": distance, "distance_two_modes": math.nan}
+    for part in ("seen", "unseen"):
+        row |= {f"ratio_{part}": ratio, f"coverage_90_{part}": share}
+        row |= {f"coverage_90_{part}_low": share - 0.05, f"coverage_90_{part}_high": share + 0.05}
+    return row
+
+
+def test_known_posteriors_tell_the_nearest_and_the_calibrated(story, tmp_path):
+    rows = [
+        spread_row("plane", "exact samples", 0.06, 1.0, 0.9),
+        spread_row("plane", "right", 0.3, 1.05, 0.92),
+        spread_row("plane", "too narrow", 0.1, 0.5, 0.7),
+        spread_row("plane", "too wide", 0.5, 1.5, 0.9),
+        spread_row("plane", "diverged", math.nan, math.nan, math.nan),
+        spread_row("averaging", "exact samples", 0.04, 1.0, 0.9),
+        spread_row("averaging", "holds too little", 0.05, 1.0, 0.8),
+    ]
+    write(tmp_path / "spread" / "spread.csv", rows)
+    settings = {"draws": 80, "versions": 39, "steps": 100, "samples": 400, "seed": 0}
+    (tmp_path / "spread" / "spread.json").write_text(json.dumps({"settings": settings}))
+    part = story.spread(tmp_path)
+    assert part.numbers == {
+        "plane": {"nearest": "too narrow", "distance": 0.1, "floor": 0.06, "calibrated": ["right"]},
+        "averaging": {"nearest": "holds too little", "distance": 0.05, "floor": 0.04, "calibrated": []},
+    }
+    assert part.whole.count("\n| plane") == 5 and part.whole.count("\n| averaging") == 2
+    assert "](spread.png)" in part.whole and "80 truths" in part.whole
+
+
+def test_the_spread_of_the_report_is_not_computed_again(report, tmp_path, monkeypatch):
+    """What the study writes of its settings is what the report asks for."""
+    from dmap_core.studies import commands
+
+    given = {"draws": 2, "steps": 3, "problems": "plane", "seed": 0, "solvers": "DPS", "out": tmp_path}
+    report.once(commands.spread_study, given, tmp_path / "spread.png")
+    monkeypatch.setattr(commands, "spread_study", None)
+    report.once(commands.spread_study, given, tmp_path / "spread.png")
 
 
 def test_verdicts_go_with_the_numbers(story, tmp_path):

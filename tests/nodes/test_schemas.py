@@ -49,6 +49,7 @@ NODES = {
     "DMAP_ScoreMeanStudy": "Score Mean Study",
     "DMAP_SelfGenerateCSEDataset": "SelfGenerateCSEDataset",
     "DMAP_SolverStudy": "Solver Study",
+    "DMAP_SpreadStudy": "Spread Study",
     "DMAP_StepsStudy": "Steps Study",
     "DMAP_ToyStudy": "Toy Study",
     "DMAP_TrainCSE": "TrainCSE",
@@ -102,6 +103,7 @@ INPUTS = {
     "DMAP_ScoreMeanStudy": "guider sigmas zetas samples batch noise_seed conditional",
     "DMAP_SelfGenerateCSEDataset": "model positive vae count steps cfg width height seed save_name negative",
     "DMAP_SolverStudy": "guider_1 reference steps zeta noise_seed guider_2 names spacing",
+    "DMAP_SpreadStudy": "problem solvers truths versions steps noise_seed",
     "DMAP_StepsStudy": "guider reference budget K zeta dsg_zeta spacing noise_seed",
     "DMAP_ToyStudy": "zeta K steps samples y0 noise_seed dsg_zeta dmap_zeta",
     "DMAP_TrainCSE": "model vae conditioning operator folder save_name steps batch_size accumulation learning_rate precision size seed save_every "
@@ -138,6 +140,7 @@ OUTPUTS = {
     "DMAP_ScoreMeanStudy": ["IMAGE", "STRING"],
     "DMAP_DiversityStudy": ["IMAGE", "IMAGE", "IMAGE", "STRING"],
     "DMAP_ToyStudy": ["IMAGE", "STRING", "STRING"],
+    "DMAP_SpreadStudy": ["IMAGE", "STRING", "STRING"],
     "DMAP_StepsStudy": ["IMAGE", "IMAGE", "STRING"],
     "DMAP_SolverStudy": ["IMAGE", "IMAGE", "STRING"],
     "DMAP_UncertaintyMap": ["IMAGE", "STRING"],
@@ -171,6 +174,7 @@ OPTIONS = {
     "solver": "DPS|PSLD|FreeDoM|ReSample|DSG|DMAP|DMAP full|auto",
     "hint_range": {"DMAP_ApplyCSE": ["from file", "0..1", "-1..1"], "DMAP_TrainCSE": ["0..1", "-1..1"]},
     "precision": "fp32 bf16 fp16",
+    "problem": "plane averaging inpainting",
     "unreadable": "refuse skip",
     "folder": ["the pictures input"],  # before folders of the machine
     "picture": ["dmap-demo-00"],  # the pack's own pictures

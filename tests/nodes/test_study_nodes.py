@@ -236,6 +236,35 @@ def test_the_toy_is_dmap_cores(lab):
     assert is_plot(plot)
 
 
+# spread
+
+
+def test_the_spread_is_that_of_the_command_line(lab, tmp_path):
+    given = {"problem": "averaging", "solvers": "DPS; DAPS, gradient;", "truths": 2, "versions": 39, "steps": 4, "noise_seed": SEED}
+    plot, text, table = lab.call("DMAP_SpreadStudy", **given)
+    with torch.inference_mode(False):
+        more = {"problems": "averaging", "solvers": "DPS; DAPS, gradient", "draws": 2, "steps": 4, "seed": SEED}
+        module("dmap_core.studies.commands").spread_study(tmp_path, **more)
+    assert table == (tmp_path / "spread.csv").read_text(encoding="utf-8")
+    assert [row["method"] for row in rows(table)] == ["exact samples", "DPS", "DAPS, gradient"]
+    assert figures(table, "ratio_seen")[0] == pytest.approx(1, abs=0.2)
+    assert len(text.splitlines()) == 3 and is_plot(plot)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"solvers": "DPS; DIP"}, "solvers: there is no 'DIP'; choose from DPS; "),
+        ({"solvers": "LATINO", "problem": "plane"}, "solvers: LATINO cannot do 'plane'"),
+        ({"versions": 40}, "versions is 40; it must be one less than a multiple of 40"),
+    ],
+)
+def test_a_spread_that_cannot_be(lab, wrong, match):
+    given = {"problem": "inpainting", "solvers": "DPS", "truths": 2, "versions": 39, "steps": 4, "noise_seed": 0}
+    with pytest.raises(ValueError, match=match):
+        lab.call("DMAP_SpreadStudy", **given | wrong)
+
+
 # whole runs
 
 
@@ -390,13 +419,14 @@ def test_missing_packages_are_named_first(lab, monkeypatch, run, package):
         run(lab)
 
 
-@pytest.mark.parametrize("node", ["DiversityStudy", "ToyStudy"])
+@pytest.mark.parametrize("node", ["DiversityStudy", "ToyStudy", "SpreadStudy"])
 def test_the_others_name_matplotlib_too(lab, monkeypatch, node):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     toy = {"zeta": 0.1, "K": 1, "steps": 3, "samples": 5, "y0": 0.5, "noise_seed": 0}
-    inputs = {"images_1": lab.picture().expand(2, -1, -1, -1)} if node == "DiversityStudy" else toy
+    spread = {"problem": "plane", "solvers": "DPS", "truths": 2, "versions": 39, "steps": 3, "noise_seed": 0}
+    inputs = {"DiversityStudy": {"images_1": lab.picture().expand(2, -1, -1, -1)}, "ToyStudy": toy, "SpreadStudy": spread}
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        lab.call(f"DMAP_{node}", **inputs)
+        lab.call(f"DMAP_{node}", **inputs[node])
 
 
 def test_a_guider_without_measurement(lab, study):
