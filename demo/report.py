@@ -43,7 +43,7 @@ OPERATOR = '{"operator":"SuperResolution","scale":4}'
 ZETAS = ",".join(story.ZETAS)
 PAPER_ZETAS = "0.05,0.3,1.0,4.8"
 SPREAD = "plane,averaging"  # problems of which the posterior is known
-FULL = {"count": None, "repeats": None, "samples": 1000, "fewer": 250, "noises": 8, "truths": 80, "levels": 100}
+FULL = {"count": None, "repeats": None, "samples": 1000, "fewer": 250, "noises": 8, "truths": 200, "levels": 100}
 QUICK = {"count": 2, "repeats": 3, "samples": 32, "fewer": 32, "noises": 2, "truths": 4, "levels": 20}
 
 log = logging.getLogger("report")

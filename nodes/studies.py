@@ -49,6 +49,7 @@ from .host.run import (
 )
 from .metrics import picture
 from .pictures import to_core, to_image
+from .schema import schema
 
 CATEGORY = "DMAP/studies"
 SETS = 4  # of the diversity
@@ -397,7 +398,7 @@ class ToyStudy(io.ComfyNode):
 class SpreadStudy(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        return io.Schema(
+        return schema(
             node_id="DMAP_SpreadStudy",
             display_name="Spread Study",
             category=CATEGORY,

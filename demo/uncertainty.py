@@ -1,0 +1,131 @@
+"""What an uncertainty map is worth: whether the spread of versions says where, and by how much, they are wrong. For docs/research.md.
+
+    python demo/uncertainty.py --n 4 --versions 8        # minutes of one core; goes on where it was cut
+    python demo/uncertainty.py --operators inpainting    # a hole of 48x48
+
+Restores the last held-out pictures, which no table takes, as DMAP Restore does with quality *look* (DMAPPreset auto, matched), several seeds of each, with
+the demo prior on diffusers' networks. Writes output/uncertainty/uncertainty.csv; its figures with _drawn leave out the flat ground of the pictures.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch  # noqa: E402
+from host import import_torchvision  # noqa: E402
+from scipy import stats  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from dmap_core.operators import GaussianBlur, Inpainting, SuperResolution, centred_box  # noqa: E402
+
+PRIOR = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
+HOLE = centred_box((128, 128), (48, 48))
+OPERATORS = {
+    "super-resolution-x8": SuperResolution(8),
+    "gaussian-deblur": GaussianBlur(61, 3.0),
+    "inpainting": Inpainting(HOLE),
+}
+SMOOTH = 3.0  # standard deviation in pixels of what both are smoothed with before they are compared: a pixel's own error is one draw
+LEVEL = 0.9
+GROUND = 0.05  # of [-1, 1], what still counts as the colour of the corner
+
+
+def smooth(power: Tensor, sigma: float = SMOOTH) -> Tensor:
+    """A map (H, W) of squares under a Gaussian, reflected at the edges."""
+    radius = math.ceil(3 * sigma)
+    taps = torch.exp(-(torch.arange(-radius, radius + 1).to(power) ** 2) / (2 * sigma**2))
+    taps = (taps / taps.sum()).view(1, 1, 1, -1)
+    x = power[None, None]
+    for _ in range(2):
+        x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), taps).mT
+    return x[0, 0]
+
+
+def figures(versions: Tensor, truth: Tensor, where: Tensor | None = None) -> dict[str, float]:
+    """Of versions (k, 3, H, W) and their truth (3, H, W) in one unit; where: (H, W) of bool, the pixels that are looked at.
+
+    rank, rank_smooth: Spearman's correlation of the map of deviations with the error of the mean, per pixel and smoothed. factor: the root mean square
+    error of the mean over what the deviations say that it is, sqrt(1 + 1 / k) s: 1 for samples of the posterior, above it where the spread is too small; factor_smooth: the
+    median over pixels of the same, smoothed. held: the share of values in mean +- t sqrt(1 + 1 / k) s, with Student's t for 90 %; held_2: in mean +- 2 s.
+    error, deviation: root mean squares.
+    """
+    k = len(versions)
+    mean, variance = versions.mean(0), versions.var(0)
+    error = (truth - mean).square()
+    due = (1 + 1 / k) * variance
+    inside = torch.ones(truth.shape[1:], dtype=torch.bool) if where is None else where
+    t = float(stats.t.ppf((1 + LEVEL) / 2, k - 1))
+    of_error, of_due = error.mean(0), due.mean(0)
+    smoothed = smooth(of_error)[inside], smooth(of_due)[inside]
+    return {
+        "rank": float(stats.spearmanr(of_due[inside], of_error[inside]).statistic),
+        "rank_smooth": float(stats.spearmanr(smoothed[1], smoothed[0]).statistic),
+        "factor": float((of_error[inside].mean() / of_due[inside].mean()).sqrt()),
+        "factor_smooth": float((smoothed[0] / smoothed[1]).sqrt().median()),
+        "held": float((error <= t**2 * due)[:, inside].double().mean()),
+        "held_2": float((error <= 4 * variance)[:, inside].double().mean()),
+        "error": float(of_error[inside].mean().sqrt()),
+        "deviation": float(variance.mean(0)[inside].mean().sqrt()),
+    }
+
+
+def drawn(truth: Tensor) -> Tensor:
+    """(H, W) of bool: what is not the flat ground of an emoji, which every version has right and which flatters the ranks."""
+    return (truth - truth[:, :1, :1]).abs().amax(0) > GROUND
+
+
+def versions_of(base, operator, x: Tensor, seeds: list[int]) -> Tensor:
+    """(k, 3, H, W) in [-1, 1]: what DMAP Restore makes of the measurement of x (1, 3, H, W) at *look*."""
+    from dmap_core.consistency import match
+    from dmap_core.operators.base import size_of
+    from dmap_core.presets import AUTO, automatic
+    from dmap_core.restore import restore
+
+    plan, prior = automatic(operator, AUTO, "look"), base.sized(size_of(x))
+    y = ((operator.measure(x).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1  # a photo has 8 bits
+    found = restore(prior, operator, y, prior.latent_shape(), plan.sigmas(base.sigmas), plan.solver, seeds)
+    return match(operator, found.image, y).image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=4, help="pictures (default: 4)")
+    parser.add_argument("--versions", type=int, default=8, help="restorations of each (default: 8)")
+    parser.add_argument("--operators", default="super-resolution-x8,gaussian-deblur")
+    parser.add_argument("--seed", type=int, default=0, help="of the first version; they are three apart (default: 0)")
+    parser.add_argument("--out", type=Path, default=ROOT / "output" / "uncertainty")
+    args = parser.parse_args()
+    import_torchvision()
+    from dmap_core.backends.diffusers_files import open_base
+    from dmap_core.evaluate.pictures import Picture
+    from dmap_core.evaluate.results import csv_text
+
+    torch.set_num_threads(1)
+    base = open_base(PRIOR)
+    args.out.mkdir(parents=True, exist_ok=True)
+    seeds, rows = [args.seed + 3 * i for i in range(args.versions)], []
+    for name in args.operators.split(","):
+        where = HOLE > 0 if name == "inpainting" else None
+        for file in sorted((HERE / "held-out").glob("*.png"))[-args.n :]:
+            x = Picture(file, 0).open(None)
+            kept = args.out / f"{name}-{file.stem}-{args.seed}-{args.versions}.pt"
+            if not kept.exists():
+                torch.save(versions_of(base, OPERATORS[name], x, seeds), kept)
+            versions, seen = torch.load(kept), drawn(x[0])
+            row = {"operator": name, "picture": file.stem, "k": args.versions, **figures(versions, x[0], where)}
+            within = seen if where is None else seen & where
+            row |= {f"{key}_drawn": value for key, value in figures(versions, x[0], within).items()}
+            rows.append(row)
+            print(rows[-1], flush=True)
+    (args.out / "uncertainty.csv").write_text(csv_text(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
