@@ -265,7 +265,7 @@ SHEETS = {
     "DMAP_StepsStudy": "steps.png",
     "DMAP_SolverStudy": "report/table9-psnr.png",
     "DMAP_ToyStudy": "toy.png",
-    "DMAP_SpreadStudy": "report/spread-averaging.png",
+    "DMAP_SpreadStudy": "spread.png",
     "DMAP_CSEControlNetLoader": "cse.png",
 }
 NODES = (

@@ -199,15 +199,17 @@ def _toy_panel(axes: Any, toy: Toy, name: str, points: np.ndarray) -> None:
 @styled
 def spread_plot(spread: Spread, title: str = "") -> Figure:
     """Above the methods' deviations over the posterior's, log; below what their 90 % intervals held, with the binomial limits; a column for every problem."""
+    from matplotlib import ticker
+
     if not spread.found:
         raise ValueError("spread_plot needs at least one problem")
     rows, columns = spread.rows(), len(spread.found)
-    most = max(map(len, spread.found.values()))
-    figure = new_figure(2 * (0.28 * most + 0.9) + 0.6, title)
-    grid = figure.subplots(2, columns, sharex="row", sharey="col", squeeze=False)
+    methods = list(dict.fromkeys(m for found in sorted(spread.found.values(), key=len, reverse=True) for m in found))
+    figure = new_figure(2 * (0.28 * len(methods) + 0.9) + 0.6, title)
+    grid = figure.subplots(2, columns, sharey=True, squeeze=False)
     for problem, (above, below) in zip(spread.found, grid.T, strict=True):
         own = [row for row in rows if row["problem"] == problem]
-        places = np.arange(len(own))
+        places = np.array([methods.index(row["method"]) for row in own])  # some problems lack some methods
         for part, shift, shade in zip(PARTS, (-0.17, 0.17), ("#4477aa", "#cc6677"), strict=True):
             share, low, high = (np.array([row[f"coverage_90_{part}{end}"] for row in own]) for end in ("", "_low", "_high"))
             above.plot([max(row[f"ratio_{part}"], 1e-2) for row in own], places + shift, "o", color=shade, label=part)
@@ -215,13 +217,16 @@ def spread_plot(spread: Spread, title: str = "") -> Figure:
         above.axvline(1, color="black", linewidth=1)
         below.axvline(0.9, color="black", linewidth=1)
         above.set_xscale("log")
-        above.set_yticks(places, [row["method"] for row in own])
+        low, high = above.get_xlim()
+        above.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 5, 8) if high < 10 * low else (1,)))
+        above.xaxis.set_major_formatter("{x:g}")
+        above.xaxis.set_minor_formatter(ticker.NullFormatter())
+        above.set_yticks(range(len(methods)), methods)
         above.set_title(problem)
         above.set_xlabel("deviation / true")
         below.set_xlabel("90 % intervals hold")
+        below.set_xlim(-0.02, 1.02)
     grid[0][0].invert_yaxis()
-    for axes in grid[0][1:]:
-        axes.invert_yaxis()
     if columns > 1:
         for axes in grid[:, 1:].flat:
             axes.tick_params(labelleft=False)

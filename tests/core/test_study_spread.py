@@ -168,6 +168,11 @@ def test_the_plot_has_a_column_for_every_problem():
     assert [axes.get_title() for axes in figure.axes] == ["plane", "inpainting", "", ""]
     points = [line for line in figure.axes[1].lines if line.get_label() == "unseen"][0].get_xdata()
     assert list(points) == [row["ratio_unseen"] for row in found.rows() if row["problem"] == "inpainting"]
+    both = spread({"LATINO": LATINO(), "DPS": DPS()}, ("plane", "averaging"), draws=2, samples=4, steps=3)
+    left, right = plots.spread_plot(both).axes[:2]
+    assert [label.get_text() for label in left.get_yticklabels()] == [EXACT, "LATINO", "DPS"]
+    places = [[line for line in axes.lines if line.get_label() == "seen"][0].get_ydata().round() for axes in (left, right)]
+    assert [list(p) for p in places] == [[0, 2], [0, 1, 2]]  # the plane has no LATINO
     with pytest.raises(ValueError, match="at least one problem"):
         plots.spread_plot(spread({}, (), draws=4, samples=4, steps=4))
 
