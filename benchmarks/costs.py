@@ -9,7 +9,7 @@ from dmap_core.costs import ENCODER
 
 from .flops import SIZES, TERA, decoder_flop, denoiser_flop, encoder_flop, fitted
 from .live import fake, weight_bytes
-from .memory import Bytes, decoder_bytes, denoiser_bytes
+from .memory import Bytes, decoder_bytes, denoiser_bytes, encoder_bytes
 from .shapes import DECODERS, FAMILIES, build
 
 LINE = (512, 1024)  # sizes between which bytes are a line; a third one shows that they are
@@ -40,7 +40,7 @@ def main() -> None:
         rounded = [tuple(float(f"{n / TERA:.5g}") for n in (lin, quad)) for lin, quad, _ in found]
         print(f'    "{name}": ({rounded[0]}, {rounded[1]}),  # worst error {max(error for _, _, error in found):.1%}', flush=True)
     print("}\nBYTES = {")
-    for name in (*FAMILIES, *DECODERS):
+    for name in (*FAMILIES, *DECODERS, *(decoder + ENCODER for decoder in DECODERS)):
         for width, dtype in WIDTHS.items():
             for recompute in (False, True):
                 with fake():
@@ -48,7 +48,8 @@ def main() -> None:
                         prior = build(name, "TAESD", dtype, weights=False)
                         found = [denoiser_bytes(prior, size, recompute) for size in LINE]
                     else:
-                        prior = build("demo prior", name, dtype, weights=False)
-                        found = [decoder_bytes(prior, size, recompute) for size in LINE]
+                        prior = build("demo prior", name.removesuffix(ENCODER), dtype, weights=False)
+                        count = encoder_bytes if name.endswith(ENCODER) else decoder_bytes
+                        found = [count(prior, size, recompute) for size in LINE]
                 print(f'    ("{name}", {width}, {recompute}): {lines(found)},', flush=True)
     print("}")

@@ -58,11 +58,15 @@ def empty(size: int, channels: int, factor: int, batch: int = 1) -> torch.Tensor
     return torch.empty(batch, channels, size // factor, size // factor)
 
 
-def posterior_bytes(prior: ShapePrior, size: int, strategy: str, jacobian: str = "exact", batch: int = 1) -> int:
-    """Peak bytes of one gradient, without weights. The prior's tensors are fake ones."""
+def posterior_bytes(prior: ShapePrior, size: int, strategy: str, jacobian: str = "exact", batch: int = 1, encoder: bool = False) -> int:
+    """Peak bytes of one gradient, without weights. The prior's tensors are fake ones. encoder: through it as well, as PSLD's."""
     z, y = empty(size, CHANNELS, FACTOR, batch), empty(size, 3, OPERATOR.scale, batch)
+
+    def glue(z0: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return torch.linalg.vector_norm((z0 - prior.encode(image)).flatten(1), dim=1)
+
     with watched(prior) as live:
-        Posterior(prior, OPERATOR, y, strategy).gradient(z, SIGMA, jacobian=jacobian)
+        Posterior(prior, OPERATOR, y, strategy).gradient(z, SIGMA, extra=glue if encoder else None, jacobian=jacobian)
     return live.peak
 
 
@@ -88,7 +92,7 @@ def denoiser_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:
 
 
 def decoder_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:
-    """With the objective behind it, which holds some pictures in fp32. `saved` is 0: the decoder's way back follows at once."""
+    """With the objective behind it, which holds some pictures in fp32. `saved` is what waits for an encoder behind the picture, where there is one."""
     z0, y = empty(size, CHANNELS, FACTOR), empty(size, 3, OPERATOR.scale)
     with watched(prior) as live, torch.no_grad():
         prior.decode(z0)
@@ -100,7 +104,11 @@ def decoder_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:
 
     with watched(prior) as live, checkpointed(prior.blocks()) if recompute else nullcontext(), torch.enable_grad():
         latent_gradient(prior.decode, objective, z0)
-    return Bytes(forward, 0, live.peak)
+    peak = live.peak
+    with watched(prior) as live, checkpointed(prior.blocks()) if recompute else nullcontext(), torch.enable_grad():
+        x, _pull = linearise(prior.decode, z0)
+        saved = live.now
+    return Bytes(forward, saved, peak)
 
 
 def encoder_bytes(prior: ShapePrior, size: int, recompute: bool) -> Bytes:

@@ -78,8 +78,7 @@ class Bytes(NamedTuple):
     peak: tuple[float, float]
 
 
-# By network, bytes of a number, and whether blocks recompute. A decoder's way back follows at once, so that nothing of it waits.
-NOTHING = (0.0, 0.0)
+# By network, bytes of a number, and whether blocks recompute. A decoder waits for an encoder alone: its own way back follows at once.
 BYTES = {
     ("SD 1.5", 4, False): Bytes((0.0, 136.4), (7.7, 1539.7), (7.7, 1592.3)),
     ("SD 1.5", 4, True): Bytes((0.0, 136.4), (0.0, 156.2), (0.2, 329.7)),
@@ -97,14 +96,22 @@ BYTES = {
     ("demo prior", 4, True): Bytes((0.0, 115.4), (0.0, 52.6), (0.2, 205.1)),
     ("demo prior", 2, False): Bytes((0.0, 57.7), (0.1, 144.6), (0.1, 147.3)),
     ("demo prior", 2, True): Bytes((0.0, 57.7), (0.0, 26.4), (0.1, 102.7)),
-    ("KL", 4, False): Bytes((0.0, 671.2), NOTHING, (0.0, 6116.8)),
-    ("KL", 4, True): Bytes((0.0, 671.2), NOTHING, (0.0, 2283.2)),
-    ("KL", 2, False): Bytes((0.0, 335.6), NOTHING, (0.0, 3064.9)),
-    ("KL", 2, True): Bytes((0.0, 335.6), NOTHING, (0.0, 1146.5)),
-    ("TAESD", 4, False): Bytes((0.0, 201.5), NOTHING, (0.0, 720.8)),
-    ("TAESD", 4, True): Bytes((0.0, 201.5), NOTHING, (0.0, 566.7)),
-    ("TAESD", 2, False): Bytes((0.0, 100.7), NOTHING, (0.0, 365.3)),
-    ("TAESD", 2, True): Bytes((0.0, 100.7), NOTHING, (0.0, 288.2)),
+    ("KL", 4, False): Bytes((0.0, 671.2), (0.0, 5976.0), (0.0, 6116.8)),
+    ("KL", 4, True): Bytes((0.0, 671.2), (0.0, 1471.3), (0.0, 2283.2)),
+    ("KL", 2, False): Bytes((0.0, 335.6), (0.0, 2989.6), (0.0, 3064.9)),
+    ("KL", 2, True): Bytes((0.0, 335.6), (0.0, 737.3), (0.0, 1146.5)),
+    ("TAESD", 4, False): Bytes((0.0, 201.5), (0.0, 580.1), (0.0, 720.8)),
+    ("TAESD", 4, True): Bytes((0.0, 201.5), (0.0, 291.7), (0.0, 566.7)),
+    ("TAESD", 2, False): Bytes((0.0, 100.7), (0.0, 291.6), (0.0, 365.3)),
+    ("TAESD", 2, True): Bytes((0.0, 100.7), (0.0, 147.5), (0.0, 288.2)),
+    ("KL encoder", 4, False): Bytes((0.0, 402.7), (1.1, 3180.0), (1.1, 3188.5)),
+    ("KL encoder", 4, True): Bytes((0.0, 402.7), (0.0, 721.6), (0.0, 1208.2)),
+    ("KL encoder", 2, False): Bytes((0.0, 202.9), (0.5, 1591.6), (0.5, 1595.9)),
+    ("KL encoder", 2, True): Bytes((0.0, 202.9), (0.0, 362.4), (0.0, 605.7)),
+    ("TAESD encoder", 4, False): Bytes((0.0, 204.5), (0.0, 491.8), (0.0, 494.1)),
+    ("TAESD encoder", 4, True): Bytes((0.0, 204.5), (0.0, 225.5), (0.0, 406.0)),
+    ("TAESD encoder", 2, False): Bytes((0.0, 103.8), (0.0, 246.0), (0.0, 248.0)),
+    ("TAESD encoder", 2, True): Bytes((0.0, 103.8), (0.0, 112.8), (0.0, 203.1)),
 }
 PICTURES = 2 * 3 * 4 * UNIT / MEGA  # MB of a whole picture and its cotangent in float32, beside a tile
 
@@ -211,19 +218,59 @@ def peak(
 
     Whole steps that were counted themselves, in fp16 and fp32, from 512 to 2048, every strategy, with tiles and without, agree within 3%.
     """
-    found, pictures = [], 0.0
-    for name, of, tiles in ((family, dtype, denoising), (decoder, vae_dtype or dtype, decoding)):
-        count, part = _parts(size, tiles(tile) if tile else None)
-        a = batch * area(part)
-        found.append([constant + slope * a for constant, slope in BYTES[name, width(of), strategy == "checkpoint"]])
-        if count > 1:
-            found[-1][1] = 0.0  # a tile runs again on the way back, and nothing of it waits
-            pictures = PICTURES * batch * area(size)
-    (forward, saved, denoiser), (_, _, decoded) = found
-    if jacobian == "none":
-        largest = max(forward, decoded + pictures)
-    elif strategy == "lean":
-        largest = max(denoiser, decoded + pictures)
-    else:
-        largest = max(denoiser, saved + decoded + pictures)
-    return weight_bytes(family, decoder, dtype, vae_dtype) + largest * MEGA
+    step = Cost(1, int(jacobian != "none"), 1, 1)
+    return run_peak(family, decoder, size, step, dtype, strategy, tile, batch, vae_dtype)
+
+
+def run_peak(
+    family: str,
+    decoder: str,
+    size: Size,
+    cost: Cost,
+    dtype: str = "fp16",
+    strategy: str = "fast",
+    tile: int | None = None,
+    batch: int = 1,
+    vae_dtype: str | None = None,
+    guidance: str | None = None,
+) -> float:
+    """Bytes that a run needs at most, weights included, with its result decoded. Arguments as of `run_flop` and `peak`.
+
+    A run without gradients keeps nothing: it needs the largest of its networks' calls, under every strategy.
+    """
+    vae, again = width(vae_dtype or dtype), strategy == "checkpoint"
+    denoiser, tiled = _activations(family, width(dtype), size, denoising(tile) if tile else None, batch, again)
+    own, _ = _activations(decoder, vae, size, decoding(tile) if tile else None, batch, again)
+    guide, _ = _activations(guidance or decoder, vae, size, decoding(tile) if tile else None, batch, again)
+    encoder, _ = _activations(decoder + ENCODER, vae, size, None, batch, again)
+    pictures = PICTURES * batch * area(size) if tiled else 0.0
+    found = [denoiser.forward, own.forward + pictures]
+    if cost.denoiser_gradients:
+        found.append(denoiser.peak)
+    if cost.decoder_gradients:
+        waiting = denoiser.saved if cost.denoiser_gradients and strategy != "lean" else 0.0
+        found.append(waiting + guide.peak + pictures)
+        if cost.encoder_gradients:
+            found.append(waiting + guide.saved + pictures + encoder.peak)
+    if cost.encoder:
+        found.append(encoder.forward)
+    weights = weight_bytes(family, decoder, dtype, vae_dtype)
+    if guidance and guidance != decoder:
+        weights += PARAMETERS[guidance] * vae
+    return weights + max(found) * MEGA
+
+
+class _Activations(NamedTuple):
+    """MB of one network at a size; as of Bytes."""
+
+    forward: float
+    saved: float
+    peak: float
+
+
+def _activations(name: str, of: int, size: Size, tiles: Tiles | None, batch: int, again: bool) -> tuple[_Activations, bool]:
+    """(a network's, whether it runs on tiles). of: bytes of a number; again: whether blocks recompute."""
+    count, part = _parts(size, tiles)
+    a = batch * area(part)
+    forward, saved, most = (constant + slope * a for constant, slope in BYTES[name, of, again])
+    return _Activations(forward, 0.0 if count > 1 else saved, most), count > 1  # a tile runs again on the way back, and nothing of it waits

@@ -118,6 +118,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._posterior: Posterior | None = None
         self._static = None  # set for every run, as what follows
         self._exact = True  # whether gradients go through the denoiser
+        self._guided = True  # whether there are gradients at all
         self._tiling: tuple[int | None, int | None] = (None, None)  # what `_tiles` says
         self._clock: Clock | None = None
         self._watch: Watch | None = None
@@ -141,7 +142,9 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             sampler.check(self.operator, len(sigmas) - 1)
         self._own_doubts(len(sigmas) - 1)
         self._tiling = self._tiles(noise)
-        counted = self._counted(len(noise), sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1))
+        cost = sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1)
+        self._guided = cost is None or cost.decoder_gradients > 0
+        counted = self._counted(len(noise), cost)
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
         self.report, self._clock = Report(name, self.operator.describe()), Clock(len(sigmas) - 1)
         self._watch = Watch(callback, len(sigmas) - 1) if callback else None
@@ -205,8 +208,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def _counted(self, batch: int, cost: Cost | None) -> tuple[float | None, float | None]:
         """(operations, bytes) that a run takes, both None where they are not known. Raises ValueError for one that cannot fit into the memory there is."""
         tile, native = self._tiling
-        job = job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, batch, tile, self._exact)
-        if job is None or cost is None:
+        job = cost and job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, batch, tile, cost)
+        if job is None:
             return None, None
         there = room()
         strategy = job.fitting(self.memory, there)
@@ -218,10 +221,10 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             remedies = job.remedies(there)
             fits = ", or ".join(remedies) if remedies else "a smaller picture or model"
             raise ValueError(
-                f"DPSGuider: a gradient of {self.size[1]}x{self.size[0]}{f' in tiles of {8 * job.tile}' if job.tile else ''} needs {need / GIB:.1f} GiB with the weights, "
+                f"DPSGuider: {'a gradient' if self._guided else 'a run'} of {self.size[1]}x{self.size[0]}{f' in tiles of {8 * job.tile}' if job.tile else ''} needs {need / GIB:.1f} GiB with the weights, "
                 f"and there are {there / GIB:.1f}. What would fit: {fits}"
             )
-        flop, peak = job.flop(cost, strategy), job.peak(strategy)
+        flop, peak = job.flop(strategy), job.peak(strategy)
         log.info("DPSGuider: %.3g TFLOP and %.1f GiB at most, counted for %s", flop / 1e12, peak / GIB, job.family)
         return flop, peak
 
@@ -256,7 +259,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         if self._posterior:
             p = self._posterior
             tiles = f", tiles of {p.prior.tile * self.vae.downscale_ratio} pixels" if p.prior.tile else ""
-            self.report.memory, self.report.denoiser_calls, self.report.decoder_calls = p.plan + tiles, p.denoiser_calls, p.decoder_calls
+            self.report.memory = (p.plan if self._guided else "no gradient") + tiles
+            self.report.denoiser_calls, self.report.decoder_calls = p.denoiser_calls, p.decoder_calls
             self.report.guidance_calls = p.guidance_calls
         self.report.noise = 127.5 * self.operator.noise
         self.report.warnings = [*self.warnings, *self.report.misfits(self.report.noise)]
@@ -270,7 +274,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         shape = [*noise.shape[:2], *(min(n, tile or n) for n in noise.shape[2:])]
         estimate = self.inner_model.memory_required(shape) + self.vae.memory_used_decode(shape, self.vae.vae_dtype)
         whole = [*plain, *vaes] if self._exact else vaes
-        comfy.model_management.load_models_gpu(whole, memory_required=GRADIENT_MEMORY * estimate, force_full_load=True)
+        most = GRADIENT_MEMORY * estimate if self._guided else estimate
+        comfy.model_management.load_models_gpu(whole, memory_required=most, force_full_load=True)
         check_whole(whole)
         if not self._exact:  # as for plain sampling: a part of it may stay where it is
             comfy.model_management.load_models_gpu([*plain, *vaes], memory_required=estimate)
@@ -363,10 +368,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             what, instead = f"tiles of {tile * self.vae.downscale_ratio} pixels", "a smaller tile"
         else:
             what, instead = f"the whole picture of {self.size[1]}x{self.size[0]}", "tile auto and memory auto"
-        return (
-            f"DPSGuider: the memory does not suffice for a gradient of {what}. Try {instead}, jacobian none, a small decoder as guidance_vae, "
-            "one picture at a time, or the model in half precision"
-        )
+        of, less = ("a gradient of ", "jacobian none, a small decoder as guidance_vae, ") if self._guided else ("", "")
+        return f"DPSGuider: the memory does not suffice for {of}{what}. Try {instead}, {less}one picture at a time, or the model in half precision"
 
     def _warn(self, warning: str) -> None:
         log.warning("DPSGuider: %s", warning)

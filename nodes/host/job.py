@@ -23,7 +23,7 @@ GIB = 2**30
 class Job:
     """family, decoder, guidance: of costs' tables; guidance is the decoder of gradients. size: (H, W). tile: in latents, None for the whole picture.
 
-    dtype, vae_dtype: of prior.DTYPES. through_denoiser: whether gradients go through it.
+    dtype, vae_dtype: of prior.DTYPES. cost: of the run.
     """
 
     family: str
@@ -34,28 +34,16 @@ class Job:
     tile: int | None
     dtype: str
     vae_dtype: str
-    through_denoiser: bool
+    cost: Cost
 
-    def _step(self) -> dict[str, Any]:
-        return {"tile": self.tile, "jacobian": "exact" if self.through_denoiser else "none", "batch": self.batch}
-
-    def flop(self, cost: Cost, strategy: str = "fast") -> float:
-        """Floating-point operations of a whole run. Gradients count as they do under that strategy."""
-        return costs.run_flop(self.family, self.decoder, self.size, cost, strategy, self.tile, self.batch, self.guidance)
+    def flop(self, strategy: str = "fast") -> float:
+        """Floating-point operations of the run. Gradients count as they do under that strategy."""
+        return costs.run_flop(self.family, self.decoder, self.size, self.cost, strategy, self.tile, self.batch, self.guidance)
 
     def peak(self, strategy: str) -> float:
         """Bytes at most, weights included."""
-        step = costs.peak(self.family, self.guidance, self.size, self.dtype, strategy, vae_dtype=self.vae_dtype, **self._step())
-        if self.guidance == self.decoder:
-            return step
-        alone = self._step() | {"jacobian": "none"}
-        full = costs.weight_bytes(self.family, self.decoder, self.dtype, self.vae_dtype) - costs.weight_bytes(
-            self.family, self.guidance, self.dtype, self.vae_dtype
-        )
-        # the result is decoded without a graph; what a gradient of it would keep is above that
-        return max(
-            step + full, costs.peak(self.family, self.decoder, self.size, self.dtype, "checkpoint", vae_dtype=self.vae_dtype, **alone)
-        )
+        told = (self.dtype, strategy, self.tile, self.batch, self.vae_dtype, self.guidance)
+        return costs.run_peak(self.family, self.decoder, self.size, self.cost, *told)
 
     def fitting(self, memory: str, room: float) -> str | None:
         """The first strategy that fits into `room` bytes, of those that `memory` allows; None if none does."""
@@ -64,10 +52,11 @@ class Job:
 
     def remedies(self, room: float) -> list[str]:
         """What to change so that it fits, for people."""
+        plain = replace(self.cost, denoiser_gradients=0)
         tried = {
-            "jacobian none": replace(self, through_denoiser=False),
+            "jacobian none": replace(self, cost=plain),
             "a small decoder as guidance_vae": replace(self, guidance="TAESD"),
-            "jacobian none and a small decoder as guidance_vae": replace(self, through_denoiser=False, guidance="TAESD"),
+            "jacobian none and a small decoder as guidance_vae": replace(self, cost=plain, guidance="TAESD"),
             "one picture at a time": replace(self, batch=1),
             "the model in fp16 or bf16": replace(self, dtype="fp16"),
         }
@@ -96,16 +85,14 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), "bf16")
 
 
-def job_of(
-    model: Any, vae: Any, guidance_vae: Any, size: tuple[int, int], batch: int, tile: int | None, through_denoiser: bool
-) -> Job | None:
+def job_of(model: Any, vae: Any, guidance_vae: Any, size: tuple[int, int], batch: int, tile: int | None, cost: Cost) -> Job | None:
     """None where a network is not one that was counted."""
     family, decoder = family_of(model), decoder_of(vae)
     guidance = decoder_of(guidance_vae) if guidance_vae else decoder
     if family is None or decoder is None or guidance is None:
         return None
     dtypes = dtype_name(model.model_dtype()), dtype_name(vae.vae_dtype)
-    return Job(family, decoder, guidance, size, batch, tile, *dtypes, through_denoiser)
+    return Job(family, decoder, guidance, size, batch, tile, *dtypes, cost)
 
 
 def room() -> float:

@@ -193,7 +193,7 @@ class Restored:
 
 
 class _Timed(PosteriorSampler):
-    """Another sampler, and what it takes. With warm_up a gradient is computed first, which its time and its number of calls do not hold."""
+    """Another sampler, and what it takes. With warm_up a gradient, or a residual where it takes none, comes first; its time and calls are not counted."""
 
     def __init__(self, sampler: PosteriorSampler, warm_up: bool, on_step: Callable[[], None] | None):
         self.name, self.check, self._run, self._warm_up, self._on_step = sampler.name, sampler.check, sampler.run, warm_up, on_step
@@ -202,7 +202,11 @@ class _Timed(PosteriorSampler):
 
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
         if self._warm_up:
-            posterior.gradient(z, float(sigmas[0]), jacobian="exact" if self.through_denoiser else "none")
+            cost = self.cost(len(sigmas) - 1)
+            if cost is None or cost.decoder_gradients:
+                posterior.gradient(z, float(sigmas[0]), jacobian="exact" if self.through_denoiser else "none")
+            else:
+                posterior.residual(z, float(sigmas[0]))
             posterior.denoiser_calls = posterior.decoder_calls = posterior.guidance_calls = 0
         started = time.perf_counter()
         z = self._run(posterior, z, sigmas, generator, self._stepping(callback))
@@ -235,7 +239,7 @@ def restore(
     Where the picture's size is no multiple of the VAE's factor, they are cut to it, as DMAP Decode does.
 
     sigmas: (T + 1,) falling to 0, of the model (`prior.model_sigmas` and `schedule.SPACINGS`). on_step is called after every step.
-    latent: what is noised to the first level, in the place of an empty one. warm_up: compute a gradient before the clock starts, so that `seconds` do not hold what the first use of loaded models takes.
+    latent: what is noised to the first level, in the place of an empty one. warm_up: compute a gradient (a residual, if it takes none) before the clock starts, so that `seconds` do not hold what the first use of loaded models takes.
     The guider's own report stays that of its last run in a graph.
     Raises what the solver raises, before models are loaded where that can be known; errors.Diverged for NaN.
     """

@@ -96,6 +96,15 @@ def test_a_batch_multiplies_everything_but_weights():
     assert costs.flop("SDXL", "KL", (1024, 1024), batch=4) == 4 * costs.flop("SDXL", "KL", (1024, 1024))
 
 
+def test_a_run_without_gradients_needs_the_largest_of_its_calls():
+    """LATINO's: in fp16 the KL decoder's at its full size, 335.6 MB per 512x512."""
+    latino = calls(denoiser=8, decoder=8, encoder=8)
+    for size in SIZES:
+        found = {costs.run_peak("SD 1.5", "KL", size, latino, strategy=strategy) for strategy in STRATEGIES}
+        assert found == {costs.weight_bytes("SD 1.5", "KL") + 335.6e6 * costs.area(size)}
+        assert found.pop() < costs.peak("SD 1.5", "KL", size, strategy="checkpoint", jacobian="none")
+
+
 def test_a_decoder_in_another_precision():
     both = costs.peak("SD 2.0", "KL", (512, 512), "fp32", "lean")
     assert (

@@ -56,6 +56,16 @@ def test_memory_of_a_whole_step(benchmarks, step):
     assert counted == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("plan", some_at_once(["fast", "lean", "checkpoint"], ["checkpoint"]))
+def test_memory_of_a_step_through_the_encoder(benchmarks, plan):
+    """As PSLD takes it, on the demo prior."""
+    with torch.inference_mode(False), benchmarks.live.fake():
+        prior = benchmarks.shapes.build("demo prior", "TAESD", "fp32", weights=False)
+        counted = benchmarks.live.weight_bytes(prior.networks()) + benchmarks.memory.posterior_bytes(prior, 256, plan, encoder=True)
+    step = costs.Cost(denoiser=1, denoiser_gradients=1, decoder=1, decoder_gradients=1, encoder=1, encoder_gradients=1)
+    assert counted == pytest.approx(costs.run_peak("demo prior", "TAESD", (256, 256), step, "fp32", plan), rel=1e-3)
+
+
 @pytest.mark.parametrize("family", some_at_once(costs.FAMILIES, ["demo prior"], nightly=["SD 1.5", "SDXL"]))
 def test_operations_of_a_denoiser(benchmarks, family):
     with torch.inference_mode(False):

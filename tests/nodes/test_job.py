@@ -21,8 +21,9 @@ def costs(lab):
     return importlib.import_module("dmap_pack.dmap_core.costs")
 
 
-def sd2(jobs, **changes):
-    job = jobs.Job("SD 2.0", "KL", "KL", (512, 512), 1, None, "fp16", "bf16", True)
+def sd2(jobs, calls=None, **changes):
+    """calls: of a run, in the place of a guided step's; denoiser, denoiser_gradients, decoder, decoder_gradients, encoder, encoder_gradients."""
+    job = jobs.Job("SD 2.0", "KL", "KL", (512, 512), 1, None, "fp16", "bf16", jobs.Cost(*(calls or (1, 1, 1, 1))))
     return replace(job, **changes)
 
 
@@ -33,19 +34,17 @@ def test_the_demo_prior_is_known(lab, jobs):
 
 def test_operations_are_those_of_its_calls(lab, jobs, costs):
     dmap, dps = (lab.call(f"DMAP_{name}Sampler", zeta=1.0, **more) for name, more in (("DMAP", {"K": 2}), ("DPS", {})))
-    job = sd2(jobs)
     guided, plain = costs.flop("SD 2.0", "KL", (512, 512)), costs.denoiser_flop("SD 2.0", (512, 512))
     decoded = costs.run_flop("SD 2.0", "KL", (512, 512), costs.Cost(denoiser=0, denoiser_gradients=0, decoder=1, decoder_gradients=0))
-    assert job.flop(dps.cost(10)) == pytest.approx(10 * guided)
-    assert job.flop(dmap.cost(10)) == pytest.approx(18 * guided + 10 * plain + decoded)
-    none = lab.call("DMAP_DPSSampler", zeta=1.0, jacobian="none", inner=3, guide_start=0.5)
+    assert sd2(jobs, cost=dps.cost(10)).flop() == pytest.approx(10 * guided)
+    assert sd2(jobs, cost=dmap.cost(10)).flop() == pytest.approx(18 * guided + 10 * plain + decoded)
+    none = sd2(jobs, cost=lab.call("DMAP_DPSSampler", zeta=1.0, jacobian="none", inner=3, guide_start=0.5).cost(10))
     decoder = costs.flop("SD 2.0", "KL", (512, 512), jacobian="none") - plain
-    assert replace(job, through_denoiser=False).flop(none.cost(10)) == pytest.approx(10 * plain + 15 * decoder + decoded)
-    small = replace(job, through_denoiser=False, guidance="TAESD")
+    assert none.flop() == pytest.approx(10 * plain + 15 * decoder + decoded)
     with_small = costs.flop("SD 2.0", "TAESD", (512, 512), jacobian="none") - plain
-    assert small.flop(none.cost(10)) == pytest.approx(10 * plain + 15 * with_small + decoded)
-    tiled = replace(job, size=(1024, 1024), tile=64)
-    assert tiled.flop(dps.cost(10)) > 9 * job.flop(dps.cost(10))
+    assert replace(none, guidance="TAESD").flop() == pytest.approx(10 * plain + 15 * with_small + decoded)
+    tiled = sd2(jobs, cost=dps.cost(10), size=(1024, 1024), tile=64)
+    assert tiled.flop() > 9 * sd2(jobs, cost=dps.cost(10)).flop()
 
 
 def test_the_first_plan_that_fits(jobs):
@@ -62,6 +61,43 @@ def test_what_would_fit(jobs):
     assert "tile 512" in found and "one picture at a time" not in found
     assert all(job.fitting("auto", 8 * GIB) for job in (replace(large, tile=64),))
     assert sd2(jobs).remedies(0.1 * GIB) == []
+    assert "jacobian none" in sd2(jobs).remedies(4.7 * GIB) and sd2(jobs, calls=(1, 0, 1, 1)).fitting("fast", 4.7 * GIB)
+
+
+# Gibibytes that a run of LATINO takes in half precision, weights included, and what one gradient step of the decoder alone would.
+PLAIN = [
+    ("SD 1.5", 512, None, 2.11, 4.6),
+    ("SD 1.5", 1024, None, 3.05, 13.2),
+    ("SDXL", 1024, None, 6.19, 16.4),
+    ("SDXL", 2048, None, 9.94, 50.6),
+    ("SDXL", 2048, 128, 7.96, 16.4),  # of which the encoder has 3.0 for the whole picture
+]
+
+
+@pytest.mark.parametrize("family, size, tile, gib, guided", PLAIN, ids=lambda value: str(value))
+def test_a_run_without_a_gradient_needs_far_less(lab, jobs, family, size, tile, gib, guided):
+    latino = lab.call("DMAP_LATINOSampler").cost(8)
+    job = sd2(jobs, cost=latino, family=family, size=(size, size), tile=tile)
+    assert [job.peak(name) for name in ("fast", "lean", "checkpoint")] == [job.peak("fast")] * 3
+    assert job.peak("fast") / GIB == pytest.approx(gib, abs=0.05)
+    assert replace(job, cost=jobs.Cost(1, 0, 1, 1)).peak("fast") / GIB == pytest.approx(guided, rel=0.03)
+
+
+def test_what_an_encoder_adds(jobs, costs):
+    """PSLD's gradient goes through it while the decoder's activations wait; a ReSample in pixels calls it once, which is less than its gradients."""
+    size, none = (512, 512), costs.weight_bytes("SD 2.0", "KL")
+    dps, psld, resample = (sd2(jobs, calls=c).peak("fast") for c in ((1, 1, 1, 1), (1, 1, 1, 1, 1, 1), (1, 1, 2, 1, 1)))
+    assert dps == resample == costs.peak("SD 2.0", "KL", size, "fp16")
+    assert psld - dps == pytest.approx((2989.6 + 1596.4 - 3064.9) * 1e6, rel=1e-3)
+    assert sd2(jobs, calls=(1, 0, 0, 0)).peak("fast") - none == pytest.approx(335.6e6)  # the result is decoded in any case
+    assert sd2(jobs, calls=(1, 0, 1, 0, 1), size=(2048, 2048), tile=64).peak("fast") - none == pytest.approx(202.9e6 * 16)
+
+
+def test_a_small_decoder_of_gradients_is_in_memory_as_well(jobs, costs):
+    """The result is still decoded by the large one."""
+    job = sd2(jobs, calls=(1, 0, 1, 1), guidance="TAESD")
+    assert job.peak("fast") == pytest.approx(2 * (865_910_724 + 83_653_863 + 2_445_065) + 365.3e6)
+    assert replace(job, tile=32).peak("fast") > job.peak("fast") - 365.3e6
 
 
 @pytest.mark.parametrize("sampler", ["DMAP", "ddpm"])
@@ -84,6 +120,40 @@ def test_a_job_that_cannot_fit_is_refused_before_any_work(lab, jobs, monkeypatch
     ):
         lab.sample(guider, lab.dps())
     assert not calls
+
+
+def test_a_run_without_a_gradient_is_not_refused_for_one(lab, jobs, monkeypatch):
+    """In a room that its networks' calls fit and no gradient does; in a smaller one nothing is said of gradients."""
+    module = importlib.import_module("dmap_pack.nodes.host.guider")
+    demo = jobs.Job("demo prior", "TAESD", "TAESD", (32, 32), 1, None, "fp32", "fp32", jobs.Cost(1, 0, 1, 1))
+    latino = lab.call("DMAP_LATINOSampler")
+    monkeypatch.setattr(module, "room", lambda: (replace(demo, cost=latino.cost(2)).peak("fast") + demo.peak("checkpoint")) / 2)
+    with pytest.raises(ValueError, match="DPSGuider: a gradient of 32x32 needs"):
+        lab.sample(lab.guider(), lab.call("DMAP_DPSSampler", jacobian="none"), steps=2)
+    guider = lab.guider()
+    lab.sample(guider, latino, steps=2)
+    assert ", memory plan no gradient, counted" in guider.report.text()
+    monkeypatch.setattr(module, "room", lambda: 1e6)
+    with pytest.raises(
+        ValueError, match=r"DPSGuider: a run of 32x32 needs 0.1 GiB with the weights.*What would fit: a smaller picture or model$"
+    ):
+        lab.sample(lab.guider(), latino, steps=2)
+
+
+def test_memory_that_does_not_suffice_is_told_without_gradients_that_there_are_not(lab):
+    decoder = lab.shared()[1].first_stage_model.taesd_decoder
+
+    def full(_, inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = decoder.register_forward_pre_hook(full)
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            lab.sample(lab.guider(), lab.call("DMAP_LATINOSampler"), steps=2)
+    finally:
+        hook.remove()
+    assert "the memory does not suffice for the whole picture of 32x32. Try tile auto" in str(error.value)
+    assert "gradient" not in str(error.value) and "jacobian" not in str(error.value) and "guidance_vae" not in str(error.value)
 
 
 def test_networks_that_were_not_counted_are_not_spoken_of(lab, jobs, monkeypatch):
