@@ -57,7 +57,6 @@ OTHERS: dict[str, tuple[Solver, int, str]] = {
     "FlowDPS": (FlowDPS(), 10, "exponential"),
     "DAPS": (DAPS(move="gradient"), 10, "exponential"),
 }
-TOLD = {"LATINO": "nothing to be set", "FlowDPS": "step sets itself", "DAPS": "step sets itself"}
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
 
@@ -132,7 +131,8 @@ def automatic(operator: Operator, solver: str, quality: str) -> Preset:
     if solver in OTHERS:
         found, steps, spacing = OTHERS[solver]
         found.check(operator, steps)
-        return Preset(found, steps * QUALITIES[quality], spacing, f"{quality}: {TOLD[solver]}")
+        told = "step sets itself" if "strength" in found.described() else "nothing to be set"
+        return Preset(found, steps * QUALITIES[quality], spacing, f"{quality}: {told}")
     key = kind(operator)
     if solver == AUTO:
         if key != "Inpainting":

@@ -40,8 +40,8 @@ from .host.run import (
     check_conditional,
     check_guider,
     check_size,
+    known_sigmas,
     latent_shape,
-    levels_of,
     noise_levels,
     restore,
     with_denoiser,
@@ -181,7 +181,7 @@ class ScoreErrorStudy(io.ComfyNode):
         schedule(sigmas, f"{name}: sigmas")
         check_guider(guider, f"{name}: guider", one=True)
         check_conditional(conditional, guider, f"{name}: {CONDITIONAL}")
-        sigmas = levels_of(guider, sigmas)
+        sigmas = known_sigmas(guider, sigmas)
         x = normal(one_picture(picture, f"{name}: picture"))
         check_size(picture, guider, f"{name}: picture")
         bar = Bar(2 * (len(sigmas) - 1))
@@ -248,7 +248,7 @@ class ScoreMeanStudy(io.ComfyNode):
         check_guider(guider, f"{name}: guider", one=True)
         if conditional is not None:
             check_conditional(conditional, guider, f"{name}: {CONDITIONAL}")
-        sigmas = levels_of(guider, sigmas)
+        sigmas = known_sigmas(guider, sigmas)
         shape, (sigma, sigma_next) = latent_shape(guider), (float(s) for s in sigmas[:2])
         batch = min(batch, samples)
         bar = Bar(samples * (1 if conditional is None else 2))

@@ -79,7 +79,7 @@ def noise_levels(guider: PosteriorGuider) -> Tensor:
     return model_sigmas(guider.model_patcher)
 
 
-def levels_of(guider: PosteriorGuider, sigmas: Tensor) -> Tensor:
+def known_sigmas(guider: PosteriorGuider, sigmas: Tensor) -> Tensor:
     """VE noise levels of SIGMAS as a graph has them."""
     return ve_sigmas(guider.model_patcher, sigmas)
 
