@@ -99,16 +99,16 @@ METHODS: dict[str, tuple[str, dict[int, list[Setting]]]] = {
                 at(8, inner=1, noise="falling"),
                 at(8, 0.4, inner=1),
             ],
-            30: [at(30, inner=1), at(10, inner=3)],
-            100: [at(100, inner=1)],
+            30: [at(10, inner=3), at(30, inner=1)],
+            100: [at(34, inner=3)],
         },
     ),
     "DAPS": (
         "DAPS",
         {
             8: [at(8, iterations=1), at(4, iterations=2), at(2, iterations=4), at(4, iterations=2, strength=1.0)],
-            30: [at(30, iterations=1), at(15, iterations=2)],
-            100: [at(100, iterations=1)],
+            30: [at(15, iterations=2), at(30, iterations=1)],
+            100: [at(50, iterations=2)],
         },
     ),
 }
