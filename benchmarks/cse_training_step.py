@@ -39,7 +39,7 @@ def run(device: str, checkpointing: bool, batch: int) -> str:
     import torch
     from diffusers import ControlNetModel, UNet2DConditionModel
 
-    from dmap_core.backends.diffusers import BLOCKS
+    from dmap_core.backends.autoencoded import BLOCKS
     from dmap_core.cse.loss import denoising_loss
     from dmap_core.memory import blocks_of, checkpointed
 

@@ -16,11 +16,14 @@ from diffusers.loaders.single_file_utils import convert_ldm_clip_checkpoint, con
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..schedule import flow_sigmas
 from ..weights import first, load_into, read_metadata, read_tensors
-from .diffusers import DiffusersPrior, Network
+from .autoencoded import Network
+from .diffusers import DiffusersPrior
 from .fingerprint import fingerprint
+from .flow import TIMESTEPS, flow_times
 from .keys import resnets_per_level, to_diffusers, to_ldm
+from .transformer import TransformerPrior
+from .transformer_files import open_transformer
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +33,6 @@ TINY_ENCODER, TINY_DECODER = f"{VAE}taesd_encoder.", f"{VAE}taesd_decoder."
 CONVOLUTIONS = (".in_layers.2.weight", ".out_layers.3.weight", ".op.weight", ".conv.weight", "input_blocks.0.0.weight", "out.2.weight")
 SD_SCALE = 0.18215  # of Stable Diffusion 1 and 2: latents have unit variance after it
 SD_BETAS = (0.00085, 0.012)
-TIMESTEPS = 1000
 PREDICTION_TYPE = "modelspec.prediction_type"  # in a file's description
 SD1_WIDTH = 768  # of its text encoder; it has 8 heads on every level, the others heads of 64 channels
 CLIP_TOKENS, CLIP_START, CLIP_END = 77, 49406, 49407
@@ -87,24 +89,22 @@ def sigmas_of(alphas_cumprod: Tensor) -> Tensor:
     return ((1 - alphas_cumprod) / alphas_cumprod).sqrt().float()
 
 
-def flow_times(shift: float) -> Tensor:
-    """(N,) rising VE noise levels of a flow's training times, which are shifted: t -> shift t / (1 + (shift - 1) t) (Esser et al. 2024, Eq. 23)."""
-    t = torch.arange(1, TIMESTEPS + 1, dtype=torch.float64) / TIMESTEPS
-    return flow_sigmas(shift * t / (1 + (shift - 1) * t))
-
-
-def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> DiffusersPrior:
+def open_base(path: Path, prompt: str = "", prediction: str = "auto", guidance: float | None = None) -> DiffusersPrior | TransformerPrior:
     """The base model in a checkpoint file (.safetensors, .ckpt) or a diffusers folder. Raises ValueError that says what is wrong with it.
 
     prediction: "eps", "v", "flow", or "auto": what a folder's scheduler says; a file is taken for eps unless it looks like the published SD 2 v-model, or
-    its description says that it is a flow.
+    its description says that it is a flow. guidance: distilled guidance, of the transformers that read one; None: their default, 3.5.
     """
     path = Path(path)
     if path.is_dir():
         try:
+            if (path / "transformer").is_dir():
+                return open_transformer(path, prompt, prediction, guidance)
+            _check_guidance(guidance, path)
             return _open_folder(path, prompt, prediction)
         except (OSError, TypeError) as error:  # what diffusers and transformers raise for files that are missing or damaged
             raise ValueError(f"{path} cannot be read: {error}") from error
+    _check_guidance(guidance, path)
     state = read_tensors(path)
     unet = {name[len(UNET) :]: tensor.float() for name, tensor in state.items() if name.startswith(UNET)}
     if "input_blocks.0.0.weight" not in unet:
@@ -135,6 +135,11 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto") -> Diffuse
         raise ValueError(f"{path}: its text encoder is incomplete or damaged ({type(error).__name__}: {error})") from error
     sigmas = flow_times(1.0) if prediction == "flow" else sigmas_of(torch.cumprod(1 - betas, 0))
     return DiffusersPrior(network, vae, context, sigmas, prediction, path.name, fingerprint(unet))
+
+
+def _check_guidance(guidance: float | None, path: Path) -> None:
+    if guidance is not None:
+        raise ValueError(f"distilled_guidance is {guidance:g}, and {path} is a UNet, which does not read one; leave it out")
 
 
 def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
@@ -224,8 +229,6 @@ def _context(state: Mapping[str, Tensor], width: int, prompt: str, path: Path) -
 
 
 def _open_folder(folder: Path, prompt: str, prediction: str) -> DiffusersPrior:
-    if (folder / "transformer").is_dir():
-        raise ValueError(f"{folder} holds a transformer, and the command line restores with UNets; ComfyUI's nodes take such flow models")
     for part in ("unet", "vae", "scheduler", "text_encoder", "tokenizer"):
         if not (folder / part).is_dir():
             raise ValueError(f"{folder} is no diffusers folder of a Stable Diffusion model: it has no {part}/ in it")

@@ -72,10 +72,10 @@ def generate_cse(
     from ..files import write_whole
     from ..pictures import to_picture
 
-    prior = open_base(checkpoint, prompt, prediction)
+    prior = open_base(checkpoint, prompt, prediction).sized((size, size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior.to(device, torch.float16 if device.type == "cuda" else torch.float32)
-    shape = prior.sized((size, size)).latent_shape()
+    shape = prior.latent_shape()
     for i in tqdm(range(count), desc="generating"):
         file = out / f"{i:06d}.png"
         if not file.exists():

@@ -14,9 +14,10 @@ from .metadata import CSEMetadata
 
 if TYPE_CHECKING:
     from ..backends.diffusers import DiffusersPrior
+    from ..backends.transformer import TransformerPrior
 
 
-def open_cse(path: Path, base: DiffusersPrior) -> tuple[nn.Module, CSEMetadata | None]:
+def open_cse(path: Path, base: DiffusersPrior | TransformerPrior) -> tuple[nn.Module, CSEMetadata | None]:
     """(diffusers' ControlNet without gradients of its weights, what the file says about itself) of a CSE for this base.
 
     Raises ValueError, naming the file, for one that was made for another kind of base model.
@@ -31,8 +32,9 @@ def open_cse(path: Path, base: DiffusersPrior) -> tuple[nn.Module, CSEMetadata |
             f"{path} was trained for {metadata.prediction}-prediction, and {base.name} makes {base.prediction}-predictions; "
             f"use it with {metadata.base or 'the checkpoint that it was trained on'}"
         )
-    controlnet = controlnet.requires_grad_(False).eval().to(base.context.device)
-    return controlnet if base.context.dtype == torch.float32 else controlnet.to(base.context.dtype), metadata
+    controlnet = controlnet.requires_grad_(False).eval().to(base.device)
+    dtype = base.conditioning()[0].dtype
+    return controlnet if dtype == torch.float32 else controlnet.to(dtype), metadata
 
 
 def hint_for(hint: Tensor, metadata: CSEMetadata | None) -> Tensor:

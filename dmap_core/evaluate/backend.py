@@ -49,11 +49,11 @@ class Diffusers:
     def _base(self, path: Path, prediction: str):
         from ..backends.diffusers_files import open_base
 
-        base = open_base(path, self.config.prompt, prediction)
+        base = open_base(path, self.config.prompt, prediction, self.config.distilled_guidance)
         base.to(self.device, DTYPES[self.config.precision])
         if self.device.type == "cpu":  # a sixth faster there
-            base.unet.to(memory_format=torch.channels_last)
-            base.vae.to(memory_format=torch.channels_last)
+            for network in base.networks():
+                network.to(memory_format=torch.channels_last)
         return base
 
     def _cse(self, path: Path, base_path: Path, prediction: str):
@@ -74,7 +74,7 @@ class Diffusers:
 
     def restore(self, row: Row, plan: Preset, operator: Operator, y: Tensor, seeds: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """All at once: their seconds are shared out evenly."""
-        from ..backends.diffusers import FACTOR
+        from ..backends.autoencoded import FACTOR
         from ..cse.use import hint_for
 
         base, controlnet, metadata = self.of(row)
@@ -83,7 +83,7 @@ class Diffusers:
             prior = prior.controlled(controlnet, hint_for(operator.hint(y), metadata))
         latent = warm_latent(prior, operator, y) if plan.start < 1 else None
         guidance = prior.decoded_by(self.guidance(row.guidance)) if row.guidance else None
-        sigmas = plan.sigmas(base.sigmas.cpu())
+        sigmas = plan.sigmas(prior.sigmas.cpu())
         done = restore(
             prior, operator, y, prior.latent_shape(), sigmas, plan.solver, seeds, self.config.memory, latent=latent, guidance=guidance
         )

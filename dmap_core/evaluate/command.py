@@ -28,7 +28,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     """The options that make a config, for all commands that need one."""
     p.add_argument("--config", type=Path, help="YAML file with the rows of a table; see docs/studies.md")
     p.add_argument("--images", type=Path, help="folder with clean pictures")
-    p.add_argument("--checkpoint", type=Path, help="the base model: a .safetensors or .ckpt file, or a diffusers folder")
+    p.add_argument(
+        "--checkpoint",
+        type=Path,
+        help="the base model: a .safetensors or .ckpt file, or a diffusers folder, of a UNet or a flow transformer",
+    )
     p.add_argument("--out", type=Path, required=True, help="results folder; goes on with what is in it")
     p.add_argument("--operator", help="the degradation, as JSON or a .json file (without --config)")
     p.add_argument("--solver", help=f"solvers with commas between them (without --config): {', '.join(NAMES)}")
@@ -47,6 +51,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--match", action="store_true", default=None, help="measure every picture once more, matched to its measurement")
     p.add_argument("--batch", type=int, help="pictures restored at once")
     p.add_argument("--prompt", help="the conditioning (default: empty, the paper's)")
+    p.add_argument("--distilled-guidance", type=float, help="of models that read one, such as Flux.1 dev (default: 3.5)")
 
 
 def config_of(

@@ -33,6 +33,7 @@ SHOWN = 80  # characters of a value in a message
 FILES = ("cse", "guidance", "checkpoint")  # of a row
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")
+MOST_GUIDANCE = 100  # more cannot have been meant
 UNREADABLE = ("refuse", "skip")  # what is done about files that cannot be read
 MOST = {
     "count": 10**7,
@@ -79,6 +80,7 @@ class Config:
     """A table. operators: specs by the names that rows use. images: a folder, of which the first `count` pictures by name are taken.
 
     size: pictures are resized (shorter side) and centre-cropped to it; None takes them as they are, which must then be equal in size.
+    distilled_guidance: of base models into which a guidance was distilled (Flux.1 dev); None: their usual one.
     settings_for: whose presets fill in what rows leave out, one of `presets.MODELS`. seed: of the first picture, the next one's is `stride` more; each takes three (SEEDS), and with stride 0 all have the same.
     last: take the last `count` pictures instead of the first.
     batch: pictures restored at once, which changes results by rounding, amplified (docs/solvers.md). repeats: restorations of every picture, each
@@ -102,6 +104,7 @@ class Config:
     precision: str = "fp32"
     prompt: str = ""
     prediction: str = "auto"
+    distilled_guidance: float | None = None
     metrics: tuple[str, ...] = ("psnr", "ssim")
     settings_for: str = MODELS[0]
     weights: Path | None = None
@@ -262,6 +265,8 @@ def make_config(given: Mapping[str, Any], where: str = "options") -> Config:
             raise ValueError(f"tile is {values['tile']}; it must be a multiple of 64 pixels")
         for name, least, default in (("seed", 0, 0), ("stride", 0, SEEDS), ("batch", 1, 1), ("repeats", 1, 1)):
             values[name] = _whole(name, values.get(name, default), least)
+        if values.get("distilled_guidance") is not None:
+            values["distilled_guidance"] = float(real("distilled_guidance", values["distilled_guidance"], MOST_GUIDANCE))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from error
     for name in ("last", "match", "rounded"):

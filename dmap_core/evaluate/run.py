@@ -120,13 +120,16 @@ def misses(operator: Operator, y_hat: Tensor, y: Tensor) -> list[dict[str, float
 
 def shared_identity(config: Config) -> dict[str, Any]:
     """Settings that decide the results of all rows."""
-    return {name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt", "rounded", "tile")}
+    return {
+        name: getattr(config, name) for name in ("seed", "stride", "size", "precision", "prompt", "rounded", "tile", "distilled_guidance")
+    }
 
 
 RUN_DEFAULTS = {
     "stride": Config.stride,
     "rounded": Config.rounded,
     "tile": Config.tile,
+    "distilled_guidance": Config.distilled_guidance,
 }  # of settings that results of earlier versions do not name
 
 
@@ -161,7 +164,11 @@ def checkpoint_identity(path: Path) -> str:
     from ..weights import read_tensors
 
     if path.is_dir():
-        files = sorted(file for part in ("unet", "vae", "text_encoder") for file in (path / part).glob("*.safetensors"))
+        files = sorted(
+            file
+            for part in ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+            for file in (path / part).glob("*.safetensors")
+        )
         return " ".join([path.name, *(fingerprint(read_tensors(file)) for file in files)])
     return f"{path.name} {fingerprint(read_tensors(path))}"
 

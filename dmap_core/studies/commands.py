@@ -145,7 +145,7 @@ class Problem:
             if metadata and (warning := metadata.other_operator(self.operator, options.cse.name)):
                 log.warning("%s", warning)
             self.conditional = self.prior.controlled(controlnet, hint_for(self.operator.hint(self.y), metadata))
-        self.sigmas = SPACINGS[options.spacing](self.base.sigmas.cpu(), options.steps)
+        self.sigmas = SPACINGS[options.spacing](self.prior.sigmas.cpu(), options.steps)
 
 
 def check_numbers(**given: int | None) -> None:

@@ -22,6 +22,7 @@ from dmap_core import cli  # noqa: E402
 from dmap_core.backends import diffusers_files  # noqa: E402
 from dmap_core.backends.diffusers_files import open_base  # noqa: E402
 from dmap_core.backends.fingerprint import fingerprint  # noqa: E402
+from dmap_core.backends.flow import flow_times  # noqa: E402
 from dmap_core.backends.keys import to_ldm  # noqa: E402
 from dmap_core.cse import generate, validation  # noqa: E402
 from dmap_core.cse.loss import batch_loss, make_hint  # noqa: E402
@@ -177,7 +178,7 @@ def test_a_flow(tmp_path, checkpoint, unet, tiny):
 def test_the_times_of_a_flow_are_diffusers(shift):
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas.flip(0)  # which rise to 1 then
     theirs = theirs[(theirs >= 0.02) & (theirs <= 0.995)]
-    torch.testing.assert_close(diffusers_files.flow_times(shift), theirs / (1 - theirs), rtol=1e-4, atol=0)
+    torch.testing.assert_close(flow_times(shift), theirs / (1 - theirs), rtol=1e-4, atol=0)
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ def test_a_cse_changes_what_is_denoised(prior_of, cse):
 
 
 def test_networks_and_memory(base, prior_of, cse):
-    from dmap_core.backends.diffusers import BLOCKS
+    from dmap_core.backends.autoencoded import BLOCKS
 
     assert prior_of().networks() == [base.unet, base.vae]
     assert prior_of(SIZE, cse, noise(1, 3, *SIZE)).networks() == [base.unet, base.vae, cse]
