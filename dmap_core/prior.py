@@ -50,9 +50,11 @@ class NetworkPrior(Prior, Protocol):
     sigmas: (N,) rising VE noise levels of the timesteps. prediction: what its network predicts, "eps", "v" or "flow". fingerprint: tells networks apart.
     """
 
-    sigmas: Tensor
     prediction: str
     fingerprint: str
+
+    @property
+    def sigmas(self) -> Tensor: ...
 
     def controlled(self, controlnet: nn.Module | None, hint: Tensor | None) -> NetworkPrior:
         """The prior that sees a hint (B, 3, H, W), in the ControlNet's own range, through a ControlNet; None: the prior without one."""

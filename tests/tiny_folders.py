@@ -86,7 +86,18 @@ def clip_words():
     """CLIP's, which reads ten tokens."""
     from transformers import CLIPTokenizer
 
-    vocabulary = {"<|startoftext|>": 3, "<|endoftext|>": 1, "<pad>": 0, "a": 4, "a</w>": 5, "c": 6, "t": 7, "t</w>": 8, "ca": 9, "cat</w>": 10}
+    vocabulary = {
+        "<|startoftext|>": 3,
+        "<|endoftext|>": 1,
+        "<pad>": 0,
+        "a": 4,
+        "a</w>": 5,
+        "c": 6,
+        "t": 7,
+        "t</w>": 8,
+        "ca": 9,
+        "cat</w>": 10,
+    }
     with tempfile.TemporaryDirectory() as folder:
         vocab, merges = Path(folder) / "vocab.json", Path(folder) / "merges.txt"
         vocab.write_text(json.dumps(vocabulary))
@@ -138,11 +149,12 @@ def decoder_only(kind):
     return getattr(transformers, f"{kind}Model")(config).eval()
 
 
-def autoencoder(**more):
+def autoencoder(levels=4, **more):
     from diffusers import AutoencoderKL
 
-    given = {"block_out_channels": (4,) * 4, "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    return AutoencoderKL(**given, layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False, **more).eval()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * levels, "up_block_types": ("UpDecoderBlock2D",) * levels}
+    more |= blocks | {"block_out_channels": (4,) * levels}
+    return AutoencoderKL(layers_per_block=1, norm_num_groups=2, mid_block_add_attention=False, **more).eval()
 
 
 def scheduler(**more):

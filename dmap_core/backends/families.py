@@ -28,7 +28,8 @@ CLIP_TOKENS, T5_TOKENS, LONG_TOKENS = 77, 256, 512  # that pipelines pad a promp
 class Family:
     """name: for people. network, pipeline: diffusers' classes. tokenizers: the name in the pipeline of the one that reads most of a prompt, and how many
     tokens of it are read; the first that the folder has counts. prompt: (pipeline, prompt) -> conditioning. velocity: (network, x (B, C, h, w), t (B,) in
-    (0, 1), conditioning) -> E[eps - z0 | x_t]. written: (pipeline, prompt) -> the text that the tokenizer sees. packed: its channels are those of a patch.
+    (0, 1), conditioning) -> E[eps - z0 | x_t]. written: (pipeline, prompt) -> the text that the tokenizer sees. optional: parts of the pipeline that a folder may lack.
+    packed: its channels are those of a patch.
     side: of a network's configuration, the most latents of a side, of those whose table of positions ends.
     """
 
@@ -39,6 +40,7 @@ class Family:
     prompt: Callable[[Pipeline, str], dict[str, Tensor]]
     velocity: Callable[[Network, Tensor, Tensor, Conditioning], Tensor]
     written: Callable[[Pipeline, str], str] = lambda _, prompt: prompt
+    optional: tuple[str, ...] = ()
     packed: bool = False
     side: Callable[[Any], int | None] = lambda _: None
 
@@ -132,6 +134,7 @@ FAMILIES = (
         (("tokenizer_3", T5_TOKENS), ("tokenizer_2", CLIP_TOKENS)),
         _sd3_prompt,
         _sd3,
+        optional=("text_encoder_3", "tokenizer_3"),
         side=lambda config: PATCH * config.pos_embed_max_size,
     ),
     Family("Flux.1", "FluxTransformer2DModel", "FluxPipeline", (("tokenizer_2", LONG_TOKENS),), _flux_prompt, _flux, packed=True),

@@ -6,6 +6,7 @@ The prompt is encoded by diffusers' own pipeline of the family, on the CPU in fl
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def open_transformer(folder: Path, prompt: str = "", prediction: str = "auto", g
         raise ValueError(f"{folder}: the patch_size of its transformer is {described['patch_size']}, and that of {family.name} is {patch}")
     if guidance is not None and not described.get("guidance_embeds"):
         raise ValueError(f"distilled_guidance is {guidance:g}, and {folder} ({family.name}) does not read one; leave it out")
-    _check_parts(folder, family)
+    parts = _parts(folder, family)
     shift = shift_of(folder)
     kind: Network = getattr(diffusers, family.network)
     with torch.device("meta"):  # what pipelines ask of it is its configuration
@@ -50,7 +51,7 @@ def open_transformer(folder: Path, prompt: str = "", prediction: str = "auto", g
         raise ValueError(
             f"{folder}: its transformer reads more than latents (a model for inpainting or editing); use the text-to-image model"
         )
-    conditioned = encode(folder, family, empty, prompt)
+    conditioned = encode(folder, family, empty, prompt, absent=[name for name in family.optional if name not in parts])
     if described.get("guidance_embeds"):
         conditioned["guidance"] = torch.tensor([GUIDANCE if guidance is None else guidance])
     vae: Network = AutoencoderKL.from_pretrained(folder, subfolder="vae", use_safetensors=True, torch_dtype=torch.float32, **LOCAL)
@@ -90,7 +91,8 @@ def shift_of(folder: Path) -> Shift:
         raise ValueError(
             f"{folder}: its scheduler is {name}, and its transformer is a flow, whose scheduler must be a FlowMatch one; take the one it came with"
         )
-    config: Any = FlowMatchEulerDiscreteScheduler.from_config(described).config
+    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(described)
+    config = scheduler.config
     if config.invert_sigmas:
         raise ValueError(f"{folder}: its scheduler turns times round, as those of no family that is read; take the one it came with")
     if not config.use_dynamic_shifting:
@@ -99,10 +101,12 @@ def shift_of(folder: Path) -> Shift:
     return Shift(line=line, exponential=config.time_shift_type == "exponential")
 
 
-def encode(folder: Path, family: Family, empty: Network, prompt: str) -> dict[str, Tensor]:
-    """What the family's transformer reads of the prompt. empty: that transformer, without weights. Raises ValueError for a prompt that is too long."""
+def encode(folder: Path, family: Family, empty: Network, prompt: str, absent: Sequence[str] = ()) -> dict[str, Tensor]:
+    """What the family's transformer reads of the prompt. empty: that transformer, without weights. absent: parts that are not there. Raises ValueError for a prompt that is too long."""
     kind: Network = getattr(diffusers, family.pipeline)
-    pipe = kind.from_pretrained(folder, transformer=empty, vae=None, use_safetensors=True, torch_dtype=torch.float32, **LOCAL)
+    pipe = kind.from_pretrained(
+        folder, transformer=empty, vae=None, **dict.fromkeys(absent), use_safetensors=True, torch_dtype=torch.float32, **LOCAL
+    )
     tokenizer, most = next((getattr(pipe, name), most) for name, most in family.tokenizers if getattr(pipe, name, None) is not None)
     tokens = len(tokenizer(family.written(pipe, prompt)).input_ids)
     if tokens > most:
@@ -111,14 +115,15 @@ def encode(folder: Path, family: Family, empty: Network, prompt: str) -> dict[st
         return family.prompt(pipe, prompt)
 
 
-def _check_parts(folder: Path, family: Family) -> None:
-    """Raises ValueError where a part is missing that the folder says it has."""
+def _parts(folder: Path, family: Family) -> set[str]:
+    """What the folder says that it has. Raises ValueError where a part of it is missing."""
     parts = {"transformer", "vae", "scheduler"}
     index = _json(folder / "model_index.json")
     parts |= {name for name, kind in index.items() if isinstance(kind, list) and all(kind)}
     missing = sorted(part for part in parts if not (folder / part).is_dir())
     if missing:
         raise ValueError(f"{folder} is no whole diffusers folder of {family.name}: it has no {'/, '.join(missing)}/ in it")
+    return parts
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -95,10 +95,11 @@ def train_cse(
         looked_at = _looked_at(files if validation is None else folder_files(validation, unreadable)[0], settings.size)
 
         prior = open_base(checkpoint, prompt, prediction)
+        weights = prior.original_weights()  # of a UNet: no others have a CSE
         examples.timesteps = len(prior.sigmas)
         described = CSEMetadata.of_training(prior, settings, operator, prior.name, len(files), source, licence)
         same = identity(prior, settings, operator, [file_identity(file) for file in files])
-        controlnet = prior.new_controlnet(initial_controlnet(prior.original_weights(), settings.seed)).to(strategy.device)
+        controlnet = prior.new_controlnet(initial_controlnet(weights, settings.seed)).to(strategy.device)
         # autocast does the arithmetic; a frozen network needs no weights in full precision
         prior.to(strategy.device, DTYPES[settings.precision])
         trainer = Trainer(prior, controlnet, operator, examples, settings, gradient_checkpointing, strategy, workers)

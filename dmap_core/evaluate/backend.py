@@ -52,7 +52,8 @@ class Diffusers:
         base = open_base(path, self.config.prompt, prediction, self.config.distilled_guidance)
         base.to(self.device, DTYPES[self.config.precision])
         if self.device.type == "cpu":  # a sixth faster there
-            for network in base.networks():
+            networks: list[Any] = base.networks()
+            for network in networks:
                 network.to(memory_format=torch.channels_last)
         return base
 
