@@ -390,3 +390,49 @@ def test_tables_on_the_command_line(folders, tmp_path):
         restored[tile] = list(csv.DictReader((out / "table.csv").open()))
         assert [row["row"] for row in restored[tile]] == ["exact", "none"], restored[tile]
         assert all(0 < float(row["psnr"]) < 60 for row in restored[tile])
+
+
+def test_other_commands(folders, tmp_path):
+    """A CSE is refused before anything is trained; pictures are generated with the noise levels of their size."""
+    from dmap_core import cli
+
+    photos = pictures(tmp_path / "photos", 1, size=(64, 64))
+    train = [
+        "train-cse",
+        "--checkpoint",
+        str(folders(FLUX)),
+        "--pictures",
+        str(photos),
+        "--operator",
+        '{"operator": "Grayscale"}',
+        "--size",
+        "64",
+    ]
+    with pytest.raises(SystemExit, match=r"Flux.1 is Flux.1: a CSE is a ControlNet of a UNet, and cannot be made for a transformer"):
+        cli.main([*train, "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "cse.safetensors")])
+    cli.main(
+        [
+            "generate-cse",
+            "--checkpoint",
+            str(folders(FLUX)),
+            "--out",
+            str(tmp_path / "made"),
+            "--count",
+            "1",
+            "--steps",
+            "2",
+            "--size",
+            "32",
+        ]
+    )
+    assert [file.name for file in (tmp_path / "made").iterdir()] == ["000000.png"]
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "much", True, 1e6])
+def test_distilled_guidance_must_be_a_number(value):
+    from dmap_core.evaluate.config import ConfigError, make_config
+
+    table = {"operators": {"grey": {"operator": "Grayscale"}}, "rows": [{"operator": "grey", "solver": "DPS"}]}
+    with pytest.raises(ConfigError, match=r"distilled_guidance is .*; it must be a number above 0 and at most 100"):
+        make_config(table | {"distilled_guidance": value})
+    assert make_config(table | {"distilled_guidance": 2}).distilled_guidance == 2.0
