@@ -25,7 +25,7 @@ from run import HERE, PRIOR_FILE, ROOT, names
 
 from dmap_core.evaluate.results import write_text
 from dmap_core.evaluate.tables import digits, grid, label, paired
-from dmap_core.metrics.interval import mean_interval
+from dmap_core.metrics.interval import PLUS_MINUS, mean_interval
 from dmap_core.operators import from_spec
 from dmap_core.plots import colour, new_figure, save, styled
 from dmap_core.presets import automatic, preset
@@ -35,6 +35,12 @@ BUDGETS = (8, 30, 100)
 OPERATORS = ("super-resolution-x4", "super-resolution-x8", "gaussian-deblur", "motion-deblur", "inpainting", "jpeg-cleanup")
 BASELINE = "DMAP"  # what the others are compared with
 ZETA = ("PSLD",)  # solvers without a step of their own
+NOTE = (
+    "The demo prior (128x128, fp32), seed 0, the first held-out pictures, ComfyUI; written by `python demo/methods.py`. Means over six kinds of damage; differences are of the same "
+    f"pictures, {PLUS_MINUS} behind +-. *matched*: after Match Measurement. Mismatch is before it. Calls are those of a run, TFLOP what they take on Stable Diffusion 2.0 at 512x512 with its own "
+    "decoder, means over the damages. Seconds are of one CPU thread beside another such process. Steps set themselves, but for PSLD and DSG. Holes take the exact gradient, where a method has one. "
+    "PSLD has no transpose of a JPEG, and is in no mean. Where n differs compare the differences to DMAP."
+)
 SHOWN = ("psnr", "psnr matched", "ssim", "ssim matched", "features", "features matched")
 PLOTTED = (("psnr matched", "PSNR in dB", 1), ("features matched", "feature distance", -1))  # and which way is better
 MARKERS = {"DMAP inner": "s", "DPS inner": "s"}
@@ -130,6 +136,12 @@ def rows(f: Any, operator: str, methods: Sequence[str], budgets: Sequence[int], 
                 yield row | {"name": f"{name}, {setting.told()}" if search else f"{name}, {budget}"}
 
 
+def settings_table() -> str:
+    """What every method was given, in Markdown."""
+    body = [[name, *(settings[budget][0].told() for budget in BUDGETS)] for name, (_, settings) in METHODS.items()]
+    return grid(["method", *map(str, BUDGETS)], body)
+
+
 def groups(lines: Sequence[Any]) -> dict[int, dict[str, dict[str, Any]]]:
     """Finished rows by budget, method and operator; the measurement as given is in every budget that has any."""
     given = {line.row.operator: line for line in lines if line.row.name == compare.AS_GIVEN}
@@ -147,10 +159,9 @@ def of_pictures(line: Any, name: str, pictures: Sequence[str]) -> list[float]:
     return [found[picture] for picture in pictures]
 
 
-def common(methods: dict[str, dict[str, Any]], operators: Sequence[str]) -> list[str]:
-    """Pictures that every method has restored from every one of these damages, of those that it has done at all."""
-    sets = [set(lines[operator].pictures) for lines in methods.values() for operator in operators if operator in lines]
-    return sorted(set.intersection(*sets)) if sets else []
+def common(*methods: dict[str, Any]) -> list[str]:
+    """Pictures that these methods, lines by damage, have all restored from every damage."""
+    return sorted(set.intersection(*(set(line.pictures) for lines in methods for line in lines.values())))
 
 
 def averaged(lines: dict[str, Any], operators: Sequence[str], name: str, pictures: Sequence[str]) -> list[float]:
@@ -159,16 +170,22 @@ def averaged(lines: dict[str, Any], operators: Sequence[str], name: str, picture
 
 
 def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any]) -> list[dict[str, Any]]:
-    """A line for every method of a budget that has been through all damages: means over them, and the paired difference to BASELINE, picture by picture."""
+    """A line for every method of a budget that has been through all damages: means over them, and the paired difference to BASELINE, picture by picture.
+
+    Each is of the pictures that the method and BASELINE have: where n differs between methods, differences can be compared and means cannot.
+    """
     operators = list(methods[compare.AS_GIVEN])
     whole = {name: lines for name, lines in methods.items() if lines.keys() == methods[compare.AS_GIVEN].keys()}
-    pictures, found = common(whole, operators), []
+    base, found = whole.get(BASELINE), []
     for name, lines in whole.items():
+        pictures = common(lines, base or lines)
+        if not pictures:
+            continue
         line = {"method": name, "n": len(pictures), "cost": costs.get(name)}
         line |= {key: mean(averaged(lines, operators, key, pictures)) for key in (*SHOWN, "mismatch", "seconds")}
-        if BASELINE in whole:
+        if base:
             for key in SHOWN:
-                pairs = zip(averaged(lines, operators, key, pictures), averaged(whole[BASELINE], operators, key, pictures), strict=True)
+                pairs = zip(averaged(lines, operators, key, pictures), averaged(base, operators, key, pictures), strict=True)
                 line[f"{key} difference"] = mean_interval([a - b for a, b in pairs])
         found.append(line)
     return found
@@ -280,7 +297,7 @@ def price(plans: dict[tuple[str, str], Any], name: str) -> tuple[Cost, float] | 
 
 def write(lines: Sequence[Any], plans: dict[tuple[str, str], Any], out: Path) -> None:
     """methods.md and methods.png of finished rows. plans: by the names of rows and damages."""
-    parts, summaries = ["# Every method at equal cost"], {}
+    parts, summaries = ["# Every method at equal cost", NOTE, settings_table()], {}
     for budget, methods in sorted(groups(lines).items()):
         summaries[budget] = summary(methods, {name: price(plans, f"{name}, {budget}") for name in methods})
         parts += [f"## {budget} evaluations", summary_table(summaries[budget], label, digits)]
