@@ -100,7 +100,8 @@ class TransformerPrior(Autoencoded):
                 f"{FACTOR * most} a side; take a smaller one, or a tile"
             )
         x = F.pad(x, (0, -width % PATCH, 0, -height % PATCH), mode="circular")
-        return self.family.velocity(self.transformer, x, t, self.conditioned)[..., :height, :width]
+        given = {name: tensor.to(x.dtype) for name, tensor in self.conditioned.items()}
+        return self.family.velocity(self.transformer, x, t, given)[..., :height, :width]
 
     def networks(self) -> list[nn.Module]:
         return [self.transformer, self.vae]

@@ -67,8 +67,7 @@ def open_transformer(folder: Path, prompt: str = "", prediction: str = "auto", g
     )
     for network in (transformer, vae):
         network.requires_grad_(False).eval()
-    prior = TransformerPrior(transformer, vae, family, conditioned, shift, folder.name, fingerprint(transformer.state_dict()))
-    return prior.to(torch.device("cpu"), transformer.dtype)
+    return TransformerPrior(transformer, vae, family, conditioned, shift, folder.name, fingerprint(transformer.state_dict()))
 
 
 def family_of(described: dict[str, Any], folder: Path) -> Family:
