@@ -5,7 +5,7 @@
     python demo/methods.py --search --budgets 8 --methods DAPS         # other settings of a method, on held-out pictures that no table uses
     python demo/methods.py --table                                     # only print, write and plot what there is
 
-A budget is an upper bound of both the denoiser's calls and the decoder's gradients. What that takes on Stable Diffusion 2.0 at 512x512 differs by a factor
+A budget is an upper bound of both the denoiser's calls and the decoder's gradients; only *Restore*, what DMAP Restore takes at look, good and best, has its own. What that takes on Stable Diffusion 2.0 at 512x512 differs by a factor
 of six between methods, so the table has those operations (dmap_core/costs.py) and the plot is drawn over them. Steps set themselves where a
 solver has such a step; PSLD and DSG have what was searched for the demo prior. Every figure is there of the picture as the model leaves it, and of
 the same after `match`. It writes below --out: every picture with its figures, methods.md, methods.csv and methods.png.
@@ -15,6 +15,7 @@ import argparse
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from dmap_core.evaluate.tables import digits, grid, label, paired
 from dmap_core.metrics.interval import PLUS_MINUS, mean_interval
 from dmap_core.operators import from_spec
 from dmap_core.plots import colour, new_figure, save, styled
-from dmap_core.presets import automatic, preset
+from dmap_core.presets import AUTO, Preset, automatic, preset
 from dmap_core.solvers import Cost
 
 BUDGETS = (8, 30, 100)
@@ -43,7 +44,7 @@ NOTE = (
 )
 SHOWN = ("psnr", "psnr matched", "ssim", "ssim matched", "features", "features matched")
 PLOTTED = (("psnr matched", "PSNR in dB", 1), ("features matched", "feature distance", -1))  # and which way is better
-MARKERS = {"DMAP inner": "s", "DPS inner": "s"}
+MARKERS = {"DMAP inner": "s", "DPS inner": "s", "DMAP warm": "^"}
 
 
 class Setting(NamedTuple):
@@ -72,6 +73,8 @@ def resample(steps: int, first: int, last: int, every: int, iterations: int) -> 
     return at(steps, first=first, last=last, every=every, iterations=iterations, learning_rate=0.02, space="latent")
 
 
+RESTORE = "Restore"  # what the node DMAP Restore takes, whatever that costs
+QUALITY = {8: "look", 30: "good", 100: "best"}  # of it, by budget
 # By method: the solver, and for every budget the setting of the table, then others that were tried on the search pictures.
 METHODS: dict[str, tuple[str, dict[int, list[Setting]]]] = {
     "DMAP": ("DMAP", {8: [at(4, K=1), at(3), at(5, K=1, guide_start=0.3)], 30: [at(10)], 100: [at(34)]}),
@@ -124,21 +127,39 @@ def rows(f: Any, operator: str, methods: Sequence[str], budgets: Sequence[int], 
     """Of one operator f; as given, and every method at every budget. search: with the settings that were tried besides."""
     yield {"operator": operator, "solver": compare.AS_GIVEN, "name": compare.AS_GIVEN}
     for budget in budgets:
+        if RESTORE in methods:
+            plan = automatic(f, AUTO, QUALITY[budget])
+            yield row_of(plan, operator) | {"name": f"{RESTORE}, {budget}"}
         for name in methods:
+            if name == RESTORE:
+                continue
             solver, settings = METHODS[name]
             if solver == "PSLD" and not f.linear:  # it needs the transpose
                 continue
             for setting in settings[budget] if search else settings[budget][:1]:
                 known = preset(f, solver, compare.MODEL) if solver in ZETA else automatic(f, solver, "look")
                 plan = known.with_steps(setting.steps).with_settings(**setting.changes)
-                row = {"operator": operator, "solver": solver, "steps": plan.steps, "spacing": "exponential", "start": setting.start}
-                row["settings"] = {key: value for key, value in plan.solver.settings().items() if value is not None}
+                row = row_of(replace(plan, start=setting.start), operator)
                 yield row | {"name": f"{name}, {setting.told()}" if search else f"{name}, {budget}"}
+
+
+def row_of(plan: Preset, operator: str) -> dict[str, Any]:
+    """Of a table of `dmap evaluate`, but for its name."""
+    settings = {key: value for key, value in plan.solver.settings().items() if value is not None}
+    return {
+        "operator": operator,
+        "solver": plan.solver.name(),
+        "steps": plan.steps,
+        "spacing": "exponential",
+        "start": plan.start,
+        "settings": settings,
+    }
 
 
 def settings_table() -> str:
     """What every method was given, in Markdown."""
     body = [[name, *(settings[budget][0].told() for budget in BUDGETS)] for name, (_, settings) in METHODS.items()]
+    body.append([RESTORE, *(f"DMAPPreset's {QUALITY[budget]}" for budget in BUDGETS)])
     return grid(["method", *map(str, BUDGETS)], body)
 
 
@@ -169,16 +190,21 @@ def averaged(lines: dict[str, Any], operators: Sequence[str], name: str, picture
     return [mean(values) for values in zip(*(of_pictures(lines[operator], name, pictures) for operator in operators), strict=True)]
 
 
-def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any]) -> list[dict[str, Any]]:
+def through_all(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Those that have been through all damages."""
+    return {name: lines for name, lines in methods.items() if lines.keys() == methods[compare.AS_GIVEN].keys()}
+
+
+def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any], shared: list[str] | None = None) -> list[dict[str, Any]]:
     """A line for every method of a budget that has been through all damages: means over them, and the paired difference to BASELINE, picture by picture.
 
-    Each is of the pictures that the method and BASELINE have: where n differs between methods, differences can be compared and means cannot.
+    Each is of `shared` pictures, or of those that the method and BASELINE have: where n differs between methods, differences can be compared and means cannot.
     """
     operators = list(methods[compare.AS_GIVEN])
-    whole = {name: lines for name, lines in methods.items() if lines.keys() == methods[compare.AS_GIVEN].keys()}
+    whole = through_all(methods)
     base, found = whole.get(BASELINE), []
     for name, lines in whole.items():
-        pictures = common(lines, base or lines)
+        pictures = shared or common(lines, base or lines)
         if not pictures:
             continue
         line = {"method": name, "n": len(pictures), "cost": costs.get(name)}
@@ -222,26 +248,24 @@ def differences(methods: dict[str, dict[str, Any]], key: str, decimals: int) -> 
     return grid(["method", *operators], body)
 
 
-def plot(summaries: dict[int, Sequence[dict[str, Any]]]):
+def plot(summaries: dict[int, Sequence[dict[str, Any]]], title: str):
     """Quality against operations, a line per method through its budgets, and the front: nothing to the left of it is as good."""
 
     @styled
     def draw():
-        figure = new_figure(12, "Means over six kinds of damage, after matching")
+        figure = new_figure(12, title)
         for ax, (key, what, sign) in zip(figure.subplots(2, 1), PLOTTED, strict=True):
             points: dict[str, list[tuple[float, float]]] = {}
-            for lines in summaries.values():
-                for line in lines:
-                    if line["cost"]:
-                        points.setdefault(line["method"], []).append((line["cost"][1], line[key]))
-                    else:
-                        ax.axhline(
-                            line[key], color="#999999", linestyle=":", label="as given" if lines is list(summaries.values())[0] else None
-                        )
+            for line in (line for lines in summaries.values() for line in lines if line["cost"]):
+                points.setdefault(line["method"], []).append((line["cost"][1], line[key]))
+            given = next(line for lines in summaries.values() for line in lines if line["method"] == compare.AS_GIVEN)
+            ax.axhline(given[key], color="#999999", linestyle=":", label=f"{compare.AS_GIVEN}, matched")
             for name, found in points.items():
                 ax.plot(*zip(*sorted(found), strict=True), MARKERS.get(name, "o") + "-", color=colour(name), label=name, markersize=8)
             front, best = [], -math.inf
-            for tera, value in sorted(point for found in points.values() for point in found):
+            for tera, value in sorted(
+                (point for found in points.values() for point in found), key=lambda point: (point[0], -sign * point[1])
+            ):
                 if sign * value > best:
                     best = sign * value
                     front.append((tera, value))
@@ -260,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)), help="of 8, 30, 100")
     parser.add_argument("--operators", default=",".join(OPERATORS))
-    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--methods", default=",".join([*METHODS, RESTORE]))
     parser.add_argument("--n", type=int, help="pictures (32, or 4 of a search)")
     parser.add_argument("--search", action="store_true", help="the settings that were tried, on the last held-out pictures")
     parser.add_argument("--out", type=Path, help="results folder (default: output/methods, or methods-search)")
@@ -268,7 +292,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = parser.parse_args()
     budgets = [int(budget) for budget in names(options.budgets, tuple(map(str, BUDGETS)), "--budgets")]
-    methods, wanted = names(options.methods, tuple(METHODS), "--methods"), names(options.operators, OPERATORS, "--operators")
+    methods, wanted = names(options.methods, (*METHODS, RESTORE), "--methods"), names(options.operators, OPERATORS, "--operators")
     out = options.out or ROOT / "output" / ("methods-search" if options.search else "methods")
     compare.import_pack()
     from dmap_pack.dmap_core.evaluate.config import make_config
@@ -297,15 +321,17 @@ def price(plans: dict[tuple[str, str], Any], name: str) -> tuple[Cost, float] | 
 
 def write(lines: Sequence[Any], plans: dict[tuple[str, str], Any], out: Path) -> None:
     """methods.md and methods.png of finished rows. plans: by the names of rows and damages."""
-    parts, summaries = ["# Every method at equal cost", NOTE, settings_table()], {}
-    for budget, methods in sorted(groups(lines).items()):
-        summaries[budget] = summary(methods, {name: price(plans, f"{name}, {budget}") for name in methods})
-        parts += [f"## {budget} evaluations", summary_table(summaries[budget], label, digits)]
+    parts, found = ["# Every method at equal cost", NOTE, settings_table()], sorted(groups(lines).items())
+    prices_of = {budget: {name: price(plans, f"{name}, {budget}") for name in methods} for budget, methods in found}
+    for budget, methods in found:
+        parts += [f"## {budget} evaluations", summary_table(summary(methods, prices_of[budget]), label, digits)]
         if BASELINE in methods:
             parts += [f"{label(key)} minus that of {BASELINE}:\n\n{differences(methods, key, digits(key))}" for key in SHOWN]
     write_text(out / "methods.md", "\n\n".join(parts) + "\n")
-    if any(summaries.values()):
-        save(plot(summaries), out / "methods.png")
+    shared = common(*(lines for _, methods in found for lines in through_all(methods).values()))
+    if shared:
+        drawn = {budget: summary(methods, prices_of[budget], shared) for budget, methods in found}
+        save(plot(drawn, f"Means over six kinds of damage, after matching, n {len(shared)}"), out / "methods.png")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from host import ROOT
 
 from dmap_core.operators import centred_box, from_spec
 from dmap_core.operators.inpainting import Inpainting
-from dmap_core.presets import Preset
+from dmap_core.presets import AUTO, Preset, automatic
 from dmap_core.solvers import DMAP, DPS, SOLVERS
 
 
@@ -60,6 +60,14 @@ def test_a_table_has_no_psld_where_there_is_no_transpose(methods):
     assert "PSLD" not in {row["solver"] for row in methods.rows(f, "jpeg", tuple(methods.METHODS), [8, 30], False)}
 
 
+def test_restore_is_what_the_node_takes(methods):
+    f = from_spec({"operator": "GaussianBlur", "kernel_size": 61, "sigma": 3.0})
+    rows = [row for row in methods.rows(f, "blur", ("DMAP", "Restore"), methods.BUDGETS, False) if row["name"].startswith("Restore")]
+    for row, quality in zip(rows, ("look", "good", "best"), strict=True):
+        plan = automatic(f, AUTO, quality)
+        assert (SOLVERS[row["solver"]](**row["settings"]), row["steps"]) == (plan.solver, plan.steps)
+
+
 def test_means_and_differences_are_of_the_same_pictures(methods):
     lines = [line("as given", "one", (20, 20)), line("as given", "two", (10, 10))]
     lines += [line("DMAP, 8", "one", (25, 27)), line("DMAP, 8", "two", (15, 15))]
@@ -104,7 +112,6 @@ def test_what_is_written(methods, tmp_path):
     text = (tmp_path / "methods.md").read_text()
     assert "## 8 evaluations" in text and "## 30 evaluations" in text and "| DPS | 2 | 28.50 | 28.50 |" in text
     assert (tmp_path / "methods.png").stat().st_size > 10_000
-    axes = methods.plot(
-        {8: methods.summary(methods.groups(lines)[8], {"DPS": methods.price(plans, "DPS, 8"), "DMAP": methods.price(plans, "DMAP, 8")})}
-    ).axes
+    summary = methods.summary(methods.groups(lines)[8], {name: methods.price(plans, f"{name}, 8") for name in ("DPS", "DMAP")})
+    axes = methods.plot({8: summary}, "title").axes
     assert [ax.get_ylabel() for ax in axes] == ["PSNR in dB", "feature distance"]
