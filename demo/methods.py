@@ -5,10 +5,11 @@
     python demo/methods.py --search --budgets 8 --methods DAPS         # other settings of a method, on held-out pictures that no table uses
     python demo/methods.py --table                                     # only print, write and plot what there is
 
-A budget is an upper bound of both the denoiser's calls and the decoder's gradients; only *Restore*, what DMAP Restore takes at look, good and best, has its own. What that takes on Stable Diffusion 2.0 at 512x512 differs by a factor
-of six between methods, so the table has those operations (dmap_core/costs.py) and the plot is drawn over them. Steps set themselves where a
-solver has such a step; PSLD and DSG have what was searched for the demo prior. Every figure is there of the picture as the model leaves it, and of
-the same after `match`. It writes below --out: every picture with its figures, methods.md, methods.csv and methods.png.
+A budget is an upper bound of both the denoiser's calls and the decoder's gradients; only *Restore*, what DMAP Restore takes at look, good and best,
+has its own. What that takes on Stable Diffusion 2.0 at 512x512 differs between methods, so the table has those operations (dmap_core/costs.py) and the
+plot is drawn over them. Steps set themselves where a solver has such a step; PSLD and DSG have what was searched for the demo prior. Every figure is
+there of the picture as the model leaves it, and of the same after `match`. It writes below --out: every picture with its figures, methods.md,
+methods.csv and methods.png.
 """
 
 import argparse
@@ -298,7 +299,7 @@ def main() -> None:
     from dmap_pack.dmap_core.evaluate.config import make_config
     from dmap_pack.dmap_core.evaluate.report import write_table
     from dmap_pack.dmap_core.evaluate.run import evaluate, plan_jobs
-    from dmap_pack.dmap_core.evaluate.tables import read_lines
+    from dmap_pack.dmap_core.evaluate.tables import read_lines, table_csv
 
     damage = compare.specs(wanted, out / "weights")
     table = [row for name, spec in damage.items() for row in rows(from_spec(dict(spec)), name, methods, budgets, options.search)]
@@ -310,7 +311,9 @@ def main() -> None:
     if options.search:
         write_table(config, jobs, out)
     else:
-        write(read_lines(config, jobs, out), {(job.row.name, job.row.operator): job.plan for job in jobs if job.plan}, out)
+        lines = read_lines(config, jobs, out)
+        write_text(out / "methods.csv", table_csv(config, lines))
+        write(lines, {(job.row.name, job.row.operator): job.plan for job in jobs if job.plan}, out)
 
 
 def price(plans: dict[tuple[str, str], Any], name: str) -> tuple[Cost, float] | None:
