@@ -43,7 +43,7 @@ LONGEST = (
     "nodes-test_cse_training",
     "nodes-test_solver_nodes",
     "nodes-test_families",
-    "nodes-test_precision",
+    "nodes-test_tiles",
     "nodes-test_study_nodes",
 )
 FOLDERS = ("browser", "server", "nodes", "demo", "core")

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.thorough, pytest.mark.hosts("one")]  # a minute of one core, and 4 GiB
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.hosts("one"),
+]  # minutes of one core, and 4 GiB; tests/core/test_half_precision.py has what it rests on
 
 COSINE = 0.999
 HARDEST = (14.0, True)  # the one that falls below the bound without scaling
@@ -19,7 +22,7 @@ SIGMAS = (0.1, 1.0, 5.0, 14.0)
 REST = [(sigma, cse) for sigma in SIGMAS for cse in (False, True) if (sigma, cse) != HARDEST]
 PRECISIONS = [("fp16", "fp16"), ("fp16", "bf16"), ("bf16", "bf16")]  # of UNet and VAE; bf16 last, as the weights stay rounded
 UNSCALED = ("fp16", "fp16")
-AT_ONCE = [UNSCALED]  # the rest: make test-nightly
+FIRST = [UNSCALED]
 SMALLER = 1 / 8  # the cotangents of 512x512 pixels, 786432 values, to those of 64x64
 
 
@@ -50,7 +53,7 @@ def measured(precision, cases, kinds, unscaled=()):
 
 @pytest.fixture(scope="module")
 def hardest(precision):
-    return measured(precision, [HARDEST], AT_ONCE, unscaled=[HARDEST])
+    return measured(precision, [HARDEST], FIRST, unscaled=[HARDEST])
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def every(precision):
     return measured(precision, [*REST, HARDEST], PRECISIONS)
 
 
-@pytest.mark.parametrize("precisions", AT_ONCE, ids="-".join)
+@pytest.mark.parametrize("precisions", FIRST, ids="-".join)
 def test_cosine_to_float32_where_it_is_hardest(hardest, precisions):
     assert hardest[(*precisions, *HARDEST)] > COSINE
 
@@ -68,7 +71,6 @@ def test_unscaled_cotangents_lose_more(hardest):
     assert 1 - hardest[("unscaled", *HARDEST)] > 20 * (1 - hardest[(*UNSCALED, *HARDEST)])
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("precisions", PRECISIONS, ids="-".join)
 @pytest.mark.parametrize("sigma, cse", [*REST, HARDEST])
 def test_cosine_to_float32(every, precisions, sigma, cse):

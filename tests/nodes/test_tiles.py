@@ -39,10 +39,31 @@ def run(lab, large, sampler=None, steps=4, **changes):
     return lab.sample(guider, sampler, latent=latent(lab, large), schedule=lab.sigmas(steps, spacing="exponential")), guider.report
 
 
+def watched(lab, large, **changes):
+    """(latents, report, the sizes that each network saw) of a run."""
+    model, vae = lab.shared()
+    seen = {"unet": set(), "decoder": set()}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].add(tuple(inputs[0].shape[-2:])))
+        for name, module in (("unet", model.model.diffusion_model), ("decoder", vae.first_stage_model.taesd_decoder))
+    ]
+    try:
+        return *run(lab, large, **changes), seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 @pytest.fixture(scope="module")
 def plain(lab, larger):
     """A run without tiles."""
-    return run(lab, larger)
+    return watched(lab, larger)
+
+
+@pytest.fixture(scope="module")
+def in_tiles(lab, larger):
+    """The same in tiles."""
+    return watched(lab, larger, tile=TILE)
 
 
 def test_a_tile_that_holds_all_changes_no_bit(lab, large):
@@ -51,23 +72,17 @@ def test_a_tile_that_holds_all_changes_no_bit(lab, large):
     assert torch.equal(whole, tiled) and "tiles" not in report.memory and told.memory.endswith("tiles of 256 pixels")
 
 
-@pytest.mark.parametrize("jacobian", some_at_once(["none", "exact"], ["none"]))
-def test_networks_see_a_tile_and_the_picture_is_as_good(lab, larger, jacobian):
-    sampler = lab.call("DMAP_DMAPSampler", K=1, step="auto", strength=0.7, jacobian=jacobian, zeta=1.0)
-    model, vae = lab.shared()
-    seen = {"unet": set(), "decoder": set()}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].add(tuple(inputs[0].shape[-2:])))
-        for name, module in (("unet", model.model.diffusion_model), ("decoder", vae.first_stage_model.taesd_decoder))
-    ]
-    try:
-        tiled, report = run(lab, larger, sampler, tile=TILE)
-        assert seen == {"unet": {(16, 16)}, "decoder": {(16, 16)}}
-        whole, plain = run(lab, larger, sampler)
-        assert seen["unet"] == {(16, 16), (17, 23)}
-    finally:
-        for hook in hooks:
-            hook.remove()
+@pytest.mark.parametrize("jacobian", some_at_once(["none", "exact"], ["none"], nightly=["exact"]))
+def test_networks_see_a_tile_and_the_picture_is_as_good(lab, larger, jacobian, request):
+    """Without the denoiser's Jacobian the runs are those that other tests take, too."""
+    if jacobian == "none":
+        runs = request.getfixturevalue("in_tiles"), request.getfixturevalue("plain")
+    else:
+        sampler = lab.call("DMAP_DMAPSampler", K=1, step="auto", strength=0.7, jacobian=jacobian, zeta=1.0)
+        runs = watched(lab, larger, sampler=sampler, tile=TILE), watched(lab, larger, sampler=sampler)
+    (tiled, report, seen), (whole, plain, seen_whole) = runs
+    assert seen == {"unet": {(16, 16)}, "decoder": {(16, 16)}} and seen_whole["unet"] == {(17, 23)}
+    vae = lab.shared()[1]
     # the demo prior's attention sees less of the picture, so the two are no equals; the measurement is explained as well
     assert plain.residuals[-1][0] < 0.6 * plain.residuals[0][0] and report.residuals[-1][0] < 1.5 * plain.residuals[-1][0]
     assert report.denoiser_calls == plain.denoiser_calls and report.memory.endswith("tiles of 128 pixels")
@@ -180,9 +195,9 @@ def out_of_memory(lab, large, after, **changes):
         hook.remove()
 
 
-def test_where_it_does_not_fit_it_goes_on_in_tiles(lab, larger, plain):
+def test_where_it_does_not_fit_it_goes_on_in_tiles(lab, larger, plain, in_tiles):
     """From the very step that failed, with the noise and the levels that were next."""
-    expected, _ = run(lab, larger, tile=TILE)
+    expected = in_tiles[0]
     found, report = out_of_memory(lab, larger, after=0, tile="auto")
     whole = plain[0]
     assert report.memory == "fast, tiles of 128 pixels" and len(report.residuals) == 4
