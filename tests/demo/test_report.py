@@ -124,17 +124,22 @@ def test_known_posteriors_tell_the_nearest_and_the_calibrated(story, tmp_path):
         spread_row("plane", "too wide", 0.5, 1.5, 0.9),
         spread_row("plane", "diverged", math.nan, math.nan, math.nan),
         spread_row("averaging", "exact samples", 0.04, 1.0, 0.9),
-        spread_row("averaging", "holds too little", 0.05, 1.0, 0.8),
+        spread_row("averaging", "holds too little", 0.06, 1.0, 0.8),
+        spread_row("averaging", "off it alone", 0.05, 1.0, 0.9) | {"coverage_90_seen_high": 0.89},
     ]
+
+    def both(*names, off=None):
+        return {"calibrated": list(names), "calibrated off the measurement": off or list(names)}
+
     write(tmp_path / "spread" / "spread.csv", rows)
     settings = {"draws": 80, "versions": 39, "steps": 100, "samples": 400, "seed": 0}
     (tmp_path / "spread" / "spread.json").write_text(json.dumps({"settings": settings}))
     part = story.spread(tmp_path)
     assert part.numbers == {
-        "plane": {"nearest": "too narrow", "distance": 0.1, "floor": 0.06, "calibrated": ["right"]},
-        "averaging": {"nearest": "holds too little", "distance": 0.05, "floor": 0.04, "calibrated": []},
+        "plane": {"nearest": "too narrow", "distance": 0.1, "floor": 0.06, **both("right")},
+        "averaging": {"nearest": "off it alone", "distance": 0.05, "floor": 0.04, **both(off=["off it alone"])},
     }
-    assert part.whole.count("\n| plane") == 5 and part.whole.count("\n| averaging") == 2
+    assert part.whole.count("\n| plane") == 5 and part.whole.count("\n| averaging") == 3
     assert "](spread.png)" in part.whole and "80 truths" in part.whole
 
 
