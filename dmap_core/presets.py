@@ -55,7 +55,7 @@ NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the p
 OTHERS: dict[str, tuple[Solver, int, str]] = {
     "LATINO": (LATINO(), 8, "exponential"),
     "FlowDPS": (FlowDPS(), 10, "exponential"),
-    "DAPS": (DAPS(move="gradient"), 10, "exponential"),
+    "DAPS": (DAPS(move="gradient", iterations=2), 15, "exponential"),
 }
 # Operators that nobody searched for, and what they are treated as.
 LIKE = {"Kernel Blur": "Motion Blur", "Grayscale": "Inpainting", "Segmentation": "Inpainting"}
