@@ -45,7 +45,8 @@ NOTE = (
 )
 SHOWN = ("psnr", "psnr matched", "ssim", "ssim matched", "features", "features matched")
 PLOTTED = (("psnr matched", "PSNR in dB", 1), ("features matched", "feature distance", -1))  # and which way is better
-MARKERS = {"DMAP inner": "s", "DPS inner": "s", "DMAP warm": "^"}
+MARKERS = {"DMAP inner": "s", "DPS inner": "s", "DMAP warm": "^", "Restore": "*"}
+BLACK = ("Restore",)  # what the others are looked at for
 
 
 class Setting(NamedTuple):
@@ -262,7 +263,13 @@ def plot(summaries: dict[int, Sequence[dict[str, Any]]], title: str):
             given = next(line for lines in summaries.values() for line in lines if line["method"] == compare.AS_GIVEN)
             ax.axhline(given[key], color="#999999", linestyle=":", label=f"{compare.AS_GIVEN}, matched")
             for name, found in points.items():
-                ax.plot(*zip(*sorted(found), strict=True), MARKERS.get(name, "o") + "-", color=colour(name), label=name, markersize=8)
+                ax.plot(
+                    *zip(*sorted(found), strict=True),
+                    MARKERS.get(name, "o") + "-",
+                    color="black" if name in BLACK else colour(name),
+                    label=name,
+                    markersize=8,
+                )
             front, best = [], -math.inf
             for tera, value in sorted(
                 (point for found in points.values() for point in found), key=lambda point: (point[0], -sign * point[1])
