@@ -14,7 +14,6 @@ methods.csv and methods.png.
 
 import argparse
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -270,13 +269,7 @@ def plot(summaries: dict[int, Sequence[dict[str, Any]]], title: str):
                     label=name,
                     markersize=8,
                 )
-            front, best = [], -math.inf
-            for tera, value in sorted(
-                (point for found in points.values() for point in found), key=lambda point: (point[0], -sign * point[1])
-            ):
-                if sign * value > best:
-                    best = sign * value
-                    front.append((tera, value))
+            front = prices.front((point for found in points.values() for point in found), sign)
             ax.plot(*zip(*front, strict=True), color="#bbbbbb", linewidth=6, zorder=0, solid_capstyle="round", label="front")
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:g}")

@@ -10,6 +10,7 @@ Diffusion 2.0 with its own decoder, or with TAESD in rows that have a guidance d
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -99,6 +100,15 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
+def front(points: Iterable[tuple[float, float]], sign: int = 1) -> list[tuple[float, float]]:
+    """Points (cost, quality) to the left of which nothing is as good. sign: -1 where less is better."""
+    found: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], -sign * point[1])):
+        if not found or sign * value > sign * found[-1][1]:
+            found.append((cost, value))
+    return found
+
+
 def plot(lines: list[dict[str, Any]], title: str):
     """Quality against operations, before and after matching, the front drawn: nothing to the left of it is as good."""
     from dmap_core.plots import COLOURS, library, styled
@@ -108,19 +118,13 @@ def plot(lines: list[dict[str, Any]], title: str):
         figure = library().figure.Figure(figsize=(9, 9), dpi=100, layout="constrained")
         axes = figure.subplots(2, 1)
         for ax, key, what in zip(axes, ("psnr", "matched"), ("PSNR in dB", "PSNR in dB, matched"), strict=True):
-            best = float("-inf")
-            front = []
-            for line in sorted(lines, key=lambda line: line["tera"]):
-                value, solver = line[key].mean, line["name"].split()[0]
-                ax.plot(line["tera"], value, "o", color=COLOURS[solver])
-                if value > best:
-                    best = value
-                    front.append(line)
-            ax.plot([line["tera"] for line in front], [line[key].mean for line in front], color="#999999", zorder=0)
-            for i, line in enumerate(front):
-                ax.annotate(
-                    line["name"], (line["tera"], line[key].mean), fontsize=9, xytext=(4, 6 if i % 2 else -14), textcoords="offset points"
-                )
+            for line in lines:
+                ax.plot(line["tera"], line[key].mean, "o", color=COLOURS[line["name"].split()[0]])
+            names = {(line["tera"], line[key].mean): line["name"] for line in lines}
+            best = front(names)
+            ax.plot(*zip(*best, strict=True), color="#999999", zorder=0)
+            for i, point in enumerate(best):
+                ax.annotate(names[point], point, fontsize=9, xytext=(4, 6 if i % 2 else -14), textcoords="offset points")
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:g}")
             ax.margins(x=0.15)

@@ -60,3 +60,9 @@ def test_table_and_plot(prices):
     assert "| DMAP 10, K 2 | 3 | 22.17 | 26.33 | 3.0 | 9 | 10 | 10 | 100 |" in prices.table(lines)
     axes = prices.plot(lines, "title").axes
     assert [ax.get_ylabel() for ax in axes] == ["PSNR in dB", "PSNR in dB, matched"] and len(axes[0].texts) == 2
+
+
+def test_the_front_is_what_nothing_cheaper_beats(prices):
+    points = [(3, 10.0), (1, 8.0), (2, 7.0), (1, 9.0), (4, 10.0)]
+    assert prices.front(points) == [(1, 9.0), (3, 10.0)]
+    assert prices.front(points, -1) == [(1, 8.0), (2, 7.0)]
