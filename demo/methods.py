@@ -14,7 +14,7 @@ methods.csv and methods.png.
 
 import argparse
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -151,7 +151,7 @@ def row_of(plan: Preset, operator: str) -> dict[str, Any]:
         "operator": operator,
         "solver": plan.solver.name(),
         "steps": plan.steps,
-        "spacing": "exponential",
+        "spacing": plan.spacing,
         "start": plan.start,
         "settings": settings,
     }
@@ -218,7 +218,7 @@ def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any], shared: l
     return found
 
 
-def summary_table(lines: Sequence[dict[str, Any]], label: Callable[[str], str], digits: Callable[[str], int]) -> str:
+def summary_table(lines: Sequence[dict[str, Any]]) -> str:
     """Of one budget, in Markdown."""
     keys = (*SHOWN, "mismatch", "seconds")
     head = ["method", "n", *map(label, keys), "denoiser", "decoder", "with gradient", "encoder", "TFLOP"]
@@ -327,7 +327,7 @@ def write(lines: Sequence[Any], plans: dict[tuple[str, str], Any], out: Path) ->
     parts, found = ["# Every method at equal cost", NOTE, settings_table()], sorted(groups(lines).items())
     prices_of = {budget: {name: price(plans, f"{name}, {budget}") for name in methods} for budget, methods in found}
     for budget, methods in found:
-        parts += [f"## {budget} evaluations", summary_table(summary(methods, prices_of[budget]), label, digits)]
+        parts += [f"## {budget} evaluations", summary_table(summary(methods, prices_of[budget]))]
         if BASELINE in methods:
             parts += [f"{label(key)} minus that of {BASELINE}:\n\n{differences(methods, key, digits(key))}" for key in SHOWN]
     write_text(out / "methods.md", "\n\n".join(parts) + "\n")

@@ -10,22 +10,18 @@ factor_autoencoded has the picture that the autoencoder makes of the truth in it
 
 import argparse
 import math
-import sys
+from functools import partial
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(ROOT / "tests"))
+import torch
+from run import HERE, PRIOR_FILE, ROOT, names
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
 
-import torch  # noqa: E402
-from host import import_torchvision  # noqa: E402
-from scipy import stats  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
+from dmap_core.files import write_whole
+from dmap_core.operators import GaussianBlur, Inpainting, SuperResolution, centred_box
 
-from dmap_core.operators import GaussianBlur, Inpainting, SuperResolution, centred_box  # noqa: E402
-
-PRIOR = ROOT / "models" / "checkpoints" / "dmap-demo-prior.safetensors"
 HOLE = centred_box((128, 128), (48, 48))
 OPERATORS = {
     "super-resolution-x8": SuperResolution(8),
@@ -82,7 +78,9 @@ def drawn(truth: Tensor) -> Tensor:
 
 def photo(operator, x: Tensor) -> Tensor:
     """The measurement of x (1, 3, H, W), of 8 bits as a photo has."""
-    return ((operator.measure(x).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    from dmap_core.evaluate.run import in_eight_bits
+
+    return in_eight_bits(operator.measure(x))
 
 
 def autoencoded(base, operator, x: Tensor) -> Tensor:
@@ -115,22 +113,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first version; they are three apart (default: 0)")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "uncertainty")
     args = parser.parse_args()
+    from host import import_torchvision
+
     import_torchvision()
     from dmap_core.backends.diffusers_files import open_base
     from dmap_core.evaluate.pictures import Picture
-    from dmap_core.evaluate.results import csv_text
+    from dmap_core.evaluate.results import csv_text, write_text
 
     torch.set_num_threads(1)
-    base = open_base(PRIOR)
+    base = open_base(PRIOR_FILE)
     args.out.mkdir(parents=True, exist_ok=True)
     seeds, rows = [args.seed + 3 * i for i in range(args.versions)], []
-    for name in args.operators.split(","):
+    for name in names(args.operators, tuple(OPERATORS), "--operators"):
         where = HOLE > 0 if name == "inpainting" else None
         for file in sorted((HERE / "held-out").glob("*.png"))[-args.n :]:
             x = Picture(file, 0).open(None)
             kept = args.out / f"{name}-{file.stem}-{args.seed}-{args.versions}.pt"
             if not kept.exists():
-                torch.save(versions_of(base, OPERATORS[name], x, seeds), kept)
+                write_whole(kept, partial(torch.save, versions_of(base, OPERATORS[name], x, seeds)))
             versions, seen = torch.load(kept), drawn(x[0])
             row = {"operator": name, "picture": file.stem, "k": args.versions, **figures(versions, x[0], where)}
             within = seen if where is None else seen & where
@@ -138,7 +138,7 @@ def main() -> None:
             row["factor_autoencoded"] = figures(versions, autoencoded(base, OPERATORS[name], x), where)["factor"]
             rows.append(row)
             print(rows[-1], flush=True)
-    (args.out / "uncertainty.csv").write_text(csv_text(rows), encoding="utf-8")
+    write_text(args.out / "uncertainty.csv", csv_text(rows))
 
 
 if __name__ == "__main__":
