@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from .prior import DTYPES
-from .tiles import Tiles, decoding, denoising
+from .tiles import Tiles, decoding, denoising, encoding
 
 Size = tuple[int, int]
 FACTOR = 8  # pixels along a latent's side
@@ -165,17 +165,17 @@ def run_flop(
 ) -> float:
     """Floating-point operations of a run that evaluates its networks as often as `cost` says. The rest as of `flop`.
 
-    guidance: the decoder of gradients, None for the same. The encoder sees whole pictures, tiles or not.
+    guidance: the decoder of gradients, None for the same.
     """
-    denoised, decoded = (denoising(tile), decoding(tile)) if tile else (None, None)
+    denoised, decoded, encoded = (denoising(tile), decoding(tile), encoding(tile)) if tile else (None, None, None)
     again = int(strategy == "checkpoint")
     sums = (
         (cost.denoiser - cost.denoiser_gradients) * _call(family, size, denoised),
         cost.denoiser_gradients * _gradient(family, size, denoised, again + (strategy == "lean")),
         (cost.decoder - cost.decoder_gradients) * _call(decoder, size, decoded),
         cost.decoder_gradients * _gradient(guidance or decoder, size, decoded, again),
-        (cost.encoder - cost.encoder_gradients) * _call(decoder + ENCODER, size, None),
-        cost.encoder_gradients * _gradient(decoder + ENCODER, size, None, again),
+        (cost.encoder - cost.encoder_gradients) * _call(decoder + ENCODER, size, encoded),
+        cost.encoder_gradients * _gradient(decoder + ENCODER, size, encoded, again),
     )
     return batch * sum(sums)
 
@@ -242,7 +242,7 @@ def run_peak(
     denoiser, tiled = _activations(family, width(dtype), size, denoising(tile) if tile else None, batch, again)
     own, _ = _activations(decoder, vae, size, decoding(tile) if tile else None, batch, again)
     guide, _ = _activations(guidance or decoder, vae, size, decoding(tile) if tile else None, batch, again)
-    encoder, _ = _activations(decoder + ENCODER, vae, size, None, batch, again)
+    encoder, _ = _activations(decoder + ENCODER, vae, size, encoding(tile) if tile else None, batch, again)
     pictures = PICTURES * batch * area(size) if tiled else 0.0
     found = [denoiser.forward, own.forward + pictures]
     if cost.denoiser_gradients:
@@ -253,7 +253,7 @@ def run_peak(
         if cost.encoder_gradients:
             found.append(waiting + guide.saved + pictures + encoder.peak)
     if cost.encoder:
-        found.append(encoder.forward)
+        found.append(encoder.forward + pictures)
     weights = weight_bytes(family, decoder, dtype, vae_dtype)
     if guidance and guidance != decoder:
         weights += PARAMETERS[guidance] * vae

@@ -16,8 +16,8 @@ from torch import Tensor
 from .gradient import vjp
 from .operators.base import whole
 
-Part = tuple[slice, slice]  # rows and columns of a latent
-Network = Callable[[Tensor, Part], Tensor]  # (a tile, where it lies) -> its result, of the same size times a whole factor
+Part = tuple[slice, slice]  # rows and columns
+Network = Callable[[Tensor, Part], Tensor]  # (a tile, where it lies) -> its result
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,13 @@ class Tiles:
         ramps = one if span.start == 0 else rise.clamp(0, 1), one if span.stop == n else fall.clamp(0, 1)
         return torch.stack([(1 - (torch.pi * ramp).cos()) / 2 for ramp in ramps]).prod(0)
 
-    def parts(self, size: tuple[int, int], factor: int = 1) -> Iterator[tuple[Part, Part, Tensor]]:
-        """(where a tile lies in latents (h, w), where in the result, its weights there) of every tile."""
+    def parts(self, size: tuple[int, int], factor: int = 1, of: int = 1) -> Iterator[tuple[Part, Part, Tensor]]:
+        """(where a tile lies in what is cut, where in the result, its weights there) of every tile of (h, w) latents. factor, of: as of `tiled`."""
         (h, w) = size
         for rows, down in zip(self.spans(h), self.windows(h, factor), strict=True):
             for columns, across in zip(self.spans(w), self.windows(w, factor), strict=True):
-                yield (rows, columns), (_scaled(rows, factor), _scaled(columns, factor)), down[:, None] * across
+                part, to = ((_scaled(rows, n), _scaled(columns, n)) for n in (of, factor))
+                yield part, to, down[:, None] * across
 
 
 def _scaled(span: slice, factor: int) -> slice:
@@ -83,31 +84,38 @@ def decoding(size: int) -> Tiles:
     return Tiles(size, overlap, min(6, (overlap - 2) // 2))
 
 
+def encoding(size: int) -> Tiles:
+    """Tiles of an encoder, which sees less: TAESD's latents are the whole's with a margin of 6, and off by 0.00002 of their deviation with 3."""
+    return decoding(size)
+
+
 def wanted(size: tuple[int, int], native: int) -> bool:
     """Whether a latent of `size` (h, w) is larger than a model's native side by more than a quarter, as the root of its area."""
     return size[0] * size[1] > (1.25 * native) ** 2
 
 
-def tiled(network: Network, x: Tensor, tiles: Tiles, factor: int = 1) -> Tensor:
-    """What `network` says of x (B, C, h, w), tile by tile, blended: (B, c, factor h, factor w), differentiable with respect to x.
+def tiled(network: Network, x: Tensor, tiles: Tiles, factor: int = 1, of: int = 1) -> Tensor:
+    """What `network` says of x (B, C, of h, of w), tile by tile, blended: (B, c, factor h, factor w), differentiable with respect to x.
 
-    factor: of the result's size to that of x. A picture of one tile is given to the network whole.
+    A side of h or w latents is `of` times as long in x, and `factor` times in the result: a decoder has 1 and 8, an encoder 8 and 1. A picture of one tile
+    is given to the network whole.
     """
-    if all(n <= tiles.size for n in x.shape[-2:]):
+    if all(n <= of * tiles.size for n in x.shape[-2:]):
         return network(x, (slice(0, x.shape[-2]), slice(0, x.shape[-1])))
-    return _Tiled.apply(x, network, tiles, factor)
+    return _Tiled.apply(x, network, tiles, factor, of)
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, network, tiles, factor):
+    def forward(ctx, x, network, tiles, factor, of):
         ctx.save_for_backward(x)
-        ctx.network, ctx.tiles, ctx.factor = network, tiles, factor
+        h, w = (n // of for n in x.shape[-2:])
+        ctx.network, ctx.parts = network, lambda: tiles.parts((h, w), factor, of)
         found = None
-        for part, to, weight in tiles.parts((x.shape[-2], x.shape[-1]), factor):
+        for part, to, weight in ctx.parts():
             result = network(x[..., part[0], part[1]], part)
             if found is None:
-                found = result.new_zeros(*result.shape[:-2], *(factor * n for n in x.shape[-2:]))
+                found = result.new_zeros(*result.shape[:-2], factor * h, factor * w)
             found[..., to[0], to[1]] += weight.to(result) * result
         return found
 
@@ -116,9 +124,9 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx, cotangent):
         (x,) = ctx.saved_tensors
         found = torch.zeros_like(x)
-        for part, to, weight in ctx.tiles.parts((x.shape[-2], x.shape[-1]), ctx.factor):
+        for part, to, weight in ctx.parts():
             tile = x[..., part[0], part[1]].detach().requires_grad_()
             with torch.enable_grad():
                 result = ctx.network(tile, part)
             found[..., part[0], part[1]] += vjp(result, tile, weight.to(cotangent) * cotangent[..., to[0], to[1]])
-        return found, None, None, None
+        return found, None, None, None, None

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..memory import blocks_of
-from ..tiles import decoding, tiled
+from ..tiles import decoding, encoding, tiled
 
 Network = Any  # a model of diffusers, whose decorators hide its types
 Kind = TypeVar("Kind", bound="Autoencoded")
@@ -94,8 +94,13 @@ class Autoencoded:
         """Latents of images; the mean of the encoder, where it gives a distribution."""
         scale, shift = scale_and_shift(self.vae)
         image = F.pad(image, surplus(image), mode="replicate")
-        encoded = self.vae.encode(image.to(self.device, self.vae.dtype))
-        z0 = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        image = image.to(self.device, self.vae.dtype)
+
+        def encode(picture: Tensor, _=None) -> Tensor:
+            encoded = self.vae.encode(picture)
+            return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+
+        z0 = encode(image) if self.tile is None else tiled(encode, image, encoding(self.tile), of=FACTOR)
         return (z0 - shift) * scale
 
     def blocks(self) -> list[nn.Module]:

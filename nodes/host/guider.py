@@ -119,6 +119,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._static = None  # set for every run, as what follows
         self._exact = True  # whether gradients go through the denoiser
         self._guided = True  # whether there are gradients at all
+        self._spared: Cost | None = None  # what the run would take with jacobian none; None where that is no choice
         self._tiling: tuple[int | None, int | None] = (None, None)  # what `_tiles` says
         self._clock: Clock | None = None
         self._watch: Watch | None = None
@@ -140,10 +141,11 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         self._check_run(noise, sigmas, ours)
         if ours:
             sampler.check(self.operator, len(sigmas) - 1)
-        self._own_doubts(len(sigmas) - 1)
-        self._tiling = self._tiles(noise)
-        cost = sampler.cost(len(sigmas) - 1) if ours else self.dps.cost(len(sigmas) - 1)
+        steps = len(sigmas) - 1
+        cost, self._spared = (sampler.cost(steps), sampler.spared(steps)) if ours else (self.dps.cost(steps), spared(self.dps, steps))
         self._guided = cost is None or cost.decoder_gradients > 0
+        self._own_doubts(steps)
+        self._tiling = self._tiles(noise)
         counted = self._counted(len(noise), cost)
         name = sampler.name if ours else f"{self.dps.describe().replace('DPS', 'DPSGuider', 1)} with a stock sampler"
         self.report, self._clock = Report(name, self.operator.describe()), Clock(len(sigmas) - 1)
@@ -208,7 +210,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
     def _counted(self, batch: int, cost: Cost | None) -> tuple[float | None, float | None]:
         """(operations, bytes) that a run takes, both None where they are not known. Raises ValueError for one that cannot fit into the memory there is."""
         tile, native = self._tiling
-        job = cost and job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, batch, tile, cost)
+        job = cost and job_of(self.model_patcher, self.vae, self.guidance_vae, self.size, batch, tile, cost, self._spared)
         if job is None:
             return None, None
         there = room()
@@ -336,7 +338,7 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
         if self._exact and too_large_for_gradients(self.model_patcher):
             found.append(
                 f"gradients go through the denoiser, whose weights of {self.model_patcher.model_size() / GIB:.1f} GiB leave little of the GPU; "
-                "jacobian none (DMAPPreset's choice here) needs no gradient of it"
+                f"{'jacobian none' if self._spared else 'another solver with jacobian none'} (DMAPPreset's choice here) needs no gradient of it"
             )
         for doubt in found:
             self._warn(doubt)
@@ -368,7 +370,8 @@ class PosteriorGuider(comfy.samplers.CFGGuider):
             what, instead = f"tiles of {tile * self.vae.downscale_ratio} pixels", "a smaller tile"
         else:
             what, instead = f"the whole picture of {self.size[1]}x{self.size[0]}", "tile auto and memory auto"
-        of, less = ("a gradient of ", "jacobian none, a small decoder as guidance_vae, ") if self._guided else ("", "")
+        of, less = ("a gradient of ", "a small decoder as guidance_vae, ") if self._guided else ("", "")
+        less = f"jacobian none, {less}" if self._spared else less
         return f"DPSGuider: the memory does not suffice for {of}{what}. Try {instead}, {less}one picture at a time, or the model in half precision"
 
     def _warn(self, warning: str) -> None:
@@ -460,6 +463,10 @@ class PosteriorSampler(comfy.samplers.Sampler):
         """What a run takes; None if that is not known."""
         return None
 
+    def spared(self, steps: int) -> Cost | None:
+        """What it would take with jacobian none; None where it has no such input, or takes no gradient through the denoiser."""
+        return None
+
     def run(self, posterior: Posterior, z: Tensor, sigmas: Tensor, generator, callback) -> Tensor:
         """What the run puts out, a latent like z (B, C, h, w). callback(step, denoised, z, residual) is to be called after every step."""
         raise NotImplementedError
@@ -486,5 +493,15 @@ class SolverSampler(PosteriorSampler):
     def cost(self, steps: int) -> Cost:
         return self.solver.cost(steps)
 
+    def spared(self, steps: int) -> Cost | None:
+        return spared(self.solver, steps)
+
     def run(self, posterior, z, sigmas, generator, callback) -> Tensor:
         return self.solver(posterior, z, sigmas, generator=generator, callback=callback)
+
+
+def spared(solver: Solver, steps: int) -> Cost | None:
+    """What a run takes with jacobian none, of a solver that has this input at another value."""
+    if getattr(solver, "jacobian", "none") == "none":
+        return None
+    return replace(solver, jacobian="none").cost(steps)

@@ -23,7 +23,7 @@ GIB = 2**30
 class Job:
     """family, decoder, guidance: of costs' tables; guidance is the decoder of gradients. size: (H, W). tile: in latents, None for the whole picture.
 
-    dtype, vae_dtype: of prior.DTYPES. cost: of the run.
+    dtype, vae_dtype: of prior.DTYPES. cost: of the run; spared: of the same with jacobian none, None where that is no choice.
     """
 
     family: str
@@ -35,6 +35,7 @@ class Job:
     dtype: str
     vae_dtype: str
     cost: Cost
+    spared: Cost | None = None
 
     def flop(self, strategy: str = "fast") -> float:
         """Floating-point operations of the run. Gradients count as they do under that strategy."""
@@ -52,11 +53,12 @@ class Job:
 
     def remedies(self, room: float) -> list[str]:
         """What to change so that it fits, for people."""
-        plain = replace(self.cost, denoiser_gradients=0)
-        tried = {
-            "jacobian none": replace(self, cost=plain),
-            "a small decoder as guidance_vae": replace(self, guidance="TAESD"),
-            "jacobian none and a small decoder as guidance_vae": replace(self, cost=plain, guidance="TAESD"),
+        small, none = replace(self, guidance="TAESD"), {}
+        if self.spared:
+            plain = replace(self, cost=self.spared)
+            none = {"jacobian none": plain, "jacobian none and a small decoder as guidance_vae": replace(plain, guidance="TAESD")}
+        tried = none | {
+            "a small decoder as guidance_vae": small,
             "one picture at a time": replace(self, batch=1),
             "the model in fp16 or bf16": replace(self, dtype="fp16"),
         }
@@ -85,14 +87,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return next((name for name, known in DTYPES.items() if known == dtype), "bf16")
 
 
-def job_of(model: Any, vae: Any, guidance_vae: Any, size: tuple[int, int], batch: int, tile: int | None, cost: Cost) -> Job | None:
+def job_of(
+    model: Any, vae: Any, guidance_vae: Any, size: tuple[int, int], batch: int, tile: int | None, cost: Cost, spared: Cost | None
+) -> Job | None:
     """None where a network is not one that was counted."""
     family, decoder = family_of(model), decoder_of(vae)
     guidance = decoder_of(guidance_vae) if guidance_vae else decoder
     if family is None or decoder is None or guidance is None:
         return None
     dtypes = dtype_name(model.model_dtype()), dtype_name(vae.vae_dtype)
-    return Job(family, decoder, guidance, size, batch, tile, *dtypes, cost)
+    return Job(family, decoder, guidance, size, batch, tile, *dtypes, cost, spared)
 
 
 def room() -> float:

@@ -24,7 +24,7 @@ from ...dmap_core.operators import Operator
 from ...dmap_core.presets import MODELS
 from ...dmap_core.prior import levels_of
 from ...dmap_core.schedule import flow_sigmas
-from ...dmap_core.tiles import decoding, tiled
+from ...dmap_core.tiles import decoding, encoding, tiled
 from .flow import is_flow
 
 # Classes of the blocks that UNets, ControlNets and decoders are made of here, TAESD among them; and those of flow transformers.
@@ -93,8 +93,13 @@ class HostPrior:
     def encode(self, image: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
         image = of_whole_latents(image, self.vae)  # what `decode` cropped
-        latent = self.autoencoder.encode(image.to(self.vae.device, self.vae.vae_dtype))
-        return self.base_model.process_latent_in(latent.to(image.device, torch.float32))
+
+        def encode(picture: Tensor, _=None) -> Tensor:
+            return self.autoencoder.encode(picture).to(image.device, torch.float32)
+
+        picture = image.to(self.vae.device, self.vae.vae_dtype)
+        latent = tiled(encode, picture, encoding(self.tile), of=self.vae.downscale_ratio) if self.tile else encode(picture)
+        return self.base_model.process_latent_in(latent)
 
     def networks(self) -> list[nn.Module]:
         return self._networks

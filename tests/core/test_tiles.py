@@ -28,22 +28,23 @@ def test_the_margin_has_no_weight():
     assert not last[:3].any() and last[3] > 0 and first[0] == 1 and not first[-3:].any()
 
 
-def convolutions(reach, factor=1, dtype=torch.float64):
-    """A network whose results depend on `reach` latents around them."""
+def convolutions(reach, factor=1, of=1, dtype=torch.float64):
+    """A network whose results depend on `reach` latents around them. factor: pixels of its result per latent; of: those of what it is given."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        layers = [layer for _ in range(reach) for layer in (nn.Conv2d(2, 2, 3, padding=1), nn.Tanh())]
+        layers = [nn.Conv2d(2, 2, of, stride=of)]
+        layers += [layer for _ in range(reach) for layer in (nn.Conv2d(2, 2, 3, padding=1), nn.Tanh())]
         layers += [nn.Upsample(scale_factor=factor), nn.Conv2d(2, 3, 1)]
         return nn.Sequential(*layers).to(dtype).requires_grad_(False)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("factor", [1, 4])
-def test_tiles_equal_the_whole(size, factor):
+@pytest.mark.parametrize("factor, of", [(1, 1), (4, 1), (1, 4)], ids=["denoiser", "decoder", "encoder"])
+def test_tiles_equal_the_whole(size, factor, of):
     """A margin of the network's reach: nothing that is used has seen a tile's edge. Values and gradient."""
-    network, tiles = convolutions(2, factor), Tiles(12, 6, 2)
-    x = torch.randn(2, 2, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
-    whole, parts = network(x), tiled(lambda x, _: network(x), x, tiles, factor)
+    network, tiles = convolutions(2, factor, of), Tiles(12, 6, 2)
+    x = torch.randn(2, 2, *(of * n for n in size), generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    whole, parts = network(x), tiled(lambda x, _: network(x), x, tiles, factor, of)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
     cotangent = torch.randn(whole.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     expected, found = (torch.autograd.grad(output, x, cotangent)[0] for output in (whole, parts))
@@ -69,19 +70,20 @@ def test_the_gradient_is_that_of_what_is_computed(tiles):
     assert torch.autograd.gradcheck(f, (x,))
 
 
-def test_memory_is_that_of_a_tile():
+@pytest.mark.parametrize("of", [1, 8])
+def test_memory_is_that_of_a_tile(of):
     """No network sees more than a tile, and nothing of it is kept between forward and backward."""
     seen, saved = [], []
-    network = convolutions(2)
+    network = convolutions(2, of=of)
 
     def counting(x, part):
         seen.append(tuple(x.shape[-2:]))
         return network(x)
 
-    x = torch.randn(1, 2, 40, 40, dtype=torch.float64).requires_grad_()
+    x = torch.randn(1, 2, of * 40, of * 40, dtype=torch.float64).requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
-        output = tiled(counting, x, Tiles(12, 4))
-    assert set(seen) == {(12, 12)} and sum(saved) <= x.numel()
+        output = tiled(counting, x, Tiles(12, 4), of=of)
+    assert set(seen) == {(of * 12, of * 12)} and sum(saved) <= x.numel()
     calls = len(seen)
     output.sum().backward()
     assert len(seen) == 2 * calls == 2 * 25

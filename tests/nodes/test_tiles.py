@@ -1,5 +1,7 @@
 """Tiles in ComfyUI: networks see no more than a tile, the picture is one, and what cannot be cut is refused by name."""
 
+import importlib
+
 import pytest
 import torch
 from variants import some_at_once
@@ -42,10 +44,14 @@ def run(lab, large, sampler=None, steps=4, **changes):
 def watched(lab, large, **changes):
     """(latents, report, the sizes that each network saw) of a run."""
     model, vae = lab.shared()
-    seen = {"unet": set(), "decoder": set()}
+    autoencoder, seen = vae.first_stage_model, {"unet": set(), "decoder": set(), "encoder": set()}
     hooks = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].add(tuple(inputs[0].shape[-2:])))
-        for name, module in (("unet", model.model.diffusion_model), ("decoder", vae.first_stage_model.taesd_decoder))
+        for name, module in (
+            ("unet", model.model.diffusion_model),
+            ("decoder", autoencoder.taesd_decoder),
+            ("encoder", autoencoder.taesd_encoder),
+        )
     ]
     try:
         return *run(lab, large, **changes), seen
@@ -81,13 +87,34 @@ def test_networks_see_a_tile_and_the_picture_is_as_good(lab, larger, jacobian, r
         sampler = lab.call("DMAP_DMAPSampler", K=1, step="auto", strength=0.7, jacobian=jacobian, zeta=1.0)
         runs = watched(lab, larger, sampler=sampler, tile=TILE), watched(lab, larger, sampler=sampler)
     (tiled, report, seen), (whole, plain, seen_whole) = runs
-    assert seen == {"unet": {(16, 16)}, "decoder": {(16, 16)}} and seen_whole["unet"] == {(17, 23)}
+    assert seen["unet"] == seen["decoder"] == {(16, 16)} and seen_whole["unet"] == {(17, 23)}
     vae = lab.shared()[1]
     # the demo prior's attention sees less of the picture, so the two are no equals; the measurement is explained as well
     assert plain.residuals[-1][0] < 0.6 * plain.residuals[0][0] and report.residuals[-1][0] < 1.5 * plain.residuals[-1][0]
     assert report.denoiser_calls == plain.denoiser_calls and report.memory.endswith("tiles of 128 pixels")
     images = [lab.call("DMAP_Decode", latent={"samples": z}, vae=vae, keep_given=True, **larger) for z in (tiled, whole)]
     assert images[0].shape == (1, 136, WIDTH, 3) and float((images[0] - images[1]).abs().mean()) < 0.1
+
+
+@pytest.mark.parametrize("name", ["LATINO", "PSLD"])
+def test_an_encoder_sees_a_tile_too(lab, large, name):
+    """In a step of LATINO, and with its gradient in one of PSLD; before them the VAE is tried on the middle of the picture."""
+    sampler = lab.call(f"DMAP_{name}Sampler", **({"zeta": 1.0, "gamma": 0.1} if name == "PSLD" else {}))
+    found, _, seen = watched(lab, large, sampler=sampler, steps=2, tile=TILE)
+    assert seen == {"unet": {(16, 16)}, "decoder": {(16, 16)}, "encoder": {(128, 128)}}
+    assert torch.isfinite(found).all()
+
+
+def test_the_latent_of_a_large_picture(lab, larger):
+    """Encoded in tiles, it differs from the whole's by what the margin, of an encoder that is as wide as a tile of 128, leaves."""
+    prior = importlib.import_module("dmap_pack.nodes.host.prior")
+    model, vae = lab.shared()
+    picture = lab.picture(1, 136, WIDTH).movedim(-1, 1) * 2 - 1
+    whole, tiled = (
+        prior.HostPrior(model.model, vae, [vae.first_stage_model], [], (136, WIDTH), tile).encode(picture).detach() for tile in (None, 16)
+    )
+    assert whole.shape == tiled.shape == (1, 4, 17, 23)
+    assert 0 < float((whole - tiled).square().mean().sqrt()) < 0.005 * float(whole.std())
 
 
 @pytest.mark.thorough
