@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dmap_core.memory import blocks_of
 from dmap_core.prior import DTYPES
-from dmap_core.tiles import decoding, denoising, tiled
+from dmap_core.tiles import decoding, denoising, encoding, tiled
 
 FACTOR = 8  # pixels along a latent's side
 CHANNELS = 4  # of a latent
@@ -227,7 +227,11 @@ class ShapePrior:
         return tiled(whole, latent, decoding(self.tile), FACTOR) if self.tile else whole(latent)
 
     def encode(self, image: Tensor) -> Tensor:
-        return self.autoencoder.encode(image.to(self.vae_dtype)).float() * 0.18215
+        def whole(image: Tensor, _=None) -> Tensor:
+            return self.autoencoder.encode(image).float()
+
+        image = image.to(self.vae_dtype)
+        return 0.18215 * (tiled(whole, image, encoding(self.tile), of=FACTOR) if self.tile else whole(image))
 
     def networks(self) -> list[nn.Module]:
         return [n for n in (self.unet, self.autoencoder, self.controlnet) if n is not None]
