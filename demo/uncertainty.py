@@ -1,26 +1,25 @@
 """What an uncertainty map is worth: whether the spread of versions says where, and by how much, they are wrong. For docs/research.md.
 
     python demo/uncertainty.py --n 4 --versions 8        # minutes of one core; goes on where it was cut
-    python demo/uncertainty.py --operators inpainting    # a hole of 48x48
+    python demo/uncertainty.py --operators inpainting --solver DAPS    # a hole of 48x48, by another solver of DMAPPreset
 
 Restores the last held-out pictures, which no table takes, as DMAP Restore does with quality *look* (DMAPPreset auto, matched), several seeds of each, with
-the demo prior on diffusers' networks. Writes output/uncertainty/uncertainty.csv; its figures with _drawn leave out the flat ground of the pictures, and
+the demo prior on diffusers' networks. Writes output/uncertainty/<solver>.csv; its figures with _drawn leave out the flat ground of the pictures, and
 factor_autoencoded has the picture that the autoencoder makes of the truth in its place.
 """
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
 
 import torch
 from run import HERE, PRIOR_FILE, ROOT, names
-from scipy import stats
+from scipy import ndimage, stats
 from torch import Tensor
-from torch.nn import functional as F
 
 from dmap_core.files import write_whole
 from dmap_core.operators import GaussianBlur, Inpainting, SuperResolution, centred_box
+from dmap_core.presets import AUTO
 
 HOLE = centred_box((128, 128), (48, 48))
 OPERATORS = {
@@ -35,13 +34,7 @@ GROUND = 0.05  # of [-1, 1], what still counts as the colour of the corner
 
 def smooth(power: Tensor, sigma: float = SMOOTH) -> Tensor:
     """A map (H, W) of squares under a Gaussian, reflected at the edges."""
-    radius = math.ceil(3 * sigma)
-    taps = torch.exp(-(torch.arange(-radius, radius + 1).to(power) ** 2) / (2 * sigma**2))
-    taps = (taps / taps.sum()).view(1, 1, 1, -1)
-    x = power[None, None]
-    for _ in range(2):
-        x = F.conv2d(F.pad(x, (radius, radius, 0, 0), mode="reflect"), taps).mT
-    return x[0, 0]
+    return torch.from_numpy(ndimage.gaussian_filter(power.numpy(), sigma, mode="mirror", truncate=3.0))
 
 
 def figures(versions: Tensor, truth: Tensor, where: Tensor | None = None) -> dict[str, float]:
@@ -93,14 +86,14 @@ def autoencoded(base, operator, x: Tensor) -> Tensor:
         return match(operator, prior.decode(prior.encode(x)), photo(operator, x)).image[0]
 
 
-def versions_of(base, operator, x: Tensor, seeds: list[int]) -> Tensor:
-    """(k, 3, H, W) in [-1, 1]: what DMAP Restore makes of the measurement of x (1, 3, H, W) at *look*."""
+def versions_of(base, operator, x: Tensor, seeds: list[int], solver: str) -> Tensor:
+    """(k, 3, H, W) in [-1, 1]: what a solver of DMAPPreset makes of the measurement of x (1, 3, H, W) at *look*."""
     from dmap_core.consistency import match
     from dmap_core.operators.base import size_of
-    from dmap_core.presets import AUTO, automatic
+    from dmap_core.presets import automatic
     from dmap_core.restore import restore
 
-    plan, prior, y = automatic(operator, AUTO, "look"), base.sized(size_of(x)), photo(operator, x)
+    plan, prior, y = automatic(operator, solver, "look"), base.sized(size_of(x)), photo(operator, x)
     found = restore(prior, operator, y, prior.latent_shape(), plan.sigmas(base.sigmas), plan.solver, seeds)
     return match(operator, found.image, y).image
 
@@ -110,6 +103,7 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=4, help="pictures (default: 4)")
     parser.add_argument("--versions", type=int, default=8, help="restorations of each (default: 8)")
     parser.add_argument("--operators", default="super-resolution-x8,gaussian-deblur")
+    parser.add_argument("--solver", default=AUTO, help="of DMAPPreset (default: auto, what DMAP Restore takes)")
     parser.add_argument("--seed", type=int, default=0, help="of the first version; they are three apart (default: 0)")
     parser.add_argument("--out", type=Path, default=ROOT / "output" / "uncertainty")
     args = parser.parse_args()
@@ -128,17 +122,17 @@ def main() -> None:
         where = HOLE > 0 if name == "inpainting" else None
         for file in sorted((HERE / "held-out").glob("*.png"))[-args.n :]:
             x = Picture(file, 0).open(None)
-            kept = args.out / f"{name}-{file.stem}-{args.seed}-{args.versions}.pt"
+            kept = args.out / f"{args.solver}-{name}-{file.stem}-{args.seed}-{args.versions}.pt"
             if not kept.exists():
-                write_whole(kept, partial(torch.save, versions_of(base, OPERATORS[name], x, seeds)))
+                write_whole(kept, partial(torch.save, versions_of(base, OPERATORS[name], x, seeds, args.solver)))
             versions, seen = torch.load(kept), drawn(x[0])
-            row = {"operator": name, "picture": file.stem, "k": args.versions, **figures(versions, x[0], where)}
+            row = {"solver": args.solver, "operator": name, "picture": file.stem, "k": args.versions, **figures(versions, x[0], where)}
             within = seen if where is None else seen & where
             row |= {f"{key}_drawn": value for key, value in figures(versions, x[0], within).items()}
             row["factor_autoencoded"] = figures(versions, autoencoded(base, OPERATORS[name], x), where)["factor"]
             rows.append(row)
             print(rows[-1], flush=True)
-    write_text(args.out / "uncertainty.csv", csv_text(rows))
+    write_text(args.out / f"{args.solver}.csv", csv_text(rows))
 
 
 if __name__ == "__main__":
