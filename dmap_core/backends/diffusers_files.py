@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..weights import first, load_into, read_metadata, read_tensors
 from .autoencoded import Network
 from .diffusers import DiffusersPrior
+from .families import MOST_GUIDANCE
 from .fingerprint import fingerprint
 from .flow import TIMESTEPS, flow_times
 from .keys import resnets_per_level, to_diffusers, to_ldm
@@ -96,6 +97,8 @@ def open_base(path: Path, prompt: str = "", prediction: str = "auto", guidance: 
     its description says that it is a flow. guidance: distilled guidance, of the transformers that read one; None: their default, 3.5.
     """
     path = Path(path)
+    if guidance is not None and not 0 < guidance <= MOST_GUIDANCE:
+        raise ValueError(f"distilled_guidance is {guidance:g}; it must be a number above 0 and at most {MOST_GUIDANCE}")
     if path.is_dir():
         try:
             if (path / "transformer").is_dir():

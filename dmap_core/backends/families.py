@@ -21,6 +21,7 @@ Conditioning = Mapping[str, Tensor]  # each (1, ...)
 
 PATCH = 2  # latents of a side of a patch, of all families
 GUIDANCE = 3.5  # distilled guidance where none is given, as in diffusers and ComfyUI
+MOST_GUIDANCE = 100  # more cannot have been meant
 CLIP_TOKENS, T5_TOKENS, LONG_TOKENS = 77, 256, 512  # that pipelines pad a prompt to
 
 

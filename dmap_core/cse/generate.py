@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first picture (default: 0)")
     parser.add_argument("--prompt", default="", help="default: empty, the paper's")
     parser.add_argument("--prediction", choices=PREDICTION_OPTIONS, default="auto", help="what the base model predicts (default: auto)")
+    parser.add_argument("--distilled-guidance", type=float, help="of models that read one, such as Flux.1 dev (default: 3.5)")
 
 
 def generate_cse(
@@ -61,6 +62,7 @@ def generate_cse(
     seed: int = 0,
     prompt: str = "",
     prediction: str = "auto",
+    distilled_guidance: float | None = None,
 ) -> None:
     """`count` pictures into the folder `out`; those that are there already are kept. Raises ValueError for what makes no sense."""
     if count < 1 or not 2 <= steps <= MOST["steps"] or not 8 <= size <= MOST["size"] or size % 8:
@@ -72,7 +74,7 @@ def generate_cse(
     from ..files import write_whole
     from ..pictures import to_picture
 
-    prior = open_base(checkpoint, prompt, prediction).sized((size, size))
+    prior = open_base(checkpoint, prompt, prediction, distilled_guidance).sized((size, size))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     prior.to(device, torch.float16 if device.type == "cuda" else torch.float32)
     shape = prior.latent_shape()

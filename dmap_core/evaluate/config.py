@@ -7,6 +7,7 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..backends.families import MOST_GUIDANCE
 from ..consistency import matchable
 from ..cse.settings import PRECISIONS, PREDICTION_OPTIONS
 from ..files import slug
@@ -33,7 +34,6 @@ SHOWN = 80  # characters of a value in a message
 FILES = ("cse", "guidance", "checkpoint")  # of a row
 PATHS = ("images", "checkpoint", "weights")
 TEXTS = ("title", "note", "prompt", "expected")
-MOST_GUIDANCE = 100  # more cannot have been meant
 UNREADABLE = ("refuse", "skip")  # what is done about files that cannot be read
 MOST = {
     "count": 10**7,

@@ -84,6 +84,7 @@ def _add_problem(p: argparse.ArgumentParser, cse_required: bool) -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the denoiser (default: fp32)")
     p.add_argument("--prompt", default="", help="default: empty, the paper's")
+    p.add_argument("--distilled-guidance", type=float, help="of models that read one, such as Flux.1 dev (default: 3.5)")
     p.add_argument("--weights", type=Path, help="folder with the weights of learned operators")
 
 
@@ -93,6 +94,7 @@ class Options:
 
     checkpoint: the base model, picture: a clean one, operator: JSON or a .json file; cse: the conditional model to compare with. zeta: numbers
     with commas between them. steps: noise levels of the schedule. size: resize and centre-crop the picture to this. weights: a folder.
+    distilled_guidance: of base models that read one; None: their usual one.
     """
 
     checkpoint: Path
@@ -107,6 +109,7 @@ class Options:
     precision: str = "fp32"
     prompt: str = ""
     weights: Path | None = None
+    distilled_guidance: float | None = None
 
 
 class Problem:
@@ -136,7 +139,7 @@ class Problem:
         self.x = Picture(options.picture, 0).open(options.size).to(device)
         self.operator.check(size_of(self.x))
         self.y = measurement(self.operator, self.x, [options.seed])
-        self.base = open_base(options.checkpoint, options.prompt).to(device, DTYPES[options.precision])
+        self.base = open_base(options.checkpoint, options.prompt, guidance=options.distilled_guidance).to(device, DTYPES[options.precision])
         size = size_of(self.x)
         self.prior = self.base.sized(size)
         self.conditional = None

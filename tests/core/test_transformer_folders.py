@@ -221,6 +221,9 @@ def test_distilled_guidance(folders, opened):
     for name in (SD3, CHROMA):
         with pytest.raises(ValueError, match=rf"distilled_guidance is 3.5, and .* \({name}\) does not read one; leave it out"):
             open_base(folders(name), guidance=3.5)
+    for value in (0.0, -1.0, 101.0, float("nan")):
+        with pytest.raises(ValueError, match=r"distilled_guidance is .*; it must be a number above 0 and at most 100"):
+            open_base(folders(FLUX), guidance=value)
 
 
 def test_half_precision_files_are_read_as_they_are(own):
@@ -413,22 +416,27 @@ def test_other_commands(folders, tmp_path):
     ]
     with pytest.raises(SystemExit, match=r"Flux.1 is Flux.1: a CSE is a ControlNet of a UNet, and cannot be made for a transformer"):
         cli.main([*train, "--steps", "1", "--batch-size", "1", "--out", str(tmp_path / "cse.safetensors")])
-    cli.main(
-        [
-            "generate-cse",
-            "--checkpoint",
-            str(folders(FLUX)),
-            "--out",
-            str(tmp_path / "made"),
-            "--count",
-            "1",
-            "--steps",
-            "2",
-            "--size",
-            "32",
-        ]
-    )
-    assert [file.name for file in (tmp_path / "made").iterdir()] == ["000000.png"]
+    made = tmp_path / "made"
+    generate = ["generate-cse", "--checkpoint", str(folders(FLUX)), "--count", "1", "--steps", "2", "--size", "32", "--out"]
+    cli.main([*generate, str(made)])
+    cli.main([*generate, str(tmp_path / "guided"), "--distilled-guidance", "9"])
+    assert [file.name for file in made.iterdir()] == ["000000.png"]
+    assert (made / "000000.png").read_bytes() != (tmp_path / "guided" / "000000.png").read_bytes()
+
+
+def test_the_score_of_a_guided_model(folders, tmp_path):
+    """Observation II on Flux.1 dev, with a distilled guidance and its usual one."""
+    from dmap_core import cli
+
+    photo = next(pictures(tmp_path / "photos", 1, size=(64, 64)).glob("*.png"))
+    found = []
+    for name, more in (("usual", []), ("given", ["--distilled-guidance", "9"]), ("same", ["--distilled-guidance", "3.5"])):
+        cli.main(
+            ["score-mean", "--checkpoint", str(folders(FLUX)), "--picture", str(photo), "--operator", '{"operator": "Grayscale"}']
+            + ["--samples", "2", "--steps", "2", "--zeta", "1", "--out", str(tmp_path / name), *more]
+        )
+        found.append((tmp_path / name / "score-mean.csv").read_bytes())
+    assert found[0] == found[2] != found[1]
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "much", True, 1e6])
