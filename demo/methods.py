@@ -40,10 +40,14 @@ NOTE = (
     "The demo prior (128x128, fp32), seed 0, the first held-out pictures, ComfyUI; written by `python demo/methods.py`. Means over six kinds of damage; differences are of the same "
     f"pictures, {PLUS_MINUS} behind +-. *matched*: after Match Measurement. Mismatch is before it. Calls are those of a run, TFLOP what they take on Stable Diffusion 2.0 at 512x512 with its own "
     "decoder, means over the damages. Seconds are of one CPU thread beside another such process. Steps set themselves, but for PSLD and DSG. Holes take the exact gradient, where a method has one. "
-    "PSLD has no transpose of a JPEG, and is in no mean. Where n differs compare the differences to DMAP."
+    "PSLD has no transpose of a JPEG, and is in no mean. Where n differs compare the differences to DMAP. The plot has differences to matching alone, of each method's own pictures."
 )
 SHOWN = ("psnr", "psnr matched", "ssim", "ssim matched", "features", "features matched")
-PLOTTED = (("psnr matched", "PSNR in dB", 1), ("features matched", "feature distance", -1))  # and which way is better
+# Against matching alone, so that methods of unlike n can be drawn together; and which way is better.
+PLOTTED = (
+    ("psnr matched", "PSNR in dB above matching alone", 1),
+    ("features matched", "feature distance minus that of matching alone", -1),
+)
 MARKERS = {"DMAP inner": "s", "DPS inner": "s", "DMAP warm": "^", "Restore": "*"}
 BLACK = ("Restore",)  # what the others are looked at for
 
@@ -196,20 +200,24 @@ def through_all(methods: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]
     return {name: lines for name, lines in methods.items() if lines.keys() == methods[compare.AS_GIVEN].keys()}
 
 
-def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any], shared: list[str] | None = None) -> list[dict[str, Any]]:
-    """A line for every method of a budget that has been through all damages: means over them, and the paired difference to BASELINE, picture by picture.
+def summary(methods: dict[str, dict[str, Any]], costs: dict[str, Any]) -> list[dict[str, Any]]:
+    """A line for every method of a budget that has been through all damages: means over them, and paired differences, picture by picture, to BASELINE and
+    ("gain") to the measurement as given.
 
-    Each is of `shared` pictures, or of those that the method and BASELINE have: where n differs between methods, differences can be compared and means cannot.
+    Each is of the pictures that the method and BASELINE have: where n differs between methods, differences can be compared and means cannot.
     """
     operators = list(methods[compare.AS_GIVEN])
     whole = through_all(methods)
     base, found = whole.get(BASELINE), []
     for name, lines in whole.items():
-        pictures = shared or common(lines, base or lines)
+        pictures = common(lines, base or lines)
         if not pictures:
             continue
         line = {"method": name, "n": len(pictures), "cost": costs.get(name)}
         line |= {key: mean(averaged(lines, operators, key, pictures)) for key in (*SHOWN, "mismatch", "seconds")}
+        for key, _, _ in PLOTTED:
+            alone = averaged(methods[compare.AS_GIVEN], operators, key, pictures)
+            line[f"{key} gain"] = line[key] - mean(alone)
         if base:
             for key in SHOWN:
                 pairs = zip(averaged(lines, operators, key, pictures), averaged(base, operators, key, pictures), strict=True)
@@ -258,9 +266,8 @@ def plot(summaries: dict[int, Sequence[dict[str, Any]]], title: str):
         for ax, (key, what, sign) in zip(figure.subplots(2, 1), PLOTTED, strict=True):
             points: dict[str, list[tuple[float, float]]] = {}
             for line in (line for lines in summaries.values() for line in lines if line["cost"]):
-                points.setdefault(line["method"], []).append((line["cost"][1], line[key]))
-            given = next(line for lines in summaries.values() for line in lines if line["method"] == compare.AS_GIVEN)
-            ax.axhline(given[key], color="#999999", linestyle=":", label=f"{compare.AS_GIVEN}, matched")
+                points.setdefault(line["method"], []).append((line["cost"][1], line[f"{key} gain"]))
+            ax.axhline(0, color="#999999", linestyle=":", label=f"{compare.AS_GIVEN}, matched")
             for name, found in points.items():
                 ax.plot(
                     *zip(*sorted(found), strict=True),
@@ -331,10 +338,11 @@ def write(lines: Sequence[Any], plans: dict[tuple[str, str], Any], out: Path) ->
         if BASELINE in methods:
             parts += [f"{label(key)} minus that of {BASELINE}:\n\n{differences(methods, key, digits(key))}" for key in SHOWN]
     write_text(out / "methods.md", "\n\n".join(parts) + "\n")
-    shared = common(*(lines for _, methods in found for lines in through_all(methods).values()))
-    if shared:
-        drawn = {budget: summary(methods, prices_of[budget], shared) for budget, methods in found}
-        save(plot(drawn, f"Means over six kinds of damage, after matching, n {len(shared)}"), out / "methods.png")
+    drawn = {budget: summary(methods, prices_of[budget]) for budget, methods in found}
+    counts = [line["n"] for lines in drawn.values() for line in lines if line["cost"]]
+    if counts:
+        n = f"n {min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"n {min(counts)}"
+        save(plot(drawn, f"Means over six kinds of damage, after matching, {n}"), out / "methods.png")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,7 @@ def test_means_and_differences_are_of_the_same_pictures(methods):
     assert list(summary) == ["as given", "DMAP", "LATINO"] and summary["LATINO"]["n"] == 2
     assert summary["LATINO"]["psnr"] == 21 and summary["DMAP"]["psnr"] == 20.5
     assert summary["LATINO"]["psnr difference"].mean == 0.5  # (0.5, 0.5)
+    assert [summary[name]["psnr matched gain"] for name in summary] == [0, 5.5, 6]
     table = methods.differences(found[8], "psnr", 2)
     assert "| LATINO | +1.50" in table and "| DPS | -26.00" in table and "as given" in table
 
@@ -114,4 +115,4 @@ def test_what_is_written(methods, tmp_path):
     assert (tmp_path / "methods.png").stat().st_size > 10_000
     summary = methods.summary(methods.groups(lines)[8], {name: methods.price(plans, f"{name}, 8") for name in ("DPS", "DMAP")})
     axes = methods.plot({8: summary}, "title").axes
-    assert [ax.get_ylabel() for ax in axes] == ["PSNR in dB", "feature distance"]
+    assert [ax.get_ylabel() for ax in axes] == ["PSNR in dB above matching alone", "feature distance minus that of matching alone"]
