@@ -49,6 +49,9 @@ AUTO = "auto"  # in the place of a solver: the one that was best for its cost (d
 # Of it, where the decoder's gradient is enough: steps of DPS, and gradient steps per call of the denoiser. Guidance begins after three tenths, which lost nothing.
 CHEAP = {"look": (10, 2), "good": (10, 4), "best": (20, 4)}
 CHEAP_START = 0.3
+BY_DMAP = ("Inpainting", "JPEG")  # what it gives to DMAP
+# Of it for JPEGs, levels of DMAP: of as many operations DPS was worse there, and more than 20 levels no better.
+JPEG_STEPS = {"look": 10, "good": 20, "best": 20}
 PAPER = "paper"  # the fourth choice: searched or published zetas, as the tables have them
 NAMES = tuple(SEARCHED)  # of presets: the solvers', and of DMAP both that the paper has
 # Solvers that are not the paper's, with their noise levels at "look". What they leave to be set was chosen on the demo prior's search pictures (docs/solvers.md).
@@ -119,7 +122,7 @@ def automatic(operator: Operator, solver: str, quality: str) -> Preset:
     """`solver` with the step that sets itself, for any operator and model. quality: a key of QUALITIES.
 
     The gradient goes through the decoder alone, which costs half and was as good or better for every operator but one: a hole is filled by what the
-    denoiser knows of its surroundings, which is in its Jacobian (docs/solvers.md). Solver AUTO is DMAP for holes, and DPS with inner steps for all else.
+    denoiser knows of its surroundings, which is in its Jacobian (docs/solvers.md). Solver AUTO is DMAP for holes and JPEGs, and DPS with inner steps for all else.
     Raises ValueError for unknown names, for PSLD, and for what a solver of OTHERS cannot do.
     """
     if solver not in (*NAMES, AUTO, *OTHERS):
@@ -135,11 +138,14 @@ def automatic(operator: Operator, solver: str, quality: str) -> Preset:
         return Preset(found, steps * QUALITIES[quality], spacing, f"{quality}: {told}")
     key = kind(operator)
     if solver == AUTO:
-        if key != "Inpainting":
+        if key not in BY_DMAP:
             steps, inner = CHEAP[quality]
             dps = DPS(jacobian="none", inner=inner, guide_start=CHEAP_START)
             return Preset(dps, steps, "exponential", f"{quality}: step sets itself")
-        solver = "DMAP"
+        found = automatic(operator, "DMAP", quality)
+        if key != "JPEG" or found.steps == JPEG_STEPS[quality]:
+            return found
+        return replace(found, steps=JPEG_STEPS[quality], source=f"{found.source}, more levels were no better for JPEGs")
     found = _demo(key, solver)
     if solver != "DSG":
         jacobian = "exact" if key == "Inpainting" else "none"

@@ -226,7 +226,7 @@ class DMAPPreset(io.ComfyNode):
                     "solver",
                     options=[*presets.NAMES, presets.AUTO, *presets.OTHERS],  # in this order: saved workflows go by place
                     default=presets.AUTO,
-                    tooltip="auto: what was best for its cost: DPS with inner steps, for holes DMAP. DMAP costs about what DPS costs; DMAP full is the paper's best and takes three times as long. The others are for comparison.",
+                    tooltip="auto: what was best for its cost: DPS with inner steps, for holes and JPEGs DMAP. DMAP costs about what DPS costs; DMAP full is the paper's best and takes three times as long. The others are for comparison.",
                 ),
                 io.Combo.Input(
                     "quality",

@@ -304,10 +304,13 @@ def test_solvers_that_are_not_the_papers(f, solver, quality):
 
 @every_operator
 def test_auto_is_what_was_best_for_its_cost(f):
-    """DPS with several gradient steps per call of the denoiser, and DMAP through the denoiser for holes. Better qualities cost more."""
+    """DPS with several gradient steps per call of the denoiser, DMAP through the denoiser for holes, and without it for JPEGs. Better qualities cost more."""
     found = [automatic(f, AUTO, quality) for quality in QUALITIES]
-    if kind(f) == "Inpainting":
-        assert found == [automatic(f, "DMAP", quality) for quality in QUALITIES]
+    if kind(f) in ("Inpainting", "JPEG"):
+        dmap = [automatic(f, "DMAP", quality) for quality in QUALITIES]
+        assert [one.solver for one in found] == [one.solver for one in dmap]
+        assert [one.steps for one in found] == ([10, 20, 20] if kind(f) == "JPEG" else [10, 20, 50])
+        assert found[0] == dmap[0] and found[1] == dmap[1]
         return
     for one in found:
         assert one.solver == DPS(jacobian="none", inner=one.solver.inner, guide_start=0.3) and one.spacing == "exponential"
