@@ -19,10 +19,9 @@ from .boundary import reflect_index
 TRUNCATE = 4.0  # the paper's kernel comes from scipy's gaussian_filter, which cuts at 4 sigma
 
 LARGEST = 1023  # pixels, of the sides of kernels and of what makes them
-# Taps of the largest kernel that is convolved directly; above, by Fourier transforms. On a CPU these win from about 100 taps on (colour
-# pictures of 128 to 512 pixels, forward and backward, one core: 7 x 7 is even; 31 x 31 takes a tenth, 63 x 63 a seventieth of the time). The
-# limit is higher so that usual kernels give the very bits that they always gave: the two differ by rounding.
-DIRECT = 31 * 31
+# Taps of the largest kernel that is convolved directly; above, by Fourier transforms. On a CPU these win from about 100 taps on (colour pictures of 128 to
+# 1024 pixels, there and back, one core: 9 x 9 is even at 512; 23 x 23 takes a tenth of the time, 41 x 41 a thirtieth). The two differ by rounding.
+DIRECT = 10 * 10
 
 
 def gaussian_radius(kernel_size: int, sigma: float) -> int:
