@@ -91,7 +91,9 @@ def test_what_an_encoder_adds(jobs, costs):
     dps, psld, resample = (sd2(jobs, calls=c).peak("fast") for c in ((1, 1, 1, 1), (1, 1, 1, 1, 1, 1), (1, 1, 2, 1, 1)))
     assert dps == resample == costs.peak("SD 2.0", "KL", size, "fp16")
     assert psld - dps == pytest.approx((2989.6 + 1596.4 - 3064.9) * 1e6, rel=1e-3)
-    assert sd2(jobs, calls=(1, 0, 0, 0)).peak("fast") - none == pytest.approx(335.6e6)  # the result is decoded in any case, and decoders take more than encoders
+    assert sd2(jobs, calls=(1, 0, 0, 0)).peak("fast") - none == pytest.approx(
+        335.6e6
+    )  # the result is decoded in any case, and decoders take more than encoders
     assert sd2(jobs, calls=(1, 0, 1, 0, 1), size=(2048, 2048)).peak("fast") - none == pytest.approx(335.6e6 * 16)
 
 
@@ -142,7 +144,19 @@ def test_a_run_without_a_gradient_is_not_refused_for_one(lab, jobs, monkeypatch)
         lab.sample(lab.guider(), latino, steps=2)
 
 
-def test_memory_that_does_not_suffice_is_told_without_gradients_that_there_are_not(lab):
+@pytest.mark.parametrize(
+    "name, settings, proposed",
+    [
+        ("LATINO", {}, []),
+        ("DPS", {"zeta": 1.0, "jacobian": "exact"}, ["jacobian none", "guidance_vae"]),
+        ("DPS", {"zeta": 1.0, "jacobian": "none"}, ["guidance_vae"]),
+        ("PSLD", {"zeta": 1.0, "gamma": 0.1}, ["guidance_vae"]),
+        ("DSG", {"zeta": 0.1}, ["guidance_vae"]),
+    ],
+    ids=["LATINO", "exact", "none", "PSLD", "DSG"],
+)
+def test_memory_that_does_not_suffice_is_told_with_what_the_solver_can_do(lab, name, settings, proposed):
+    """Nothing is said of gradients that there are not, nor of inputs that a node does not have."""
     decoder = lab.shared()[1].first_stage_model.taesd_decoder
 
     def full(_, inputs):
@@ -151,11 +165,12 @@ def test_memory_that_does_not_suffice_is_told_without_gradients_that_there_are_n
     hook = decoder.register_forward_pre_hook(full)
     try:
         with pytest.raises(torch.OutOfMemoryError) as error:
-            lab.sample(lab.guider(), lab.call("DMAP_LATINOSampler"), steps=2)
+            lab.sample(lab.guider(), lab.call(f"DMAP_{name}Sampler", **settings), steps=2)
     finally:
         hook.remove()
-    assert "the memory does not suffice for the whole picture of 32x32. Try tile auto" in str(error.value)
-    assert "gradient" not in str(error.value) and "jacobian" not in str(error.value) and "guidance_vae" not in str(error.value)
+    said = str(error.value)
+    assert f"does not suffice for {'a gradient of ' if proposed else ''}the whole picture of 32x32. Try tile auto" in said
+    assert [words for words in ("jacobian none", "guidance_vae") if words in said] == proposed
 
 
 def test_networks_that_were_not_counted_are_not_spoken_of(lab, jobs, monkeypatch):
