@@ -32,6 +32,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 TINY_ENCODER, TINY_DECODER = f"{VAE}taesd_encoder.", f"{VAE}taesd_decoder."
 CONVOLUTIONS = (".in_layers.2.weight", ".out_layers.3.weight", ".op.weight", ".conv.weight", "input_blocks.0.0.weight", "out.2.weight")
+LATENT_CHANNELS = (4, 16)  # of tiny autoencoders
 SD_SCALE = 0.18215  # of Stable Diffusion 1 and 2: latents have unit variance after it
 SD_BETAS = (0.00085, 0.012)
 PREDICTION_TYPE = "modelspec.prediction_type"  # in a file's description
@@ -169,15 +170,20 @@ def _autoencoder(state: Mapping[str, Tensor], path: Path) -> nn.Module:
 def open_decoder(path: Path) -> nn.Module:
     """An autoencoder of which only the decoder is of use: the TAESD of a file, a whole checkpoint's, or alone as Load VAE knows it.
 
-    Its latents are those of Stable Diffusion 1 and 2. Raises ValueError for files without one.
+    TAESD (latents of Stable Diffusion 1 and 2), TAESDXL, TAESD3, TAEF1: how many channels they have, the file tells. Raises ValueError for files without one.
     """
     state = {name.removeprefix(VAE): tensor for name, tensor in read_tensors(path).items()}
     prefix = TINY_DECODER.removeprefix(VAE)
     if not any(name.startswith(prefix) for name in state):
         state = {f"{prefix}{name}": tensor for name, tensor in state.items()}  # of a file that holds nothing else
-    vae = AutoencoderTiny(scaling_factor=1.0)
+    layers = _tiny_layers(state, prefix)
+    first_layer = layers.get("layers.0.weight")
+    channels = first_layer.shape[1] if first_layer is not None and first_layer.ndim == 4 else LATENT_CHANNELS[0]
     try:
-        load_into(vae.decoder, _tiny_layers(state, prefix), path)
+        if channels not in LATENT_CHANNELS:
+            raise ValueError(f"it takes latents of {channels} channels; those of 4 and 16 are known")
+        vae = AutoencoderTiny(latent_channels=channels, scaling_factor=1.0)
+        load_into(vae.decoder, layers, path)
     except ValueError as error:
         raise ValueError(
             f"{path} holds no TAESD decoder ({error}); give taesd_decoder.safetensors, or a checkpoint with a TAESD"

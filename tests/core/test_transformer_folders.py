@@ -372,6 +372,50 @@ def test_small_decoders_of_other_latents_are_refused(opened):
     assert opened(AURA).sized(SIZE).decoded_by(AutoencoderTiny(scaling_factor=1.0))(noise(1, 4, 4, 6)).shape == (1, 3, *SIZE)
 
 
+def tiny_decoder(path, channels):
+    """A random TAESD of so many channels, as ComfyUI's files name its tensors; returns it, too."""
+    from diffusers import AutoencoderTiny
+    from safetensors.torch import save_file
+
+    with torch.random.fork_rng():
+        torch.manual_seed(channels)
+        vae = AutoencoderTiny(latent_channels=channels, scaling_factor=1.0)
+    state = {}
+    for name, tensor in vae.decoder.state_dict().items():
+        n, rest = name.removeprefix("layers.").split(".", 1)
+        state[f"taesd_decoder.{int(n) + 1}.{rest}"] = tensor
+    save_file(state, path)
+    return vae
+
+
+def test_small_decoders_of_sixteen_channels(folders, opened, tmp_path):
+    """TAESD3's and TAEF1's shape: what the file's own autoencoder decodes, and a run whose gradients go through it."""
+    from dmap_core import cli
+    from dmap_core.backends.diffusers_files import open_decoder
+
+    vae = tiny_decoder(tmp_path / "taef1.safetensors", 16)
+    prior, z0 = opened(FLUX).sized(SIZE), noise(1, 16, 4, 6)
+    decode = prior.decoded_by(open_decoder(tmp_path / "taef1.safetensors"))
+    with torch.no_grad():
+        torch.testing.assert_close(decode(z0), vae.decode(z0).sample[..., : SIZE[0], : SIZE[1]])
+    with pytest.raises(ValueError, match="the decoder takes latents of 16 channels, and the model's have 4"):
+        opened(AURA).decoded_by(open_decoder(tmp_path / "taef1.safetensors"))
+    tiny_decoder(tmp_path / "other.safetensors", 12)
+    with pytest.raises(ValueError, match="it takes latents of 12 channels; those of 4 and 16 are known"):
+        open_decoder(tmp_path / "other.safetensors")
+    row = {"operator": "sr4", "solver": "DPS", "settings": {"jacobian": "none"}, "steps": 2, "spacing": "exponential"}
+    rows = [row | {"name": "own"}, row | {"name": "small", "guidance": str(tmp_path / "taef1.safetensors")}]
+    table = {"operators": {"sr4": {"operator": "SuperResolution", "scale": 4}}, "rows": rows}
+    (tmp_path / "table.yaml").write_text(yaml.safe_dump(table))
+    photos = pictures(tmp_path / "photos", 1)
+    cli.main(
+        ["evaluate", "--config", str(tmp_path / "table.yaml"), "--images", str(photos), "--checkpoint", str(folders(FLUX))]
+        + ["--out", str(tmp_path / "out"), "--size", "64"]
+    )
+    own, small = csv.DictReader((tmp_path / "out" / "table.csv").open())
+    assert float(own["psnr"]) != float(small["psnr"]) and 0 < float(small["psnr"]) < 60
+
+
 def test_tables_on_the_command_line(folders, tmp_path):
     """DMAP with the exact Jacobian and with none, whole and on tiles, two pictures at once."""
     from dmap_core import cli
