@@ -143,7 +143,7 @@ HOLES = {
     "after super-resolution": Compose([SuperResolution(2), SMALL]),
     "before a Gaussian blur": Compose([COLOUR, GaussianBlur(5, 1.0)]),
     "before a kernel": Compose([COLOUR, KernelBlur([[0, 1, 0], [1, 0, 3], [0, 0, 0]])]),
-    "before a long motion": Compose([COLOUR, MotionBlur(11, 30.0)]),
+    "before a motion": Compose([COLOUR, MotionBlur(7, 30.0)]),
     "before a JPEG": Compose([COLOUR, Jpeg(30)]),
     "a gray JPEG": Compose([GRAY, COLOUR, Jpeg(30)]),
     "a sharp JPEG": Compose([COLOUR, Jpeg(30, "4:4:4")]),
