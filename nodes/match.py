@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from ..dmap_core.consistency import ROUNDING, match, verdict
@@ -50,12 +51,18 @@ class MatchMeasurement(io.ComfyNode):
                     optional=True,
                     tooltip="For Operator: Inpainting: over how many pixels inside the hole a difference at its edge fades away. 0 changes nothing in the hole.",
                 ),
+                io.Boolean.Input(
+                    "careful",
+                    default=False,
+                    optional=True,
+                    tooltip="Leave a picture as it is if matching would move it far more than it misses the measurement: then the damage, or its grain, is not what was said. DMAP Restore does so.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="matched"), io.String.Output(display_name="text")],
         )
 
     @classmethod
-    def execute(cls, image, measurement, operator: CoreOperator, noise=0.0, feather=0.0) -> io.NodeOutput:
+    def execute(cls, image, measurement, operator: CoreOperator, noise=0.0, feather=0.0, careful=False) -> io.NodeOutput:
         x = to_core(image, f"{NAME}: image")
         y = measurement_to_core(measurement, operator, f"{NAME}: measurement")
         with speaking_of_nodes(f"{NAME}: "):
@@ -63,11 +70,17 @@ class MatchMeasurement(io.ComfyNode):
         matched = from_core(found.image).clamp(0, 1)
         if operator.name == "Inpainting" and found.noise == ROUNDING:  # y has been to [-1, 1], with rounding
             matched = with_given(matched, operator.mask, measurement)
-        return io.NodeOutput(matched, told(found, noise))
+        doubtful = found.doubtful().to(matched.device)
+        if careful and doubtful.any():
+            matched = torch.where(doubtful[:, None, None, None], from_core(x).clamp(0, 1), matched)
+        return io.NodeOutput(matched, told(found, noise, careful))
 
 
-def told(found, asked: float) -> str:
-    """What was done, for people."""
+def told(found, asked: float, careful: bool = False) -> str:
+    """What was done, for people. careful: with the pictures left as they were that matching would have spoilt."""
+    doubtful, count = found.doubtful(), len(found.moved)
+    if careful and doubtful.all():
+        return f"Not matched: {_doubt(found)}"
     assumed = found.noise * LEVELS
     before, after = (float((rms * LEVELS).max()) for rms in (found.before, found.after))
     text = f"mismatch {before:.1f} -> {after:.1f} of 255 grey levels (RMS): {verdict(after, assumed if assumed > 1 else 0.0)}."
@@ -78,7 +91,19 @@ def told(found, asked: float) -> str:
         text += f" Noise: {assumed:.1f} levels."
     if found.short():
         text += " The measurement could not be reached: it contradicts the operator, or has more noise than said."
+    if doubtful.any():
+        left = f" {int(doubtful.sum())} of {count} pictures were left as they were:" if careful else ""
+        text += f"{left} {_doubt(found)}"
     return text
+
+
+def _doubt(found) -> str:
+    worst = int((found.moved / found.before).nan_to_num().argmax())
+    moved, missed = (float(rms[worst]) * LEVELS for rms in (found.moved, found.before))
+    return (
+        f"the picture misses the measurement by {missed:.1f} grey levels, and matching moves it by {moved:.0f}. So the damage is not quite what was said (the length and angle of "
+        "a motion, the sigma of a blur), or there is grain that was not said: change that, or say more noise."
+    )
 
 
 NODES = [MatchMeasurement]

@@ -291,7 +291,7 @@ def expanded(
     report = graph.add("DMAP_SamplingReport", quiet=True, guider=guider, latent=samples)(0)
     matched = None
     if settings["match"] and matchable(case.operator) is None:
-        found = graph.add("DMAP_MatchMeasurement", image=restored, feather=FEATHER if mask is not None else 0.0, **problem)
+        found = graph.add("DMAP_MatchMeasurement", image=restored, feather=FEATHER if mask is not None else 0.0, careful=True, **problem)
         restored, matched = found(0), found(1)
     mismatch = graph.add("DMAP_MismatchMap", quiet=True, restored=restored, **problem)(0)
     finished = graph.add(

@@ -56,6 +56,28 @@ def test_noise_is_not_put_back(lab):
     assert "rounding to 8 bits (0.29 levels), as 0.1 is below it" in text and "could not be reached" in text
 
 
+def test_a_blur_that_is_a_little_off_spoils_no_picture(lab):
+    """Two pictures, of which one has the blur that is said: matched it shows the truth. The other is left alone when careful, and it is said in any case."""
+    true, said = (lab.call("DMAP_OperatorMotionBlur", length=length, angle=30.0) for length in (9.0, 13.0))
+    original = smooth(2, 48, 64, 3, seed=1)
+    y = torch.cat([degraded(lab, original[:1], said), degraded(lab, original[1:], true)])
+    restored = (original + 0.01 * smooth(2, 48, 64, 3, seed=2)).clamp(0, 1)
+    call = {"image": restored, "measurement": y, "operator": said}
+    matched, text = lab.call("DMAP_MatchMeasurement", **call)
+    apart = [float((matched[i] - original[i]).square().mean().sqrt()) * 255 for i in (0, 1)]
+    assert apart[0] < 3 and apart[1] > 12 and "matching moves it by" in text and "left as they were" not in text
+    kept, told = lab.call("DMAP_MatchMeasurement", careful=True, **call)
+    assert torch.equal(kept[0], matched[0]) and torch.allclose(kept[1], restored[1], atol=1e-6)
+    assert "1 of 2 pictures were left as they were: the picture misses the measurement by" in told
+    one = {"image": restored[1:], "measurement": y[1:], "operator": said}
+    kept, told = lab.call("DMAP_MatchMeasurement", careful=True, **one)
+    assert torch.allclose(kept, restored[1:], atol=1e-6) and told.startswith("Not matched: the picture misses")
+    noisy = degraded(lab, original, said) + 5 / 255 * torch.randn(2, 48, 64, 3, generator=torch.Generator().manual_seed(3))
+    kept, told = lab.call("DMAP_MatchMeasurement", careful=True, image=restored, measurement=noisy, operator=said)
+    assert torch.allclose(kept, restored, atol=1e-6) and "grain that was not said" in told
+    assert not lab.call("DMAP_MatchMeasurement", careful=True, image=restored, measurement=noisy, operator=said, noise=5.0)[1].startswith("Not")
+
+
 def test_a_jpeg(lab):
     """The picture compresses to the given one."""
     jpeg = lab.call("DMAP_OperatorJpeg", quality=30, subsampling="4:2:0", rounding="straight-through")

@@ -80,7 +80,7 @@ INPUTS = {
     "DMAP_FlowDPSSampler": "zeta inner weight noise eta step strength",
     "DMAP_LATINOSampler": "delta eta",
     "DMAP_FreeDoMSampler": "zeta K first last travel eta step strength jacobian",
-    "DMAP_MatchMeasurement": "image measurement operator noise feather",
+    "DMAP_MatchMeasurement": "image measurement operator noise feather careful",
     "DMAP_MismatchMap": "restored measurement operator",
     "DMAP_OperatorCompose": "first second third fourth",
     "DMAP_OperatorGaussianBlur": "sigma kernel_size",
