@@ -2,6 +2,7 @@
 
 import importlib
 
+import numpy as np
 import pytest
 import torch
 
@@ -105,6 +106,23 @@ def test_it_is_what_an_expert_wires(lab):
     assert told in text and "explains your picture to within 1 level" in text and " on Super-Resolution (scale 2)" in text
     assert before_after.shape[2] > 2 * 64 and mismatch.ndim == uncertainty.ndim == 4
     assert not mask.any()
+
+
+def test_a_photo_whose_damage_is_a_little_off_is_not_spoilt_by_matching(lab):
+    """Shaken by 21 pixels, and said to be 18 in another direction: the model's picture is left, and the reason is said."""
+    from PIL import Image
+
+    file = lab.ROOT / "demo" / "held-out" / "dmap-demo-60.png"
+    original = torch.from_numpy(np.array(Image.open(file).convert("RGB"))).float()[None] / 255
+    true = lab.call("DMAP_OperatorMotionBlur", length=21.0, angle=30.0)
+    photo = lab.call("DMAP_Degrade", image=original, operator=true, noise_sigma=0.0, seed=0)
+    results, graph = output(lab, photo, damage="shaken", softness=18.0, shake_angle=35.0)
+    restored, *_, operator, text = run(lab, results, graph)
+    assert "Not matched: the picture misses the measurement by" in text
+    matched, told = lab.call("DMAP_MatchMeasurement", image=restored, measurement=photo, operator=operator)
+    assert "matching moves it by" in told
+    errors = [float((image - original).square().mean().sqrt()) * 255 for image in (restored, matched)]
+    assert errors[0] < 25 < errors[1]
 
 
 def test_versions_have_seeds_that_follow(lab):
