@@ -45,7 +45,7 @@ LEAST = 1e-4  # of f's largest squared singular value: a smaller lam would ampli
 
 
 # From when on matching says more of a misstated damage than of the picture: moved so many times as far as it missed the measurement, and so many grey levels.
-# Restored pictures moved 0.9 to 3.6 times and 9 levels at most where the operator was right, 7 to 22 times and 19 levels at least where it was not (docs/troubleshooting.md).
+# Restored pictures moved 0.0 to 3.6 times and 9 levels at most where the operator was right, 7 to 22 times and 19 levels at least where it was not (docs/troubleshooting.md).
 TOO_FAR, FAR = 5.0, 12.0
 
 
