@@ -44,16 +44,17 @@ EXACT = 0.1  # of the noise's norm: how well the equation is solved
 LEAST = 1e-4  # of f's largest squared singular value: a smaller lam would amplify what is no part of any measurement more than fiftyfold
 
 
-# From when on matching says more of a misstated damage than of the picture: moved so many times as far as it missed the measurement, and so many grey levels.
-# Restored pictures moved 0.0 to 3.6 times and 9 levels at most where the operator was right, 7 to 22 times and 19 levels at least where it was not (docs/troubleshooting.md).
-TOO_FAR, FAR = 5.0, 12.0
+# From when on matching spoils a picture: moved so many times as far as it missed the measurement, and neighbouring pixels so many times as far apart as before. Where the operator was
+# right that was at most 7.9 and 1.5 (a motion of 61 pixels), where matching cost 8 dB and more at least 8 and 2 (docs/troubleshooting.md).
+TOO_FAR, TOO_ROUGH = 5.0, 1.75
 
 
 @dataclass(frozen=True)
 class Match:
     """image: (B, 3, H, W) in [-1, 1]. noise: what was assumed, in units of [-1, 1]. before, after: root mean square of f(x) - y per sample, (B,).
 
-    floor: what `after` may be for a measurement to count as reached. moved: root mean square of what matching changed, per sample, (B,).
+    floor: what `after` may be for a measurement to count as reached. moved: root mean square of what matching changed, rougher: how many times as
+    far apart neighbouring pixels are as before; per sample, (B,).
     """
 
     image: Tensor
@@ -62,10 +63,11 @@ class Match:
     after: Tensor
     floor: float
     moved: Tensor
+    rougher: Tensor
 
     def doubtful(self) -> Tensor:
-        """(B,) of bool: whether it moved far more than the picture missed, which a blur or a noise does that is not what was said: errors that f hides come back amplified."""
-        return (self.moved > TOO_FAR * self.before) & (self.moved * 127.5 > FAR)
+        """(B,) of bool: whether matching spoilt it, which a blur or a noise does that is not what was said: what f hides comes back amplified."""
+        return (self.moved > TOO_FAR * self.before) & (self.rougher > TOO_ROUGH)
 
     def short(self) -> bool:
         """Whether some measurement could not be reached: it contradicts the operator, or the noise is larger than said."""
@@ -140,8 +142,15 @@ def match(operator: Operator, image: Tensor, y: Tensor, noise: float | None = No
             f = Compose(tuple(g for g in file if g))
         before = mismatch(f, x, y)
         found = fill(f, x, y, feather) if isinstance(f, Inpainting) and noise == ROUNDING else within_range(f, x, y, noise)
-        moved = (found - x.clamp(-1, 1)).square().mean((1, 2, 3)).sqrt()
-        return Match(found.to(image.dtype), noise, before, mismatch(f, found, y), max(noise, HALF if f.linear else REACHED), moved)
+        start, after = x.clamp(-1, 1), mismatch(f, found, y)
+        moved, rougher = (found - start).square().mean((1, 2, 3)).sqrt(), roughness(found) / roughness(start).clamp(min=1e-6)
+        return Match(found.to(image.dtype), noise, before, after, max(noise, HALF if f.linear else REACHED), moved, rougher)
+
+
+def roughness(image: Tensor) -> Tensor:
+    """Root mean square of the differences between neighbouring pixels of pictures (B, C, H, W), (B,)."""
+    squares = [image.diff(dim=dim).square().flatten(1) for dim in (-2, -1)]
+    return torch.cat(squares, 1).mean(1).sqrt()
 
 
 def mismatch(operator: Operator, image: Tensor, y: Tensor) -> Tensor:

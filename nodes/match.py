@@ -55,7 +55,7 @@ class MatchMeasurement(io.ComfyNode):
                     "careful",
                     default=False,
                     optional=True,
-                    tooltip="Leave a picture as it is if matching would move it far more than it misses the measurement: then the damage, or its grain, is not what was said. DMAP Restore does so.",
+                    tooltip="Leave a picture as it is if matching would move it far more than it misses the measurement, and roughen it: then the damage, or its grain, is not what was said. DMAP Restore does so.",
                 ),
             ],
             outputs=[io.Image.Output(display_name="matched"), io.String.Output(display_name="text")],
@@ -98,10 +98,10 @@ def told(found, asked: float, careful: bool = False) -> str:
 
 
 def _doubt(found) -> str:
-    worst = int((found.moved / found.before).nan_to_num().argmax())
+    worst = int((found.moved * found.doubtful()).argmax())
     moved, missed = (float(rms[worst]) * LEVELS for rms in (found.moved, found.before))
     return (
-        f"the picture misses the measurement by {missed:.1f} grey levels, and matching moves it by {moved:.0f}. So the damage is not quite what was said (the length and angle of "
+        f"the picture misses the measurement by {missed:.1f} grey levels, and matching moves it by {moved:.0f} and roughens it {float(found.rougher[worst]):.1f} times. So the damage is not quite what was said (the length and angle of "
         "a motion, the sigma of a blur), or there is grain that was not said: change that, or say more noise."
     )
 
