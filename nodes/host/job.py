@@ -53,15 +53,14 @@ class Job:
 
     def remedies(self, room: float) -> list[str]:
         """What to change so that it fits, for people."""
-        small, none = replace(self, guidance="TAESD"), {}
-        if self.spared:
-            plain = replace(self, cost=self.spared)
-            none = {"jacobian none": plain, "jacobian none and a small decoder as guidance_vae": replace(plain, guidance="TAESD")}
-        tried = none | {
-            "a small decoder as guidance_vae": small,
+        tried = {
+            "a small decoder as guidance_vae": replace(self, guidance="TAESD"),
             "one picture at a time": replace(self, batch=1),
             "the model in fp16 or bf16": replace(self, dtype="fp16"),
         }
+        if self.spared:
+            none = replace(self, cost=self.spared)
+            tried = {"jacobian none": none, "jacobian none and a small decoder as guidance_vae": replace(none, guidance="TAESD")} | tried
         tried |= {f"tile {8 * n}": replace(self, tile=n) for n in (128, 64, 32) if n < max(self.size) // 8 and n < (self.tile or 10**9)}
         return [words for words, job in tried.items() if job != self and job.fitting("auto", room)]
 

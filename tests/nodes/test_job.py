@@ -91,9 +91,8 @@ def test_what_an_encoder_adds(jobs, costs):
     dps, psld, resample = (sd2(jobs, calls=c).peak("fast") for c in ((1, 1, 1, 1), (1, 1, 1, 1, 1, 1), (1, 1, 2, 1, 1)))
     assert dps == resample == costs.peak("SD 2.0", "KL", size, "fp16")
     assert psld - dps == pytest.approx((2989.6 + 1596.4 - 3064.9) * 1e6, rel=1e-3)
-    assert sd2(jobs, calls=(1, 0, 0, 0)).peak("fast") - none == pytest.approx(
-        335.6e6
-    )  # the result is decoded in any case, and decoders take more than encoders
+    # the result is decoded in any case, and decoders take more than encoders
+    assert sd2(jobs, calls=(1, 0, 0, 0)).peak("fast") - none == pytest.approx(335.6e6)
     assert sd2(jobs, calls=(1, 0, 1, 0, 1), size=(2048, 2048)).peak("fast") - none == pytest.approx(335.6e6 * 16)
 
 

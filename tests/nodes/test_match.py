@@ -75,9 +75,8 @@ def test_a_blur_that_is_a_little_off_spoils_no_picture(lab):
     noisy = degraded(lab, original, said) + 5 / 255 * torch.randn(2, 48, 64, 3, generator=torch.Generator().manual_seed(3))
     kept, told = lab.call("DMAP_MatchMeasurement", careful=True, image=restored, measurement=noisy, operator=said)
     assert torch.allclose(kept, restored, atol=1e-6) and "grain that was not said" in told
-    assert not lab.call("DMAP_MatchMeasurement", careful=True, image=restored, measurement=noisy, operator=said, noise=5.0)[1].startswith(
-        "Not"
-    )
+    _, told = lab.call("DMAP_MatchMeasurement", careful=True, image=restored, measurement=noisy, operator=said, noise=5.0)
+    assert not told.startswith("Not")
 
 
 def test_a_jpeg(lab):
